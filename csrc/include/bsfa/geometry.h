@@ -1,0 +1,56 @@
+// Which query tiles and KV blocks exist, and where: the one statement of bsfa's coordinates, for host and device.
+//
+// KV blocks count from the start of the sequence. Query tiles are aligned to absolute positions too: with causal
+// attention query row i sits at position p = seqlen_k - seqlen_q + i and belongs to tile floor(p / block_m), so a prompt
+// has the same tiles however it is cut into chunks. Without causality rows sit at position i. Positions can be negative
+// (causal, seqlen_q > seqlen_k): such rows see nothing.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define BSFA_HOST_DEVICE __host__ __device__
+#else
+#define BSFA_HOST_DEVICE
+#endif
+
+namespace bsfa {
+
+BSFA_HOST_DEVICE constexpr int32_t ceil_div(int32_t a, int32_t b) { return (a + b - 1) / b; }
+
+BSFA_HOST_DEVICE constexpr int32_t floor_div(int32_t a, int32_t b) { return a / b - ((a % b != 0) && ((a < 0) != (b < 0))); }
+
+struct SequenceGeometry {
+  int32_t seqlen_q = 0;
+  int32_t seqlen_k = 0;
+  int32_t block_m = 128;
+  int32_t block_n = 128;
+  bool causal = true;
+
+  // Position of query row 0.
+  BSFA_HOST_DEVICE int32_t offset() const { return causal ? seqlen_k - seqlen_q : 0; }
+  // Absolute index of the first tile (negative if positions are).
+  BSFA_HOST_DEVICE int32_t first_tile() const { return floor_div(offset(), block_m); }
+  BSFA_HOST_DEVICE int32_t num_tiles() const {
+    return seqlen_q == 0 ? 0 : floor_div(offset() + seqlen_q - 1, block_m) - first_tile() + 1;
+  }
+  BSFA_HOST_DEVICE int32_t num_blocks() const { return ceil_div(seqlen_k, block_n); }
+
+  // Query rows [row_begin, row_end) of this call that local tile t covers.
+  BSFA_HOST_DEVICE int32_t row_begin(int32_t t) const {
+    const int32_t r = (first_tile() + t) * block_m - offset();
+    return r > 0 ? r : 0;
+  }
+  BSFA_HOST_DEVICE int32_t row_end(int32_t t) const {
+    const int32_t r = (first_tile() + t + 1) * block_m - offset();
+    return r < seqlen_q ? r : seqlen_q;
+  }
+  // KV blocks [0, visible_blocks(t)) have at least one token that some row of tile t may attend to.
+  BSFA_HOST_DEVICE int32_t visible_blocks(int32_t t) const {
+    if (!causal) return num_blocks();
+    const int32_t last = offset() + row_end(t) - 1;
+    return last < 0 ? 0 : last / block_n + 1;
+  }
+};
+
+}  // namespace bsfa
