@@ -1,0 +1,136 @@
+// From torch tensors (stable ABI) to bsfa's parameter structs, with the checks that memory safety needs. Friendly
+// messages come earlier, from Python; these guard the raw operators.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <limits>
+#include <optional>
+#include <string>
+
+#include "bsfa/params.h"
+
+namespace bsfa::torch_ops {
+
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using torch::headeronly::ScalarType;
+
+inline DType to_dtype(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    default:
+      STD_TORCH_CHECK(false, name, " must be float32, bfloat16 or float16");
+  }
+  return DType::kFloat32;
+}
+
+inline int32_t to_int32(int64_t value, const char* name) {
+  STD_TORCH_CHECK(value >= 0 && value <= std::numeric_limits<int32_t>::max(), name, " = ", value, " is out of range");
+  return static_cast<int32_t>(value);
+}
+
+// An int32 vector or matrix of indices; null when absent.
+inline const int32_t* index_ptr(const OptionalTensor& t, int64_t dim, int64_t size0, const Tensor& like,
+                                const char* name) {
+  if (!t.has_value()) return nullptr;
+  STD_TORCH_CHECK(t->scalar_type() == ScalarType::Int, name, " must be int32");
+  STD_TORCH_CHECK(t->dim() == dim, name, " must have ", dim, " dimensions");
+  STD_TORCH_CHECK(size0 < 0 || t->size(0) == size0, name, " must have size ", size0, " in dimension 0");
+  STD_TORCH_CHECK(t->is_cpu() == like.is_cpu() && t->get_device_index() == like.get_device_index(), name,
+                  " must be on the same device as the data");
+  STD_TORCH_CHECK(t->size(dim - 1) <= 1 || t->stride(dim - 1) == 1, name, " must be contiguous in its last dimension");
+  return static_cast<const int32_t*>(t->data_ptr());
+}
+
+// [B or pages, tokens, heads, dim], or packed [tokens, heads, dim].
+inline TensorView view_of(const Tensor& t, const char* name) {
+  const int64_t d = t.dim();
+  STD_TORCH_CHECK(d == 3 || d == 4, name, " must have 3 (packed) or 4 dimensions");
+  STD_TORCH_CHECK(t.size(d - 1) <= 1 || t.stride(d - 1) == 1, name, " must have unit stride in its last dimension");
+  TensorView v;
+  v.data = t.data_ptr();
+  v.batch_stride = d == 4 ? t.stride(0) : 0;
+  v.token_stride = t.stride(d - 3);
+  v.head_stride = t.stride(d - 2);
+  return v;
+}
+
+inline int64_t batch_of_kv(const Tensor& k, const OptionalTensor& cu_seqlens_k, const OptionalTensor& block_table) {
+  if (block_table.has_value()) return block_table->size(0);
+  if (cu_seqlens_k.has_value()) return cu_seqlens_k->size(0) - 1;
+  return k.size(0);
+}
+
+inline KvLayout kv_layout(const Tensor& k, const OptionalTensor& cu_seqlens_k, const OptionalTensor& block_table,
+                          const OptionalTensor& seqlens_k, int64_t max_seqlen_k) {
+  const int64_t batch = batch_of_kv(k, cu_seqlens_k, block_table);
+  KvLayout kv;
+  kv.max_seqlen = to_int32(max_seqlen_k, "max_seqlen_k");
+  if (block_table.has_value()) {
+    STD_TORCH_CHECK(k.dim() == 4 && seqlens_k.has_value() && !cu_seqlens_k.has_value(),
+                    "a block_table needs k [pages, page_size, heads, dim] and seqlens_k, and no cu_seqlens_k");
+    kv.block_table = index_ptr(block_table, 2, batch, k, "block_table");
+    kv.block_table_stride = block_table->stride(0);
+    kv.seqlens = index_ptr(seqlens_k, 1, batch, k, "seqlens_k");
+    kv.page_size = to_int32(k.size(1), "page_size");
+    STD_TORCH_CHECK(kv.page_size > 0, "page_size must be positive");
+    STD_TORCH_CHECK(max_seqlen_k <= block_table->size(1) * k.size(1), "block_table has too few pages for max_seqlen_k");
+  } else if (cu_seqlens_k.has_value()) {
+    STD_TORCH_CHECK(k.dim() == 3 && !seqlens_k.has_value(), "cu_seqlens_k needs packed k [total, heads, dim]");
+    kv.cu_seqlens = index_ptr(cu_seqlens_k, 1, -1, k, "cu_seqlens_k");
+  } else {
+    STD_TORCH_CHECK(k.dim() == 4 && !seqlens_k.has_value(), "batched k must be [batch, seqlen, heads, dim]");
+    STD_TORCH_CHECK(max_seqlen_k == k.size(1), "max_seqlen_k must be k.size(1) for batched k");
+  }
+  return kv;
+}
+
+// The side of the queries, and what all operations share. `num_kv_heads` and `batch` come from k or from the summary.
+inline Problem make_problem(const Tensor& q, const OptionalTensor& cu_seqlens_q, int64_t batch, int64_t num_kv_heads,
+                            int64_t max_seqlen_q, int64_t block_m, int64_t block_n, bool causal, double softmax_scale,
+                            double softcap) {
+  Problem p;
+  p.dtype = to_dtype(q, "q");
+  p.batch = to_int32(batch, "batch");
+  p.num_q_heads = to_int32(q.size(q.dim() - 2), "query heads");
+  p.num_kv_heads = to_int32(num_kv_heads, "KV heads");
+  p.head_dim = to_int32(q.size(q.dim() - 1), "head_dim");
+  p.head_dim_v = p.head_dim;
+  STD_TORCH_CHECK(p.num_kv_heads > 0 && p.num_q_heads > 0 && p.num_q_heads % p.num_kv_heads == 0,
+                  "query heads must be a multiple of KV heads");
+  STD_TORCH_CHECK(p.head_dim >= 1 && p.head_dim <= 256, "head_dim must be 1 .. 256");
+  p.query.max_seqlen = to_int32(max_seqlen_q, "max_seqlen_q");
+  if (cu_seqlens_q.has_value()) {
+    STD_TORCH_CHECK(q.dim() == 3, "cu_seqlens_q needs packed q [total, heads, dim]");
+    p.query.cu_seqlens = index_ptr(cu_seqlens_q, 1, batch + 1, q, "cu_seqlens_q");
+  } else {
+    STD_TORCH_CHECK(q.dim() == 4 && q.size(0) == batch && q.size(1) == max_seqlen_q,
+                    "batched q must be [batch, max_seqlen_q, heads, dim]");
+  }
+  STD_TORCH_CHECK(block_m >= 1 && block_m <= 4096 && block_n >= 1 && block_n <= 4096,
+                  "block_m and block_n must be 1 .. 4096");
+  p.block_m = static_cast<int32_t>(block_m);
+  p.block_n = static_cast<int32_t>(block_n);
+  p.causal = causal;
+  p.softmax_scale = static_cast<float>(softmax_scale);
+  p.softcap = static_cast<float>(softcap);
+  return p;
+}
+
+inline ScoreRule to_rule(const std::string& rule) {
+  if (rule == "relative_max") return ScoreRule::kRelativeMax;
+  if (rule == "cumulative_mass") return ScoreRule::kCumulativeMass;
+  STD_TORCH_CHECK(false, "unknown score rule ", rule);
+  return ScoreRule::kRelativeMax;
+}
+
+}  // namespace bsfa::torch_ops

@@ -1,0 +1,270 @@
+// The CPU half of the torch operators: checks, allocation, and the call into csrc/cpu.
+#include <array>
+#include <functional>
+#include <tuple>
+
+#include "bsfa/cpu.h"
+#include "bsfa/geometry.h"
+#include "convert.h"
+#include "schemas.h"
+
+namespace bsfa::torch_ops {
+namespace {
+
+cpu::Executor executor() {
+  cpu::Executor e;
+  e.num_workers = static_cast<int>(torch::stable::get_num_threads());
+  e.run = [n = e.num_workers](const std::function<void(int)>& body) {
+    torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t w = begin; w < end; ++w) body(static_cast<int>(w));
+    });
+  };
+  return e;
+}
+
+// Values are on the host here, so what would read out of bounds is refused.
+void check_cu_seqlens(const int32_t* cu, int32_t batch, int32_t max_seqlen, int64_t total, const char* name) {
+  STD_TORCH_CHECK(cu[0] == 0, name, " must start with 0");
+  for (int32_t b = 0; b < batch; ++b) {
+    const int64_t len = static_cast<int64_t>(cu[b + 1]) - cu[b];
+    STD_TORCH_CHECK(len >= 0, name, " must not decrease");
+    STD_TORCH_CHECK(len <= max_seqlen, name, ": a sequence has ", len, " tokens, more than max_seqlen ", max_seqlen);
+  }
+  STD_TORCH_CHECK(cu[batch] <= total, name, " ends at ", cu[batch], " but there are ", total, " tokens");
+}
+
+void check_kv_values(const KvLayout& kv, const Tensor& k, int32_t batch) {
+  if (kv.cu_seqlens != nullptr) check_cu_seqlens(kv.cu_seqlens, batch, kv.max_seqlen, k.size(0), "cu_seqlens_k");
+  if (kv.block_table == nullptr) return;
+  for (int32_t b = 0; b < batch; ++b) {
+    STD_TORCH_CHECK(kv.seqlens[b] >= 0 && kv.seqlens[b] <= kv.max_seqlen, "seqlens_k[", b, "] = ", kv.seqlens[b],
+                    " is not in 0 .. max_seqlen_k");
+    for (int32_t i = 0; i < ceil_div(kv.seqlens[b], kv.page_size); ++i) {
+      const int32_t page = kv.block_table[b * kv.block_table_stride + i];
+      STD_TORCH_CHECK(page >= 0 && page < k.size(0), "block_table[", b, ", ", i, "] = ", page, " is not a page");
+    }
+  }
+}
+
+int32_t seqlen_k_of(const KvLayout& kv, int32_t b) {
+  if (kv.cu_seqlens != nullptr) return kv.cu_seqlens[b + 1] - kv.cu_seqlens[b];
+  return kv.seqlens != nullptr ? kv.seqlens[b] : kv.max_seqlen;
+}
+
+void check_problem_values(const Problem& p, const Tensor& q, int64_t num_rows) {
+  if (p.query.cu_seqlens != nullptr) {
+    check_cu_seqlens(p.query.cu_seqlens, p.batch, p.query.max_seqlen, q.size(0), "cu_seqlens_q");
+  }
+  if (num_rows < 0) return;
+  int64_t rows = 0;
+  for (int32_t b = 0; b < p.batch; ++b) {
+    SequenceGeometry g;
+    g.seqlen_q = p.query.cu_seqlens ? p.query.cu_seqlens[b + 1] - p.query.cu_seqlens[b] : p.query.max_seqlen;
+    g.seqlen_k = seqlen_k_of(p.kv, b);
+    g.block_m = p.block_m;
+    g.block_n = p.block_n;
+    g.causal = p.causal;
+    rows += g.num_tiles();
+  }
+  STD_TORCH_CHECK(rows <= num_rows, "the mask has ", num_rows, " rows, this problem needs ", rows);
+}
+
+Tensor float_tensor(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type = ScalarType::Float) {
+  const std::vector<int64_t> s(sizes);
+  return torch::stable::new_empty(like, s, type);
+}
+
+void set_lse_strides(const Tensor& q, int64_t* batch_stride, int64_t* head_stride) {
+  const bool batched = q.dim() == 4;
+  const int64_t tokens = batched ? q.size(1) : q.size(0);
+  *head_stride = tokens;
+  *batch_stride = batched ? q.size(2) * tokens : 0;
+}
+
+Tensor pool_blocks(const Tensor& k, const OptionalTensor& cu_seqlens_k, const OptionalTensor& block_table,
+                   const OptionalTensor& seqlens_k, int64_t max_seqlen_k, int64_t block_n) {
+  PoolParams p;
+  p.dtype = to_dtype(k, "k");
+  STD_TORCH_CHECK(block_n >= 1 && block_n <= 4096, "block_n must be 1 .. 4096");
+  p.k = view_of(k, "k");
+  p.kv = kv_layout(k, cu_seqlens_k, block_table, seqlens_k, max_seqlen_k);
+  p.batch = to_int32(batch_of_kv(k, cu_seqlens_k, block_table), "batch");
+  p.num_kv_heads = to_int32(k.size(k.dim() - 2), "KV heads");
+  p.head_dim = to_int32(k.size(k.dim() - 1), "head_dim");
+  p.block_n = static_cast<int32_t>(block_n);
+  p.max_blocks = ceil_div(p.kv.max_seqlen, p.block_n);
+  check_kv_values(p.kv, k, p.batch);
+  Tensor out = float_tensor(k, {p.batch, p.max_blocks, p.num_kv_heads, p.head_dim}, k.scalar_type());
+  p.out = out.data_ptr();
+  if (out.numel() > 0) cpu::pool_blocks(p, executor());
+  return out;
+}
+
+ScoreParams score_params(const Tensor& q, const Tensor& summary, const OptionalTensor& cu_seqlens_q,
+                         const OptionalTensor& cu_seqlens_k, const OptionalTensor& seqlens_k, int64_t max_seqlen_q,
+                         int64_t max_seqlen_k, int64_t num_rows, int64_t block_m, int64_t block_n, bool causal,
+                         double softmax_scale, double softcap, const std::string& rule) {
+  STD_TORCH_CHECK(summary.dim() == 4 && summary.is_contiguous() && summary.scalar_type() == q.scalar_type(),
+                  "summary must be contiguous [batch, blocks, KV heads, dim] in q's dtype");
+  ScoreParams s;
+  const int64_t batch = summary.size(0);
+  s.problem = make_problem(q, cu_seqlens_q, batch, summary.size(2), max_seqlen_q, block_m, block_n, causal,
+                           softmax_scale, softcap);
+  STD_TORCH_CHECK(summary.size(3) == s.problem.head_dim, "summary and q differ in head_dim");
+  KvLayout& kv = s.problem.kv;
+  kv.max_seqlen = to_int32(max_seqlen_k, "max_seqlen_k");
+  STD_TORCH_CHECK(!(cu_seqlens_k.has_value() && seqlens_k.has_value()), "give cu_seqlens_k or seqlens_k, not both");
+  kv.cu_seqlens = index_ptr(cu_seqlens_k, 1, batch + 1, q, "cu_seqlens_k");
+  kv.seqlens = index_ptr(seqlens_k, 1, batch, q, "seqlens_k");
+  s.max_blocks = ceil_div(kv.max_seqlen, s.problem.block_n);
+  STD_TORCH_CHECK(summary.size(1) == s.max_blocks, "summary has ", summary.size(1), " blocks, expected ",
+                  s.max_blocks);
+  for (int32_t b = 0; b < batch; ++b) {
+    const int32_t len = seqlen_k_of(kv, b);
+    STD_TORCH_CHECK(len >= 0 && len <= kv.max_seqlen, "KV length ", len, " is not in 0 .. max_seqlen_k");
+  }
+  s.q = view_of(q, "q");
+  s.summary = summary.data_ptr();
+  s.rule = to_rule(rule);
+  s.num_rows = num_rows;
+  check_problem_values(s.problem, q, num_rows);
+  return s;
+}
+
+Tensor score_blocks(const Tensor& q, const Tensor& summary, const OptionalTensor& cu_seqlens_q,
+                    const OptionalTensor& cu_seqlens_k, const OptionalTensor& seqlens_k, int64_t max_seqlen_q,
+                    int64_t max_seqlen_k, int64_t num_rows, int64_t block_m, int64_t block_n, bool causal,
+                    double softmax_scale, double softcap, std::string rule) {
+  ScoreParams s = score_params(q, summary, cu_seqlens_q, cu_seqlens_k, seqlens_k, max_seqlen_q, max_seqlen_k, num_rows,
+                               block_m, block_n, causal, softmax_scale, softcap, rule);
+  Tensor scores = float_tensor(q, {num_rows, s.problem.num_q_heads, s.max_blocks});
+  s.scores = static_cast<float*>(scores.data_ptr());
+  if (scores.numel() > 0) cpu::score_blocks(s, executor());
+  return scores;
+}
+
+std::tuple<Tensor, Tensor> select_blocks(const Tensor& q, const Tensor& summary, const OptionalTensor& cu_seqlens_q,
+                                         const OptionalTensor& cu_seqlens_k, const OptionalTensor& seqlens_k,
+                                         int64_t max_seqlen_q, int64_t max_seqlen_k, int64_t num_rows, int64_t block_m,
+                                         int64_t block_n, bool causal, double softmax_scale, double softcap,
+                                         std::string rule, const Tensor& thresholds, int64_t sink_blocks,
+                                         int64_t window_blocks, int64_t last_tiles, int64_t min_blocks,
+                                         const OptionalTensor& prompt_lens) {
+  SelectParams p;
+  p.score = score_params(q, summary, cu_seqlens_q, cu_seqlens_k, seqlens_k, max_seqlen_q, max_seqlen_k, num_rows,
+                         block_m, block_n, causal, softmax_scale, softcap, rule);
+  STD_TORCH_CHECK(thresholds.scalar_type() == ScalarType::Float && thresholds.is_contiguous() &&
+                      thresholds.dim() == 1 && thresholds.size(0) == p.score.problem.num_q_heads,
+                  "thresholds must be contiguous float32 [query heads]");
+  p.thresholds = static_cast<const float*>(thresholds.data_ptr());
+  p.sink_blocks = to_int32(sink_blocks, "sink_blocks");
+  p.window_blocks = to_int32(window_blocks, "window_blocks");
+  p.last_tiles = to_int32(last_tiles, "last_tiles");
+  p.min_blocks = to_int32(min_blocks, "min_blocks");
+  p.prompt_lens = index_ptr(prompt_lens, 1, p.score.problem.batch, q, "prompt_lens");
+  p.num_words = ceil_div(p.score.max_blocks, 32);
+  Tensor words = float_tensor(q, {num_rows, p.score.problem.num_q_heads, p.num_words}, ScalarType::Int);
+  Tensor counts = float_tensor(q, {num_rows, p.score.problem.num_q_heads}, ScalarType::Int);
+  p.words = static_cast<int32_t*>(words.data_ptr());
+  p.counts = static_cast<int32_t*>(counts.data_ptr());
+  if (counts.numel() > 0) cpu::select_blocks(p, executor());
+  return {words, counts};
+}
+
+std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v,
+                                     const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+                                     const OptionalTensor& block_table, const OptionalTensor& seqlens_k,
+                                     int64_t max_seqlen_q, int64_t max_seqlen_k, const OptionalTensor& mask_words,
+                                     int64_t block_m, int64_t block_n, bool causal, double softmax_scale,
+                                     double softcap, int64_t window_left) {
+  AttentionParams p;
+  const int64_t batch = batch_of_kv(k, cu_seqlens_k, block_table);
+  p.problem = make_problem(q, cu_seqlens_q, batch, k.size(k.dim() - 2), max_seqlen_q, block_m, block_n, causal,
+                           softmax_scale, softcap);
+  p.problem.kv = kv_layout(k, cu_seqlens_k, block_table, seqlens_k, max_seqlen_k);
+  p.problem.head_dim_v = to_int32(v.size(v.dim() - 1), "head_dim of v");
+  STD_TORCH_CHECK(p.problem.head_dim_v >= 1 && p.problem.head_dim_v <= 256, "head_dim of v must be 1 .. 256");
+  STD_TORCH_CHECK(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(),
+                  "q, k and v must have one dtype");
+  STD_TORCH_CHECK(k.size(k.dim() - 1) == p.problem.head_dim, "q and k differ in head_dim");
+  STD_TORCH_CHECK(v.dim() == k.dim(), "k and v differ in rank");
+  for (int64_t i = 0; i < k.dim() - 1; ++i) STD_TORCH_CHECK(v.size(i) == k.size(i), "k and v differ in shape");
+  check_kv_values(p.problem.kv, k, p.problem.batch);
+  p.q = view_of(q, "q");
+  p.k = view_of(k, "k");
+  p.v = view_of(v, "v");
+  STD_TORCH_CHECK(window_left >= -1, "window_left must be -1 (off) or more");
+  STD_TORCH_CHECK(window_left < 0 || causal, "window_left needs causal attention");
+  p.window_left = static_cast<int32_t>(std::min<int64_t>(window_left, std::numeric_limits<int32_t>::max()));
+  if (mask_words.has_value()) {
+    const Tensor& w = *mask_words;
+    STD_TORCH_CHECK(w.scalar_type() == ScalarType::Int && w.dim() == 3 && w.is_contiguous(),
+                    "mask_words must be contiguous int32 [rows, heads, words]");
+    p.num_rows = w.size(0);
+    p.mask_heads = to_int32(w.size(1), "mask heads");
+    p.num_words = to_int32(w.size(2), "mask words");
+    STD_TORCH_CHECK(
+        p.mask_heads == p.problem.num_q_heads || p.mask_heads == p.problem.num_kv_heads || p.mask_heads == 1,
+        "the mask has ", p.mask_heads, " heads; it must have as many as q, as k, or 1");
+    STD_TORCH_CHECK(p.num_words == ceil_div(ceil_div(p.problem.kv.max_seqlen, p.problem.block_n), 32),
+                    "the mask has ", p.num_words, " words a row, not what max_seqlen_k and block_n need");
+    p.words = static_cast<const int32_t*>(w.data_ptr());
+  }
+  check_problem_values(p.problem, q, mask_words.has_value() ? p.num_rows : -1);
+
+  const bool batched = q.dim() == 4;
+  const int64_t dv = p.problem.head_dim_v;
+  Tensor out = batched ? float_tensor(q, {q.size(0), q.size(1), q.size(2), dv}, q.scalar_type())
+                       : float_tensor(q, {q.size(0), q.size(1), dv}, q.scalar_type());
+  Tensor lse = batched ? float_tensor(q, {q.size(0), q.size(2), q.size(1)}) : float_tensor(q, {q.size(1), q.size(0)});
+  p.out = view_of(out, "out");
+  p.lse = static_cast<float*>(lse.data_ptr());
+  set_lse_strides(q, &p.lse_batch_stride, &p.lse_head_stride);
+  if (lse.numel() > 0) cpu::attention(p, executor());
+  return {out, lse};
+}
+
+Tensor block_mass(const Tensor& q, const Tensor& k, const Tensor& lse, const OptionalTensor& cu_seqlens_q,
+                  const OptionalTensor& cu_seqlens_k, const OptionalTensor& block_table,
+                  const OptionalTensor& seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k, int64_t num_rows,
+                  int64_t block_m, int64_t block_n, bool causal, double softmax_scale, double softcap) {
+  BlockMassParams p;
+  const int64_t batch = batch_of_kv(k, cu_seqlens_k, block_table);
+  p.problem = make_problem(q, cu_seqlens_q, batch, k.size(k.dim() - 2), max_seqlen_q, block_m, block_n, causal,
+                           softmax_scale, softcap);
+  p.problem.kv = kv_layout(k, cu_seqlens_k, block_table, seqlens_k, max_seqlen_k);
+  STD_TORCH_CHECK(k.scalar_type() == q.scalar_type(), "q and k must have one dtype");
+  STD_TORCH_CHECK(k.size(k.dim() - 1) == p.problem.head_dim, "q and k differ in head_dim");
+  check_kv_values(p.problem.kv, k, p.problem.batch);
+  check_problem_values(p.problem, q, num_rows);
+  p.q = view_of(q, "q");
+  p.k = view_of(k, "k");
+  STD_TORCH_CHECK(lse.scalar_type() == ScalarType::Float && lse.is_contiguous(), "lse must be contiguous float32");
+  STD_TORCH_CHECK(lse.numel() * q.size(q.dim() - 1) == q.numel(), "lse does not match q");
+  p.lse = static_cast<const float*>(lse.data_ptr());
+  set_lse_strides(q, &p.lse_batch_stride, &p.lse_head_stride);
+  p.num_rows = num_rows;
+  p.max_blocks = ceil_div(p.problem.kv.max_seqlen, p.problem.block_n);
+  Tensor mass = float_tensor(q, {num_rows, p.problem.num_q_heads, p.max_blocks});
+  p.mass = static_cast<float*>(mass.data_ptr());
+  if (mass.numel() > 0) cpu::block_mass(p, executor());
+  return mass;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(bsfa, m) {
+#define BSFA_DEF(schema) m.def(schema);
+  BSFA_FOR_EACH_SCHEMA(BSFA_DEF)
+#undef BSFA_DEF
+}
+
+STABLE_TORCH_LIBRARY_IMPL(bsfa, CPU, m) {
+  m.impl("pool_blocks", TORCH_BOX(&pool_blocks));
+  m.impl("score_blocks", TORCH_BOX(&score_blocks));
+  m.impl("select_blocks", TORCH_BOX(&select_blocks));
+  m.impl("attention", TORCH_BOX(&attention));
+  m.impl("block_mass", TORCH_BOX(&block_mass));
+}
+
+}  // namespace bsfa::torch_ops
