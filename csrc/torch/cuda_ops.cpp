@@ -1,0 +1,82 @@
+// The CUDA half of the torch operators: checks, allocation, and the launch on torch's current stream.
+//
+// Built into libbsfa_cuda.so, which is loaded after the extension that registers the schemas (schemas.h) and only where
+// torch has CUDA. Lengths and page tables stay on the device: what they say is trusted, reading them would synchronise.
+#include <cuda_runtime_api.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include <string>
+#include <vector>
+
+#include "bsfa/cuda.h"
+#include "bsfa/geometry.h"
+#include "convert.h"
+
+namespace bsfa::torch_ops {
+namespace {
+
+// Makes the tensor's device current, and knows torch's current stream there.
+class Launch {
+ public:
+  explicit Launch(const Tensor& like) : guard_(like.get_device_index()) {
+    void* stream = nullptr;
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream) == 0,
+                    "torch gave no CUDA stream");
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+  cudaStream_t stream() const { return stream_; }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_ = nullptr;
+};
+
+void check_launch(cudaError_t error, const char* op) {
+  STD_TORCH_CHECK(error == cudaSuccess, "bsfa::", op, ": ", cudaGetErrorString(error));
+}
+
+void check_half_precision(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::BFloat16 || t.scalar_type() == ScalarType::Half, name,
+                  " must be bfloat16 or float16 on CUDA");
+}
+
+Tensor pool_blocks(const Tensor& k, const OptionalTensor& cu_seqlens_k, const OptionalTensor& block_table,
+                   const OptionalTensor& seqlens_k, int64_t max_seqlen_k, int64_t block_n) {
+  check_half_precision(k, "k");
+  STD_TORCH_CHECK(block_n >= 1 && block_n <= 4096, "block_n must be 1 .. 4096");
+  PoolParams p;
+  p.dtype = to_dtype(k, "k");
+  p.k = view_of(k, "k");
+  p.kv = kv_layout(k, cu_seqlens_k, block_table, seqlens_k, max_seqlen_k);
+  p.batch = to_int32(batch_of_kv(k, cu_seqlens_k, block_table), "batch");
+  STD_TORCH_CHECK(p.batch <= 65535, "at most 65535 sequences on CUDA");
+  p.num_kv_heads = to_int32(k.size(k.dim() - 2), "KV heads");
+  p.head_dim = to_int32(k.size(k.dim() - 1), "head_dim");
+  p.block_n = static_cast<int32_t>(block_n);
+  p.max_blocks = ceil_div(p.kv.max_seqlen, p.block_n);
+
+  const Launch launch(k);
+  const std::vector<int64_t> shape = {p.batch, p.max_blocks, p.num_kv_heads, p.head_dim};
+  Tensor out = torch::stable::new_empty(k, shape);
+  p.out = out.data_ptr();
+  check_launch(cuda::pool_blocks(p, launch.stream()), "pool_blocks");
+  return out;
+}
+
+// JSON: one row per compiled CUDA kernel, with the keys of bsfa._C.kernels().
+std::string cuda_kernels() {
+  return R"([
+    {"op": "pool_blocks", "device": "cuda", "arch": "sm_90a", "dtypes": "bfloat16, float16", "head_dim": "any"}
+  ])";
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(bsfa, m) { m.def("cuda_kernels() -> str"); }
+
+STABLE_TORCH_LIBRARY_IMPL(bsfa, CompositeExplicitAutograd, m) { m.impl("cuda_kernels", TORCH_BOX(&cuda_kernels)); }
+
+STABLE_TORCH_LIBRARY_IMPL(bsfa, CUDA, m) { m.impl("pool_blocks", TORCH_BOX(&pool_blocks)); }
+
+}  // namespace bsfa::torch_ops
