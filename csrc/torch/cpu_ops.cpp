@@ -1,7 +1,8 @@
 // The CPU half of the torch operators: checks, allocation, and the call into csrc/cpu.
-#include <array>
+#include <algorithm>
 #include <functional>
 #include <tuple>
+#include <vector>
 
 #include "bsfa/cpu.h"
 #include "bsfa/geometry.h"
@@ -30,7 +31,7 @@ void check_cu_seqlens(const int32_t* cu, int32_t batch, int32_t max_seqlen, int6
     STD_TORCH_CHECK(len >= 0, name, " must not decrease");
     STD_TORCH_CHECK(len <= max_seqlen, name, ": a sequence has ", len, " tokens, more than max_seqlen ", max_seqlen);
   }
-  STD_TORCH_CHECK(cu[batch] <= total, name, " ends at ", cu[batch], " but there are ", total, " tokens");
+  STD_TORCH_CHECK(cu[batch] == total, name, " ends at ", cu[batch], " but there are ", total, " tokens");
 }
 
 void check_kv_values(const KvLayout& kv, const Tensor& k, int32_t batch) {

@@ -1,0 +1,37 @@
+"""bsfa: training-free block-sparse flash attention for long-context LLM prefill.
+
+    out = bsfa.attention(q, k, v, policy=bsfa.policies.RelativeMax(alpha=0.1))
+
+Three stages, three nouns: :func:`pool_blocks` makes a summary of the keys, :func:`select_blocks` a :class:`BlockMask`,
+and :func:`block_sparse_attention` computes exact attention over the kept blocks; :func:`attention` chains them.
+"""
+
+from __future__ import annotations
+
+from bsfa import policies
+from bsfa._library import __version__
+from bsfa.attention import attention, attention_paged, attention_varlen
+from bsfa.block_mask import BlockMask, MaskGeometry
+from bsfa.doctor import doctor
+from bsfa.errors import DenseFallbackWarning, ThresholdMismatchError, UnsupportedError
+from bsfa.info import AttentionInfo
+from bsfa.stages import block_mass, block_sparse_attention, pool_blocks, select_blocks
+
+__all__ = [
+    "AttentionInfo",
+    "BlockMask",
+    "DenseFallbackWarning",
+    "MaskGeometry",
+    "ThresholdMismatchError",
+    "UnsupportedError",
+    "__version__",
+    "attention",
+    "attention_paged",
+    "attention_varlen",
+    "block_mass",
+    "block_sparse_attention",
+    "doctor",
+    "policies",
+    "pool_blocks",
+    "select_blocks",
+]

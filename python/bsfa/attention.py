@@ -1,0 +1,155 @@
+"""Attention with a policy: pool, select, attend in one call, over batched, packed or paged keys and values."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from bsfa.block_mask import BlockMask
+from bsfa.errors import warn_dense
+from bsfa.info import AttentionInfo
+from bsfa.layout import Layout
+from bsfa.policies import Policy
+from bsfa.stages import _selection, attend, check_policy, pool_blocks, resolve_layout, resolve_scale
+
+Result = Tensor | tuple[Tensor | AttentionInfo, ...]
+
+
+def _run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: Layout,
+    policy: Policy | None,
+    softmax_scale: float | None,
+    softcap: float,
+    window_left: int | None,
+    prompt_lens: Tensor | None,
+    return_lse: bool,
+    return_info: bool,
+) -> Result:
+    check_policy(policy)
+    scale = resolve_scale(softmax_scale, q.shape[-1], softcap)
+    mask: BlockMask | None = None
+    reason: str | None = None
+    if policy is not None:
+        if layout.max_seqlen_q == 1 and layout.max_seqlen_k > 1:
+            reason = "a decode step (one query token per sequence) is dense by design"
+        elif window_left is not None:
+            reason = "a token-level sliding window (window_left) bounds the work already"
+        if reason is not None:
+            warn_dense(reason)
+        else:
+            summary = None
+            if policy.needs_summary:
+                summary = pool_blocks(
+                    k,
+                    block_n=policy.block_n,
+                    cu_seqlens_k=layout.cu_seqlens_k,
+                    max_seqlen_k=layout.max_seqlen_k,
+                    block_table=layout.block_table,
+                    seqlens_k=layout.seqlens_k,
+                )
+            mask = policy.select(_selection(q, summary, layout, scale, softcap, prompt_lens))
+    out, lse = attend(q, k, v, mask, layout, scale, softcap, window_left)
+    if not return_lse and not return_info:
+        return out
+    extra: tuple[Tensor | AttentionInfo, ...] = (lse,) if return_lse else ()
+    if return_info:
+        extra = (*extra, AttentionInfo(policy, mask, reason))
+    return (out, *extra)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    policy: Policy | None = None,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    window_left: int | None = None,
+    prompt_lens: Tensor | None = None,
+    return_lse: bool = False,
+    return_info: bool = False,
+) -> Result:
+    """Attention of ``q [B, Sq, Hq, D]`` over ``k [B, Sk, Hkv, D]``, ``v [B, Sk, Hkv, Dv]``; block-sparse by ``policy``.
+
+    Hq must be a multiple of Hkv (GQA, MQA). float32, bfloat16 or float16, one dtype; D, Dv up to 256; only the last
+    dimension must be contiguous. Forward only.
+
+    policy: a :mod:`bsfa.policies` object; None is dense and exact.
+    causal: bottom-right aligned, so that queries may be the last Sq positions of the prompt (chunked prefill).
+    softmax_scale: default ``1 / sqrt(D)``. softcap: logits become ``softcap * tanh(logit / softcap)``; 0 is off.
+    window_left: a query sees at most that many tokens before its own; such calls are dense inside the window.
+    prompt_lens: int32 [B], see :func:`bsfa.select_blocks`.
+
+    Returns ``out [B, Sq, Hq, Dv]``; with ``return_lse`` also ``lse`` float32 [B, Hq, Sq] (natural log, over the kept
+    blocks); with ``return_info`` also an :class:`bsfa.AttentionInfo` (mask, density, reason if it ran dense). A query
+    that sees no key gives out = 0, lse = -inf.
+
+    Raises ``ValueError``/``TypeError`` for bad input and :class:`bsfa.UnsupportedError` for what this build cannot run.
+    """
+    layout = resolve_layout(q, k, v, causal, None, None, None, None, None, None)
+    return _run(q, k, v, layout, policy, softmax_scale, softcap, window_left, prompt_lens, return_lse, return_info)
+
+
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    policy: Policy | None = None,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    window_left: int | None = None,
+    prompt_lens: Tensor | None = None,
+    return_lse: bool = False,
+    return_info: bool = False,
+) -> Result:
+    """Like :func:`attention` for packed sequences: ``q [total_q, Hq, D]``, ``k``/``v`` ``[total_k, Hkv, D]``.
+
+    ``cu_seqlens_*``: int32 [B + 1], starting with 0; ``max_seqlen_*``: longest sequence, tokens. Sequences may be
+    empty. LSE is ``[Hq, total_q]``.
+    """
+    layout = resolve_layout(q, k, v, causal, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, None, None)
+    return _run(q, k, v, layout, policy, softmax_scale, softcap, window_left, prompt_lens, return_lse, return_info)
+
+
+def attention_paged(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    seqlens_k: Tensor,
+    *,
+    cu_seqlens_q: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    policy: Policy | None = None,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    window_left: int | None = None,
+    prompt_lens: Tensor | None = None,
+    return_lse: bool = False,
+    return_info: bool = False,
+) -> Result:
+    """Like :func:`attention` over a paged KV cache ``[num_pages, page_size, Hkv, D]``.
+
+    block_table: int32 [B, max_pages], page of each page_size tokens; entries past a sequence's end are not read.
+    seqlens_k: int32 [B], KV tokens including those of this chunk. Any page size; any page, token and head strides.
+    q: ``[B, Sq, Hq, D]``, or packed ``[total_q, Hq, D]`` with ``cu_seqlens_q`` and ``max_seqlen_q``.
+    max_seqlen_k: default, the capacity of ``block_table``; give the true maximum to keep masks small.
+    """
+    layout = resolve_layout(
+        q, k_cache, v_cache, causal, cu_seqlens_q, None, max_seqlen_q, max_seqlen_k, block_table, seqlens_k
+    )
+    return _run(
+        q, k_cache, v_cache, layout, policy, softmax_scale, softcap, window_left, prompt_lens, return_lse, return_info
+    )

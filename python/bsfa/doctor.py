@@ -1,0 +1,45 @@
+"""What was built, what this machine can run, and why not the rest."""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import torch
+
+from bsfa import _library
+
+
+def doctor() -> dict[str, Any]:
+    """Facts about this installation.
+
+    Returns a dict: ``build`` (version, compiler, torch target, CPU instruction set), ``machine`` (python, torch, GPUs),
+    ``kernels`` (the compiled kernels, one row each) and ``operations``: for each operation and device either "ok" or
+    the reason why it cannot run here. ``python -m bsfa doctor`` prints it.
+    """
+    gpus = []
+    cuda_problem = _library.cuda_missing
+    if cuda_problem is None and not torch.cuda.is_available():
+        cuda_problem = "torch finds no CUDA device"
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            p = torch.cuda.get_device_properties(index)
+            gpus.append({"name": p.name, "capability": f"{p.major}.{p.minor}", "memory_gib": p.total_memory / 2**30})
+        if cuda_problem is None and all(not g["capability"].startswith("9.0") for g in gpus):
+            cuda_problem = "the CUDA kernels are compiled for compute capability 9.0 (Hopper) only"
+    operations: dict[str, dict[str, str]] = {}
+    for op in _library.OPERATORS:
+        cuda = cuda_problem or ("ok" if op in _library.KERNELS["cuda"] else "no CUDA kernel in this version of bsfa")
+        operations[op] = {"cpu": "ok" if op in _library.KERNELS["cpu"] else "not compiled", "cuda": cuda}
+    return {
+        "build": dict(_library._C.build_info()),
+        "machine": {
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "gpus": gpus,
+        },
+        "kernels": _library.kernel_table(),
+        "operations": operations,
+    }

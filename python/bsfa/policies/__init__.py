@@ -1,0 +1,30 @@
+"""Policies: which KV blocks to keep. Small frozen dataclasses, each with the parameters of what it follows.
+
+Adding a scored policy is one dataclass deriving from :class:`ScoredPolicy` and one scoring rule (``ScoreRule`` in
+csrc/include/bsfa/params.h); everything else (chunking, paging, calibration, threshold files) follows from its class
+variables.
+"""
+
+from __future__ import annotations
+
+from bsfa.policies.base import Policy, ScoredPolicy, Selection
+from bsfa.policies.cumulative_mass import CumulativeMass
+from bsfa.policies.dense import Dense
+from bsfa.policies.fixed import Fixed
+from bsfa.policies.relative_max import RelativeMax
+from bsfa.policies.static_pattern import StaticPattern
+
+#: Policies that calibration and the command line know by name.
+SCORED: dict[str, type[ScoredPolicy]] = {p.name: p for p in (RelativeMax, CumulativeMass)}
+
+__all__ = [
+    "SCORED",
+    "CumulativeMass",
+    "Dense",
+    "Fixed",
+    "Policy",
+    "RelativeMax",
+    "ScoredPolicy",
+    "Selection",
+    "StaticPattern",
+]

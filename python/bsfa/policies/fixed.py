@@ -1,0 +1,43 @@
+"""Fixed: a mask that the caller made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from bsfa.block_mask import BlockMask, MaskGeometry
+from bsfa.policies.base import Policy, Selection
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Fixed(Policy):
+    """A given :class:`bsfa.BlockMask`, for prompts of its own geometry only (``ValueError`` otherwise)."""
+
+    mask: BlockMask
+    block_m: int = field(init=False, default=128)
+    block_n: int = field(init=False, default=128)
+    name: ClassVar[str] = "fixed"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.mask, BlockMask):
+            raise TypeError(f"Fixed.mask must be a bsfa.BlockMask, got {type(self.mask).__name__}")
+        object.__setattr__(self, "block_m", self.mask.block_m)
+        object.__setattr__(self, "block_n", self.mask.block_n)
+
+    def select(self, selection: Selection) -> BlockMask:
+        """The mask, if it fits the call."""
+        geometry = MaskGeometry.of(selection.layout, self.block_m, self.block_n, selection.q.device)
+        check_geometry(self.mask, geometry)
+        return self.mask
+
+
+def check_geometry(mask: BlockMask, geometry: MaskGeometry) -> None:
+    """Raise ``ValueError`` unless ``mask`` was made for a call of this geometry."""
+    if mask.device != geometry.seqlens_q.device:
+        raise ValueError(f"the mask is on {mask.device} but q is on {geometry.seqlens_q.device}")
+    if not mask.geometry.same_as(geometry):
+        g = geometry
+        raise ValueError(
+            f"the mask does not fit this call: {mask!r} against max_seqlen_q={g.max_seqlen_q}, "
+            f"max_seqlen_k={g.max_seqlen_k}, rows={g.num_rows}, causal={g.causal}"
+        )

@@ -1,0 +1,354 @@
+"""The three stages on their own: pool, select, attend. :mod:`bsfa.attention` chains them.
+
+All take the same description of where the tokens lie:
+
+* batched: ``q [B, Sq, Hq, D]``, ``k``/``v`` ``[B, Sk, Hkv, D]``;
+* packed: ``q [total_q, Hq, D]`` with ``cu_seqlens_q``, ``k``/``v`` ``[total_k, Hkv, D]`` with ``cu_seqlens_k``, both
+  int32 [B + 1], and ``max_seqlen_q``, ``max_seqlen_k``;
+* paged: ``k``/``v`` ``[num_pages, page_size, Hkv, D]`` with ``block_table`` int32 [B, max_pages] and ``seqlens_k``
+  int32 [B]; queries batched or packed. Any page size, any page, token and head strides.
+
+Only the last dimension must be contiguous. Dtypes: float32, bfloat16, float16. Index tensors on the CPU are checked
+by value; on a GPU they are not read back, so wrong values there are the caller's to avoid.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+import bsfa.ops  # noqa: F401  fake kernels
+from bsfa._library import require_kernel
+from bsfa.block_mask import BlockMask, MaskGeometry
+from bsfa.layout import (
+    Layout,
+    batched_layout,
+    check_block_sizes,
+    check_data,
+    check_heads,
+    check_index,
+    paged_layout,
+    varlen_layout,
+)
+from bsfa.policies import Policy, Selection
+from bsfa.policies.fixed import check_geometry
+
+
+def resolve_scale(softmax_scale: float | None, head_dim: int, softcap: float) -> float:
+    """The softmax scale to use (default ``1 / sqrt(head_dim)``), after checking it and the softcap."""
+    for name, value in (("softmax_scale", softmax_scale), ("softcap", softcap)):
+        if value is None:
+            continue
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+        if not math.isfinite(value):
+            raise ValueError(f"{name} must be finite, got {value}")
+    if softcap < 0:
+        raise ValueError(f"softcap must be 0 (off) or positive, got {softcap}")
+    return 1.0 / math.sqrt(head_dim) if softmax_scale is None else float(softmax_scale)
+
+
+def resolve_layout(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    causal: bool,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+    block_table: Tensor | None,
+    seqlens_k: Tensor | None,
+) -> Layout:
+    """Check the tensors and say how their tokens lie. See the module docstring for the three forms."""
+    if not isinstance(causal, bool):
+        raise TypeError(f"causal must be a bool, got {type(causal).__name__}")
+    check_data("q", q, (3, 4))
+    check_data("k", k, (3, 4), q)
+    if v is not None:
+        check_data("v", v, (3, 4), q)
+    check_heads(q, k, v)
+    if block_table is not None:
+        if seqlens_k is None or cu_seqlens_k is not None:
+            raise ValueError("paged keys need block_table and seqlens_k (and no cu_seqlens_k)")
+        if k.dim() != 4:
+            raise ValueError(f"paged k must be [num_pages, page_size, Hkv, D], got shape {tuple(k.shape)}")
+        return paged_layout(q, k, block_table, seqlens_k, cu_seqlens_q, max_seqlen_q, max_seqlen_k, causal)
+    if seqlens_k is not None:
+        raise ValueError("seqlens_k belongs to paged keys: give a block_table too, or slice k")
+    if cu_seqlens_q is not None or cu_seqlens_k is not None:
+        if cu_seqlens_q is None or cu_seqlens_k is None or max_seqlen_q is None or max_seqlen_k is None:
+            raise ValueError("packed inputs need cu_seqlens_q, cu_seqlens_k, max_seqlen_q and max_seqlen_k")
+        if q.dim() != 3 or k.dim() != 3:
+            raise ValueError(f"packed q and k must have 3 dimensions, got {tuple(q.shape)} and {tuple(k.shape)}")
+        return varlen_layout(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal)
+    if q.dim() != 4 or k.dim() != 4:
+        raise ValueError(f"batched q and k must have 4 dimensions, got {tuple(q.shape)} and {tuple(k.shape)}")
+    return batched_layout(q, k, causal)
+
+
+def check_policy(policy: Policy | None) -> None:
+    """Raise ``TypeError`` unless ``policy`` is a policy or None."""
+    if policy is not None and not isinstance(policy, Policy):
+        raise TypeError(f"policy must be a bsfa.policies.Policy or None, got {type(policy).__name__}")
+
+
+def pool_blocks(
+    k: Tensor,
+    *,
+    block_n: int = 128,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_k: int | None = None,
+    block_table: Tensor | None = None,
+    seqlens_k: Tensor | None = None,
+) -> Tensor:
+    """Mean key of every KV block: the BlockSummary that selection scores against.
+
+    Returns ``[B, ceil(max_seqlen_k / block_n), Hkv, D]`` in k's dtype (float32 accumulation). The last block of a
+    sequence is divided by its true number of tokens; blocks past the end are zeros. ``block_n``: tokens.
+    Raises ``ValueError``/``TypeError`` for bad input, :class:`bsfa.UnsupportedError` where there is no kernel.
+    """
+    check_block_sizes(block_n, block_n)
+    check_data("k", k, (3, 4))
+    if block_table is not None:
+        if seqlens_k is None or cu_seqlens_k is not None or k.dim() != 4:
+            raise ValueError("paged keys are [num_pages, page_size, Hkv, D] with block_table and seqlens_k")
+        check_index("block_table", block_table, 2, k)
+        check_index("seqlens_k", seqlens_k, 1, k, block_table.shape[0])
+        dummy = k.new_empty((block_table.shape[0], 0, k.shape[2], k.shape[3]))
+        layout = paged_layout(dummy, k, block_table, seqlens_k, None, None, max_seqlen_k, False)
+        longest = layout.max_seqlen_k
+    elif cu_seqlens_k is not None:
+        if max_seqlen_k is None or k.dim() != 3:
+            raise ValueError("packed keys are [total_k, Hkv, D] with cu_seqlens_k and max_seqlen_k")
+        dummy = k.new_empty((0, k.shape[1], k.shape[2]))
+        varlen_layout(dummy, k, torch.zeros_like(cu_seqlens_k), cu_seqlens_k, 0, max_seqlen_k, False)
+        longest = max_seqlen_k
+    else:
+        if k.dim() != 4 or seqlens_k is not None:
+            raise ValueError("batched keys are [B, Sk, Hkv, D] and take no seqlens_k")
+        if max_seqlen_k is not None and max_seqlen_k != k.shape[1]:
+            raise ValueError(f"max_seqlen_k = {max_seqlen_k} contradicts k of shape {tuple(k.shape)}")
+        longest = k.shape[1]
+    require_kernel("pool_blocks", k.device)
+    summary: Tensor = torch.ops.bsfa.pool_blocks(k, cu_seqlens_k, block_table, seqlens_k, longest, block_n)
+    return summary
+
+
+def _selection(
+    q: Tensor,
+    summary: Tensor | None,
+    layout: Layout,
+    softmax_scale: float,
+    softcap: float,
+    prompt_lens: Tensor | None,
+) -> Selection:
+    if prompt_lens is not None:
+        check_index("prompt_lens", prompt_lens, 1, q, layout.batch)
+    return Selection(q, layout, softmax_scale, softcap, prompt_lens, summary)
+
+
+def select_blocks(
+    q: Tensor,
+    summary: Tensor | None,
+    policy: Policy,
+    *,
+    seqlen_k: int | None = None,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    seqlens_k: Tensor | None = None,
+    prompt_lens: Tensor | None = None,
+    return_scores: bool = False,
+) -> BlockMask | None | tuple[BlockMask | None, Tensor]:
+    """Which KV blocks each query tile attends to, by ``policy``; None means all (dense).
+
+    q: ``[B, Sq, Hq, D]``, or packed ``[total_q, Hq, D]`` with ``cu_seqlens_q`` and ``max_seqlen_q``.
+    summary: result of :func:`pool_blocks` with ``policy.block_n``; None for policies that need no keys.
+    KV lengths (tokens): ``seqlen_k`` for all sequences, or ``cu_seqlens_k``/``seqlens_k`` with ``max_seqlen_k``.
+    prompt_lens: int32 [B], full prompt lengths, when this call is a chunk that does not end the prompt (they place
+    ``last_tiles``); default: this call ends the prompt.
+    return_scores: also return the scores, float32 [rows, Hq, blocks] (-1: not visible), of a scored policy.
+    """
+    check_policy(policy)
+    check_data("q", q, (3, 4))
+    scale = resolve_scale(softmax_scale, q.shape[-1], softcap)
+    batch = cu_seqlens_q.shape[0] - 1 if cu_seqlens_q is not None else q.shape[0]
+    if cu_seqlens_q is not None:
+        check_index("cu_seqlens_q", cu_seqlens_q, 1, q)
+        if q.dim() != 3 or max_seqlen_q is None:
+            raise ValueError("cu_seqlens_q needs packed q [total_q, Hq, D] and max_seqlen_q")
+    elif q.dim() != 4:
+        raise ValueError(f"without cu_seqlens_q, q must be [B, Sq, Hq, D], got shape {tuple(q.shape)}")
+    if sum(x is not None for x in (seqlen_k, cu_seqlens_k, seqlens_k)) != 1:
+        raise ValueError("give exactly one of seqlen_k, cu_seqlens_k and seqlens_k")
+    if seqlen_k is None and max_seqlen_k is None:
+        raise ValueError("cu_seqlens_k and seqlens_k need max_seqlen_k")
+    if cu_seqlens_k is not None:
+        check_index("cu_seqlens_k", cu_seqlens_k, 1, q, batch + 1)
+    if seqlens_k is not None:
+        check_index("seqlens_k", seqlens_k, 1, q, batch)
+    longest = seqlen_k if seqlen_k is not None else max_seqlen_k
+    assert longest is not None
+    if seqlen_k is not None and cu_seqlens_q is not None:
+        seqlens_k = torch.full((batch,), seqlen_k, dtype=torch.int32, device=q.device)
+    layout = Layout(
+        batch,
+        q.shape[1] if cu_seqlens_q is None else int(max_seqlen_q or 0),
+        longest,
+        causal,
+        batch * q.shape[1] if cu_seqlens_q is None else q.shape[0],
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        seqlens_k=seqlens_k,
+    )
+    if summary is not None:
+        check_data("summary", summary, (4,), q)
+        want = (batch, -(-longest // policy.block_n), q.shape[-1])
+        if (summary.shape[0], summary.shape[1], summary.shape[3]) != want or not summary.is_contiguous():
+            raise ValueError(
+                f"summary must be contiguous [B, blocks, Hkv, D] = [{want[0]}, {want[1]}, *, {want[2]}] for block_n = "
+                f"{policy.block_n}, got shape {tuple(summary.shape)}"
+            )
+    selection = _selection(q, summary, layout, scale, softcap, prompt_lens)
+    mask = policy.select(selection)
+    if not return_scores:
+        return mask
+    if not hasattr(policy, "score"):
+        raise ValueError(f"policy {type(policy).__name__} has no scores")
+    return mask, policy.score(selection)
+
+
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask | None,
+    *,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    window_left: int | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    block_table: Tensor | None = None,
+    seqlens_k: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Exact softmax attention over the kept blocks (None: all of them).
+
+    Returns ``out`` (q's shape with v's head_dim, q's dtype) and ``lse`` (float32, natural log; ``[B, Hq, Sq]`` or
+    ``[Hq, total_q]``). A query that sees no key gives out = 0 and lse = -inf. ``window_left``: a query sees at most
+    that many tokens before its own (needs ``causal``).
+    """
+    layout = resolve_layout(
+        q, k, v, causal, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table, seqlens_k
+    )
+    scale = resolve_scale(softmax_scale, q.shape[-1], softcap)
+    if mask is not None:
+        if not isinstance(mask, BlockMask):
+            raise TypeError(f"mask must be a bsfa.BlockMask or None, got {type(mask).__name__}")
+        check_geometry(mask, MaskGeometry.of(layout, mask.block_m, mask.block_n, q.device))
+        if mask.num_heads not in (q.shape[-2], k.shape[-2], 1):
+            raise ValueError(
+                f"the mask has {mask.num_heads} heads; it needs {q.shape[-2]} (query), {k.shape[-2]} (KV) or 1"
+            )
+    return attend(q, k, v, mask, layout, scale, softcap, window_left)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask | None,
+    layout: Layout,
+    softmax_scale: float,
+    softcap: float,
+    window_left: int | None,
+) -> tuple[Tensor, Tensor]:
+    """Run the attention operator on inputs that have been checked."""
+    require_kernel("attention", q.device)
+    if window_left is not None:
+        if not isinstance(window_left, int) or isinstance(window_left, bool):
+            raise TypeError(f"window_left must be an int (tokens) or None, got {type(window_left).__name__}")
+        if window_left < 0 or not layout.causal:
+            raise ValueError("window_left must be 0 or more and needs causal=True")
+    out, lse = torch.ops.bsfa.attention(
+        q,
+        k,
+        v,
+        layout.cu_seqlens_q,
+        layout.cu_seqlens_k,
+        layout.block_table,
+        layout.seqlens_k,
+        layout.max_seqlen_q,
+        layout.max_seqlen_k,
+        None if mask is None else mask.words,
+        128 if mask is None else mask.block_m,
+        128 if mask is None else mask.block_n,
+        layout.causal,
+        softmax_scale,
+        softcap,
+        -1 if window_left is None else window_left,
+    )
+    return out, lse
+
+
+def block_mass(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    *,
+    block_m: int = 128,
+    block_n: int = 128,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    block_table: Tensor | None = None,
+    seqlens_k: Tensor | None = None,
+) -> Tensor:
+    """True attention mass per query tile and KV block, from the LSE of dense attention.
+
+    Returns float32 ``[rows, Hq, blocks]``: the mean over the tile's queries of the softmax probability that falls
+    into the block, so a row sums to 1. Rows follow :class:`bsfa.MaskGeometry`. Linear memory in blocks.
+    """
+    check_block_sizes(block_m, block_n)
+    layout = resolve_layout(
+        q, k, None, causal, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table, seqlens_k
+    )
+    scale = resolve_scale(softmax_scale, q.shape[-1], softcap)
+    want = (q.shape[0], q.shape[2], q.shape[1]) if q.dim() == 4 else (q.shape[1], q.shape[0])
+    if not isinstance(lse, Tensor) or lse.dtype != torch.float32:
+        raise TypeError("lse must be a float32 tensor, as returned by bsfa.attention(..., return_lse=True)")
+    if tuple(lse.shape) != want or not lse.is_contiguous():
+        raise ValueError(f"lse must be contiguous of shape {want}, got {tuple(lse.shape)}")
+    require_kernel("block_mass", q.device)
+    mass: Tensor = torch.ops.bsfa.block_mass(
+        q,
+        k,
+        lse,
+        layout.cu_seqlens_q,
+        layout.cu_seqlens_k,
+        layout.block_table,
+        layout.seqlens_k,
+        layout.max_seqlen_q,
+        layout.max_seqlen_k,
+        layout.num_mask_rows(block_m),
+        block_m,
+        block_n,
+        causal,
+        scale,
+        softcap,
+    )
+    return mass
