@@ -266,7 +266,7 @@ class BlockMask:
         return (picked & used[:, :, None, None]).transpose(1, 2)
 
     def to_csr(self) -> tuple[Tensor, Tensor]:
-        """(indptr int32 [num_rows * heads + 1], indices int32) over (row, head) segments. Synchronises with the host."""
+        """(indptr int32 [num_rows * heads + 1], indices int32) over (row, head) segments. Synchronises with the GPU."""
         kept = self.to_rows().flatten(0, 1)
         indptr = torch.nn.functional.pad(kept.sum(-1).cumsum(0), (1, 0)).to(torch.int32)
         return indptr, kept.nonzero()[:, 1].to(torch.int32)
@@ -280,7 +280,8 @@ class BlockMask:
         from torch.nn.attention import flex_attention as flex
 
         g = self.geometry
-        if g.seqlens_q.numel() == 0 or bool((g.seqlens_q != g.max_seqlen_q).any() | (g.seqlens_k != g.max_seqlen_k).any()):
+        one_length = (g.seqlens_q == g.max_seqlen_q).all() & (g.seqlens_k == g.max_seqlen_k).all()
+        if g.seqlens_q.numel() == 0 or not bool(one_length):
             raise UnsupportedError("flex_attention masks need sequences of one length; convert one sequence at a time")
         offset = g.max_seqlen_k - g.max_seqlen_q if g.causal else 0
         if offset % g.block_m:

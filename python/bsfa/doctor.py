@@ -17,7 +17,7 @@ def doctor() -> dict[str, Any]:
     ``kernels`` (the compiled kernels, one row each) and ``operations``: for each operation and device either "ok" or
     the reason why it cannot run here. ``python -m bsfa doctor`` prints it.
     """
-    gpus = []
+    gpus: list[dict[str, Any]] = []
     cuda_problem = _library.cuda_missing
     if cuda_problem is None and not torch.cuda.is_available():
         cuda_problem = "torch finds no CUDA device"

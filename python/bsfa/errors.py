@@ -8,7 +8,7 @@ import torch
 
 
 class UnsupportedError(RuntimeError):
-    """A request that is valid but that this build, device or version cannot run. The message says what to do instead."""
+    """A valid request that this build, device or version cannot run. The message says what to do instead."""
 
 
 class ThresholdMismatchError(ValueError):

@@ -8,6 +8,7 @@ tiles however it is cut into chunks.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -118,7 +119,7 @@ def check_values(layout: Layout, total_k: int | None, num_pages: int | None, pag
         if cu is None or cu.device.type != "cpu":
             continue
         values = cu.tolist()
-        lengths = [b - a for a, b in zip(values[:-1], values[1:], strict=True)]
+        lengths = [b - a for a, b in pairwise(values)]
         if values[0] != 0 or any(n < 0 for n in lengths):
             raise ValueError(f"{name} must start with 0 and never decrease, got {values}")
         if values[-1] != total:

@@ -166,7 +166,7 @@ def select_blocks(
     seqlens_k: Tensor | None = None,
     prompt_lens: Tensor | None = None,
     return_scores: bool = False,
-) -> BlockMask | None | tuple[BlockMask | None, Tensor]:
+) -> BlockMask | tuple[BlockMask | None, Tensor] | None:
     """Which KV blocks each query tile attends to, by ``policy``; None means all (dense).
 
     q: ``[B, Sq, Hq, D]``, or packed ``[total_q, Hq, D]`` with ``cu_seqlens_q`` and ``max_seqlen_q``.
