@@ -1,0 +1,21 @@
+// The kernels of one instruction set, as a table. Included last by isa_*.cpp.
+#pragma once
+
+#include "attention.h"
+#include "block_mass.h"
+#include "pool.h"
+#include "score.h"
+
+#define BSFA_STRING(x) #x
+#define BSFA_NAME(x) BSFA_STRING(x)
+
+namespace bsfa::cpu::BSFA_ISA {
+namespace {
+
+constexpr Kernels kTable = {
+    BSFA_NAME(BSFA_ISA), pool_scratch,   pool_block,         score_scratch,   score_tile,
+    attention_scratch,   attention_tile, block_mass_scratch, block_mass_tile,
+};
+
+}  // namespace
+}  // namespace bsfa::cpu::BSFA_ISA

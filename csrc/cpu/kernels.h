@@ -1,0 +1,73 @@
+// The seam between the drivers (operations.cpp, select.cpp: ordinary C++, compiled once) and the kernels (compiled once
+// per instruction set). A kernel handles one work item on one thread; it sees plain structs and a scratch buffer, calls
+// no standard library template, and reaches the drivers only through the table below. That way no inline function that
+// was compiled with AVX-512 can be merged by the linker with the one that an older machine runs.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "bsfa/geometry.h"
+#include "bsfa/params.h"
+
+namespace bsfa::cpu {
+
+// One query tile of one KV head; heads [head_begin, head_begin + head_count) all read kv_head.
+struct TileItem {
+  SequenceGeometry geometry;
+  int32_t sequence = 0;
+  int32_t tile = 0;  // local index
+  int32_t kv_head = 0;
+  int32_t head_begin = 0;
+  int32_t head_count = 0;
+  int64_t mask_row = 0;  // row of masks, scores and mass
+  int64_t weight = 0;    // amount of work, for the order only
+};
+
+// Query rows, over all heads of an item, whose state a kernel keeps at a time (a tile of more rows takes several passes
+// over its blocks). The state of a row is D + Dv floats; together at most 512 KiB.
+constexpr int32_t pass_rows(int32_t head_dim, int32_t head_dim_v) { return head_dim + head_dim_v > 256 ? 256 : 512; }
+
+constexpr int32_t pass_rows_per_head(const Problem& problem, int32_t head_count) {
+  const int32_t rows = pass_rows(problem.head_dim, problem.head_dim_v) / head_count;
+  return rows < problem.block_m ? (rows > 0 ? rows : 1) : problem.block_m;
+}
+
+// How many heads of a group one item takes: they share the packed keys and values.
+constexpr int32_t heads_per_item(const Problem& problem) {
+  const int32_t group = problem.num_q_heads / problem.num_kv_heads;
+  const int32_t heads = pass_rows(problem.head_dim, problem.head_dim_v) / problem.block_m;
+  return heads < 1 ? 1 : (heads < group ? heads : group);
+}
+
+// Keys that are packed and multiplied at a time: a KV block, or a part of a larger one.
+constexpr int32_t kChunk = 128;
+
+// Scratch is 64-byte aligned; each operation says how many floats it wants.
+struct Kernels {
+  const char* name;
+  // Mean of KV block `block` of `sequence`, all heads, into params.out.
+  int64_t (*pool_scratch)(const PoolParams& params);
+  void (*pool_block)(const PoolParams& params, int32_t sequence, int32_t seqlen, int32_t block, float* scratch);
+  // kRelativeMax: scores[h * max_blocks + j] = score of block j, j < visible. kCumulativeMass: the logits s_j.
+  int64_t (*score_scratch)(const ScoreParams& params);
+  void (*score_tile)(const ScoreParams& params, const TileItem& item, float* scratch, float* scores);
+  int64_t (*attention_scratch)(const AttentionParams& params);
+  void (*attention_tile)(const AttentionParams& params, const TileItem& item, float* scratch);
+  int64_t (*block_mass_scratch)(const BlockMassParams& params);
+  void (*block_mass_tile)(const BlockMassParams& params, const TileItem& item, float* scratch);
+};
+
+const Kernels& generic_kernels();
+#if defined(__x86_64__)
+const Kernels& avx2_kernels();
+const Kernels& avx512_kernels();
+#endif
+
+// The table in use: the best that this machine runs, unless a test has forced another.
+const Kernels& kernels();
+// Forces "generic", "avx2" or "avx512"; null goes back to the best. Returns false, and changes nothing, where the
+// machine lacks it. For tests; not thread-safe against running operations.
+bool set_instruction_set(const char* name);
+
+}  // namespace bsfa::cpu

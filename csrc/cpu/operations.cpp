@@ -1,0 +1,36 @@
+// pool_blocks, attention and block_mass: from parameters to work items for the kernels. (Scores: select.cpp.)
+#include <algorithm>
+
+#include "bsfa/cpu.h"
+#include "schedule.h"
+
+namespace bsfa::cpu {
+
+void pool_blocks(const PoolParams& params, const Executor& executor) {
+  const Kernels& k = kernels();
+  const int64_t count = int64_t{params.batch} * params.max_blocks;
+  for_each_item(executor, count, k.pool_scratch(params), [&](int64_t index, float* scratch) {
+    const int32_t sequence = static_cast<int32_t>(index / params.max_blocks);
+    const int32_t block = static_cast<int32_t>(index % params.max_blocks);
+    k.pool_block(params, sequence, seqlen_k(params.kv, sequence), block, scratch);
+  });
+}
+
+void attention(const AttentionParams& params, const Executor& executor) {
+  const Kernels& k = kernels();
+  const Schedule schedule = make_schedule(params.problem, params.words != nullptr ? params.num_rows : -1, params.words,
+                                          params.mask_heads, params.num_words);
+  for_each_item(executor, static_cast<int64_t>(schedule.items.size()), k.attention_scratch(params),
+                [&](int64_t index, float* scratch) { k.attention_tile(params, schedule.items[index], scratch); });
+}
+
+void block_mass(const BlockMassParams& params, const Executor& executor) {
+  const Kernels& k = kernels();
+  const Schedule schedule = make_schedule(params.problem, params.num_rows);
+  const int64_t row_size = int64_t{params.problem.num_q_heads} * params.max_blocks;
+  std::fill(params.mass + schedule.used_rows * row_size, params.mass + params.num_rows * row_size, 0.0f);
+  for_each_item(executor, static_cast<int64_t>(schedule.items.size()), k.block_mass_scratch(params),
+                [&](int64_t index, float* scratch) { k.block_mass_tile(params, schedule.items[index], scratch); });
+}
+
+}  // namespace bsfa::cpu

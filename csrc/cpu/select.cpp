@@ -1,0 +1,177 @@
+// score_blocks and select_blocks: what is done with the scores that the kernels make for one query tile.
+//
+//   kRelativeMax     score as it comes (score.h); kept iff score > 0 and score >= threshold
+//   kCumulativeMass  softmax over the visible blocks in float64, ranked by descending logit (ties: lower block first);
+//                    score = mass of the blocks ranked before, summed in rank order; kept iff score < threshold, and
+//                    the best always
+//
+// Also kept: sink blocks, the window around the tile's own positions, everything in the last tiles of the prompt, the
+// best min_blocks by score. Scores of NaN rank last and are kept only by such a rule.
+// Memory per worker: the scores of one tile, [heads of the item, max_blocks], and one row of indices.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "bsfa/cpu.h"
+#include "schedule.h"
+
+namespace bsfa::cpu {
+namespace {
+
+struct Ranking {
+  std::vector<int32_t> order;
+  std::vector<float> keys;
+  std::vector<double> weights;
+};
+
+// order = block indices by descending key, ties: lower first; only the first `top` places are in order.
+void rank(const float* scores, int32_t count, int32_t top, bool ascending, Ranking* ranking) {
+  ranking->order.resize(count);
+  ranking->keys.resize(count);
+  for (int32_t j = 0; j < count; ++j) {
+    const float key = ascending ? -scores[j] : scores[j];
+    ranking->order[j] = j;
+    ranking->keys[j] = std::isnan(key) ? -std::numeric_limits<float>::infinity() : key;
+  }
+  const float* keys = ranking->keys.data();
+  std::partial_sort(ranking->order.begin(), ranking->order.begin() + top, ranking->order.end(),
+                    [keys](int32_t a, int32_t b) { return keys[a] > keys[b] || (keys[a] == keys[b] && a < b); });
+}
+
+// Base-2 logits become the mass that ranks strictly before each block. Returns the best block.
+int32_t cumulative_mass(float* scores, int32_t count, Ranking* ranking) {
+  rank(scores, count, count, /*ascending=*/false, ranking);
+  const int32_t best = ranking->order[0];
+  const double top = scores[best];
+  ranking->weights.resize(count);
+  double total = 0.0;
+  for (int32_t i = 0; i < count; ++i) {
+    ranking->weights[i] = i == 0 ? 1.0 : std::exp2(static_cast<double>(scores[ranking->order[i]]) - top);
+    total += ranking->weights[i];
+  }
+  double before = 0.0;
+  for (int32_t i = 0; i < count; ++i) {
+    scores[ranking->order[i]] = static_cast<float>(before / total);
+    before += ranking->weights[i];
+  }
+  return best;
+}
+
+// Scores of the item's heads as the contract has them, [head_count, max_blocks], visible blocks only. best[h] is the
+// block that kCumulativeMass always keeps.
+void score_item(const Kernels& k, const ScoreParams& params, const TileItem& item, float* scratch, float* scores,
+                Ranking* ranking, std::vector<int32_t>* best) {
+  const int32_t visible = item.geometry.visible_blocks(item.tile);
+  best->assign(item.head_count, -1);
+  if (visible == 0) return;
+  k.score_tile(params, item, scratch, scores);
+  if (params.rule == ScoreRule::kRelativeMax) return;
+  for (int32_t h = 0; h < item.head_count; ++h) {
+    (*best)[h] = cumulative_mass(scores + int64_t{h} * params.max_blocks, visible, ranking);
+  }
+}
+
+void set_range(uint32_t* words, int32_t begin, int32_t end) {
+  for (int32_t j = begin; j < end; ++j) words[j / 32] |= 1u << (j % 32);
+}
+
+bool keeps_everything(const SelectParams& params, const TileItem& item) {
+  if (params.last_tiles <= 0) return false;
+  const SequenceGeometry& g = item.geometry;
+  int32_t length = g.seqlen_q;
+  if (g.causal) length = params.prompt_lens != nullptr ? params.prompt_lens[item.sequence] : g.seqlen_k;
+  return g.first_tile() + item.tile >= ceil_div(length, g.block_m) - params.last_tiles;
+}
+
+// Sink and window, which depend on the tile alone. `visible` > 0.
+void set_always_kept(const SelectParams& params, const TileItem& item, int32_t visible, uint32_t* words) {
+  const SequenceGeometry& g = item.geometry;
+  const int32_t window = std::max(params.window_blocks, 1);
+  const int64_t tile = g.first_tile() + item.tile;
+  const int64_t first_position = std::max<int64_t>(tile * g.block_m, 0);
+  const int64_t last_position = std::min<int64_t>((tile + 1) * g.block_m, g.seqlen_k) - 1;
+  const int64_t limit = visible - 1;
+  const int64_t first_block = std::min(first_position / g.block_n, limit);
+  const int64_t last_block = std::min(std::max(first_block, last_position / g.block_n), limit);
+  const int64_t begin = std::max<int64_t>(first_block - window + 1, 0);
+  const int64_t end = g.causal ? last_block + 1 : std::min(last_block + window, limit + 1);
+  set_range(words, static_cast<int32_t>(begin), static_cast<int32_t>(end));
+  set_range(words, 0, std::min(params.sink_blocks, visible));
+}
+
+}  // namespace
+
+void score_blocks(const ScoreParams& params, const Executor& executor) {
+  const Kernels& k = kernels();
+  const Schedule schedule = make_schedule(params.problem, params.num_rows);
+  const int64_t heads = params.problem.num_q_heads;
+  const int64_t row_size = heads * params.max_blocks;
+  std::fill(params.scores + schedule.used_rows * row_size, params.scores + params.num_rows * row_size, -1.0f);
+  for_each_item(executor, static_cast<int64_t>(schedule.items.size()), k.score_scratch(params),
+                [&](int64_t index, float* scratch) {
+                  const TileItem& item = schedule.items[index];
+                  const int32_t visible = item.geometry.visible_blocks(item.tile);
+                  float* scores = params.scores + (item.mask_row * heads + item.head_begin) * params.max_blocks;
+                  Ranking ranking;
+                  std::vector<int32_t> best;
+                  score_item(k, params, item, scratch, scores, &ranking, &best);
+                  for (int32_t h = 0; h < item.head_count; ++h) {
+                    float* row = scores + int64_t{h} * params.max_blocks;
+                    std::fill(row + visible, row + params.max_blocks, -1.0f);
+                  }
+                });
+}
+
+void select_blocks(const SelectParams& params, const Executor& executor) {
+  const Kernels& k = kernels();
+  const ScoreParams& score = params.score;
+  const Schedule schedule = make_schedule(score.problem, score.num_rows);
+  const int64_t heads = score.problem.num_q_heads;
+  std::memset(params.words + schedule.used_rows * heads * params.num_words, 0,
+              sizeof(int32_t) * (score.num_rows - schedule.used_rows) * heads * params.num_words);
+  std::memset(params.counts + schedule.used_rows * heads, 0,
+              sizeof(int32_t) * (score.num_rows - schedule.used_rows) * heads);
+  const int64_t kernel_floats = ceil_div(static_cast<int32_t>(k.score_scratch(score)), 16) * 16;
+  const int64_t score_floats = int64_t{heads_per_item(score.problem)} * score.max_blocks;
+  for_each_item(executor, static_cast<int64_t>(schedule.items.size()), kernel_floats + score_floats,
+                [&](int64_t index, float* scratch) {
+                  const TileItem& item = schedule.items[index];
+                  const int32_t visible = item.geometry.visible_blocks(item.tile);
+                  const int64_t first_row = item.mask_row * heads + item.head_begin;
+                  uint32_t* words = reinterpret_cast<uint32_t*>(params.words) + first_row * params.num_words;
+                  std::memset(words, 0, sizeof(int32_t) * item.head_count * params.num_words);
+                  float* scores = scratch + kernel_floats;
+                  Ranking ranking;
+                  std::vector<int32_t> best;
+                  const bool everything = keeps_everything(params, item);
+                  if (!everything) score_item(k, score, item, scratch, scores, &ranking, &best);
+                  for (int32_t h = 0; h < item.head_count; ++h, words += params.num_words, scores += score.max_blocks) {
+                    int32_t& count = params.counts[first_row + h];
+                    count = 0;
+                    if (visible == 0) continue;
+                    if (everything) {
+                      set_range(words, 0, visible);
+                      count = visible;
+                      continue;
+                    }
+                    const float threshold = params.thresholds[item.head_begin + h];
+                    const bool cumulative = score.rule == ScoreRule::kCumulativeMass;
+                    for (int32_t j = 0; j < visible; ++j) {
+                      const bool keep = cumulative ? scores[j] < threshold : scores[j] > 0.0f && scores[j] >= threshold;
+                      words[j / 32] |= static_cast<uint32_t>(keep) << (j % 32);
+                    }
+                    if (cumulative) set_range(words, best[h], best[h] + 1);
+                    set_always_kept(params, item, visible, words);
+                    if (params.min_blocks > 0) {
+                      const int32_t top = std::min(params.min_blocks, visible);
+                      rank(scores, visible, top, /*ascending=*/cumulative, &ranking);
+                      for (int32_t i = 0; i < top; ++i) set_range(words, ranking.order[i], ranking.order[i] + 1);
+                    }
+                    for (int32_t w = 0; w < params.num_words; ++w) count += __builtin_popcount(words[w]);
+                  }
+                });
+}
+
+}  // namespace bsfa::cpu

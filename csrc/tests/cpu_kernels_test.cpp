@@ -1,0 +1,717 @@
+// The CPU kernels against a float64 oracle that shares no code with them: every operation, dtype, layout and
+// instruction set that this machine has. Prints what failed and exits nonzero. No framework:
+//   g++ -O2 -std=c++17 -fno-math-errno -ffp-contract=fast -Icsrc/include csrc/cpu/*.cpp
+//       csrc/tests/cpu_kernels_test.cpp -pthread -o cpu_kernels_test && ./cpu_kernels_test
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <limits>
+#include <numeric>
+#include <random>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "../cpu/kernels.h"
+#include "bsfa/cpu.h"
+
+namespace {
+
+using bsfa::DType;
+
+const float kNaN = std::numeric_limits<float>::quiet_NaN();
+const double kInf = std::numeric_limits<double>::infinity();
+int failures = 0;
+
+void fail(const std::string& where, const char* what, double got, double want) {
+  if (++failures <= 40) std::printf("FAIL %s: %s: got %.9g, want %.9g\n", where.c_str(), what, got, want);
+}
+
+bsfa::cpu::Executor threads(int workers) {
+  bsfa::cpu::Executor executor;
+  executor.num_workers = workers;
+  executor.run = [workers](const std::function<void(int)>& body) {
+    std::vector<std::thread> pool;
+    for (int w = 1; w < workers; ++w) pool.emplace_back(body, w);
+    body(0);
+    for (std::thread& t : pool) t.join();
+  };
+  return executor;
+}
+
+// ---- Numbers of the three storage types, one at a time and by arithmetic alone. ----
+
+double step_of(DType dtype, double x) {  // distance of neighbours near x
+  const int bits = dtype == DType::kFloat32 ? 24 : dtype == DType::kBFloat16 ? 8 : 11;
+  const int smallest = dtype == DType::kFloat16 ? -14 : -126;
+  const int exponent = x == 0.0 ? smallest : std::max(std::ilogb(x), smallest);
+  return std::ldexp(1.0, exponent - bits + 1);
+}
+
+double nearest(DType dtype, double x) {
+  if (std::isnan(x) || std::isinf(x) || x == 0.0) return x;
+  const double step = step_of(dtype, x);
+  return std::nearbyint(x / step) * step;
+}
+
+struct Storage {
+  DType dtype = DType::kFloat32;
+  std::vector<unsigned char> bytes;
+  void resize(DType type, int64_t count) {
+    dtype = type;
+    bytes.assign(count * (type == DType::kFloat32 ? 4 : 2), 0);
+    for (int64_t i = 0; i < count; ++i) set(i, kNaN);
+  }
+  void set(int64_t i, double x) {
+    if (dtype == DType::kFloat32) {
+      const float f = static_cast<float>(x);
+      std::memcpy(&bytes[i * 4], &f, 4);
+      return;
+    }
+    const int fraction = dtype == DType::kBFloat16 ? 7 : 10, width = dtype == DType::kBFloat16 ? 8 : 5;
+    const int bias = (1 << (width - 1)) - 1;
+    int bits = std::signbit(x) ? 0x8000 : 0;
+    if (std::isnan(x)) {
+      bits |= (((1 << width) - 1) << fraction) | (1 << (fraction - 1));
+    } else if (std::isinf(x)) {
+      bits |= ((1 << width) - 1) << fraction;
+    } else if (x != 0.0) {
+      const double y = std::fabs(nearest(dtype, x));
+      const int exponent = std::max(std::ilogb(y), 1 - bias);
+      const int mantissa = static_cast<int>(std::ldexp(y, fraction - exponent));
+      bits |= ((exponent + bias - 1) << fraction) + mantissa;
+    }
+    const uint16_t h = static_cast<uint16_t>(bits);
+    std::memcpy(&bytes[i * 2], &h, 2);
+  }
+  double get(int64_t i) const {
+    if (dtype == DType::kFloat32) {
+      float f;
+      std::memcpy(&f, &bytes[i * 4], 4);
+      return f;
+    }
+    uint16_t h;
+    std::memcpy(&h, &bytes[i * 2], 2);
+    const int fraction = dtype == DType::kBFloat16 ? 7 : 10, width = dtype == DType::kBFloat16 ? 8 : 5;
+    const int bias = (1 << (width - 1)) - 1;
+    const int exponent = (h & 0x7fff) >> fraction, mantissa = h & ((1 << fraction) - 1);
+    double x;
+    if (exponent == (1 << width) - 1) {
+      x = mantissa ? kNaN : kInf;
+    } else if (exponent == 0) {
+      x = std::ldexp(mantissa, 1 - bias - fraction);
+    } else {
+      x = std::ldexp(mantissa + (1 << fraction), exponent - bias - fraction);
+    }
+    return h & 0x8000 ? -x : x;
+  }
+};
+
+// ---- A problem: shapes, layout, data. ----
+
+enum class Layout { kBatched, kPacked, kPaged };
+
+struct Case {
+  const char* name;
+  DType dtype;
+  Layout layout;
+  int page_size;
+  bool causal;
+  int hq, hkv, d, dv;
+  int block_m, block_n;
+  float softcap;
+  int window_left;
+  std::vector<std::pair<int, int>> lengths;  // (seqlen_q, seqlen_k) per sequence; batched: all alike
+};
+
+struct Fixture {
+  Case c;
+  bsfa::Problem problem;
+  std::vector<int32_t> cu_q, cu_k, seqlens, table;
+  std::vector<int> rows_before;  // mask row of each sequence's first tile
+  int num_rows = 0, max_blocks = 0, max_k = 0, total_q = 0;
+  Storage q, k, v, out;
+  bsfa::TensorView q_view, k_view, v_view, out_view;
+  std::mt19937 random{1234};
+
+  static int floor_div(int a, int b) { return static_cast<int>(std::floor(static_cast<double>(a) / b)); }
+  int group() const { return c.hq / c.hkv; }
+  int lq(int b) const { return c.lengths[b].first; }
+  int lk(int b) const { return c.lengths[b].second; }
+  int position(int b, int row) const { return c.causal ? lk(b) - lq(b) + row : row; }
+  int first_tile(int b) const { return floor_div(position(b, 0), c.block_m); }
+  int tiles(int b) const { return lq(b) == 0 ? 0 : floor_div(position(b, lq(b) - 1), c.block_m) - first_tile(b) + 1; }
+  int mask_row(int b, int row) const { return rows_before[b] + floor_div(position(b, row), c.block_m) - first_tile(b); }
+  int blocks(int b) const { return (lk(b) + c.block_n - 1) / c.block_n; }
+  // Rows of this call in local tile t.
+  std::vector<int> rows_of(int b, int t) const {
+    std::vector<int> rows;
+    for (int r = 0; r < lq(b); ++r) {
+      if (mask_row(b, r) - rows_before[b] == t) rows.push_back(r);
+    }
+    return rows;
+  }
+  int visible(int b, int t) const {
+    if (!c.causal) return blocks(b);
+    const int last = position(b, rows_of(b, t).back());
+    return last < 0 ? 0 : last / c.block_n + 1;
+  }
+  int64_t q_index(const bsfa::TensorView& view, int b, int row, int h) const {
+    const int64_t token = c.layout == Layout::kBatched ? row : cu_q[b] + row;
+    return (c.layout == Layout::kBatched ? b * view.batch_stride : 0) + token * view.token_stride +
+           h * view.head_stride;
+  }
+  int64_t k_index(const bsfa::TensorView& view, int b, int token, int h) const {
+    int64_t index = h * view.head_stride;
+    if (c.layout == Layout::kBatched) return index + b * view.batch_stride + token * view.token_stride;
+    if (c.layout == Layout::kPacked) return index + (cu_k[b] + token) * view.token_stride;
+    const int pages = problem.kv.block_table_stride;
+    return index + table[b * pages + token / c.page_size] * view.batch_stride +
+           (token % c.page_size) * view.token_stride;
+  }
+  int64_t lse_index(int b, int row, int h) const {
+    return c.layout == Layout::kBatched ? (int64_t{b} * c.hq + h) * lq(0) + row : int64_t{h} * total_q + cu_q[b] + row;
+  }
+
+  explicit Fixture(const Case& in) : c(in) {
+    const int batch = static_cast<int>(c.lengths.size());
+    problem.dtype = c.dtype;
+    problem.batch = batch;
+    problem.num_q_heads = c.hq;
+    problem.num_kv_heads = c.hkv;
+    problem.head_dim = c.d;
+    problem.head_dim_v = c.dv;
+    problem.block_m = c.block_m;
+    problem.block_n = c.block_n;
+    problem.causal = c.causal;
+    problem.softmax_scale = 1.3f / std::sqrt(static_cast<float>(c.d));
+    problem.softcap = c.softcap;
+    cu_q = cu_k = {0};
+    int max_q = 0;
+    for (int b = 0; b < batch; ++b) {
+      cu_q.push_back(cu_q.back() + lq(b));
+      cu_k.push_back(cu_k.back() + lk(b));
+      seqlens.push_back(lk(b));
+      rows_before.push_back(num_rows);
+      num_rows += tiles(b);
+      max_q = std::max(max_q, lq(b));
+      max_k = std::max(max_k, lk(b));
+    }
+    num_rows += 2;  // unused ones
+    total_q = cu_q.back();
+    max_blocks = (max_k + c.block_n - 1) / c.block_n;
+    problem.query.max_seqlen = max_q;
+    problem.kv.max_seqlen = max_k;
+    // Rows are padded by a few elements: strides must be honoured.
+    const auto make = [&](Storage* storage, bsfa::TensorView* view, int64_t slabs, int64_t tokens, int heads, int dim) {
+      view->head_stride = dim + 1;
+      view->token_stride = heads * view->head_stride + 3;
+      view->batch_stride = tokens * view->token_stride + 5;
+      storage->resize(c.dtype, slabs * view->batch_stride + 64);
+      view->data = storage->bytes.data();
+    };
+    if (c.layout != Layout::kBatched) problem.query.cu_seqlens = cu_q.data();
+    const int64_t q_slabs = c.layout == Layout::kBatched ? batch : 1;
+    const int64_t q_tokens = c.layout == Layout::kBatched ? max_q : total_q;
+    make(&q, &q_view, q_slabs, q_tokens, c.hq, c.d);
+    make(&out, &out_view, q_slabs, q_tokens, c.hq, c.dv);
+    int64_t slabs = batch, tokens = max_k;
+    if (c.layout == Layout::kPacked) {
+      problem.kv.cu_seqlens = cu_k.data();
+      slabs = 1;
+      tokens = cu_k.back();
+    } else if (c.layout == Layout::kPaged) {
+      const int pages = (max_k + c.page_size - 1) / c.page_size + 2;
+      slabs = int64_t{pages} * batch + 3;
+      tokens = c.page_size;
+      std::vector<int> ids(slabs);
+      std::iota(ids.begin(), ids.end(), 0);
+      std::shuffle(ids.begin(), ids.end(), random);
+      table.assign(pages * batch, -1);
+      for (int b = 0, used = 0; b < batch; ++b) {
+        for (int i = 0; i < pages; ++i) {
+          const bool real = i * c.page_size < lk(b);
+          table[b * pages + i] = real ? ids[used++] : (i % 2 ? -1 : 1 << 30);
+        }
+      }
+      problem.kv.block_table = table.data();
+      problem.kv.block_table_stride = pages;
+      problem.kv.seqlens = seqlens.data();
+      problem.kv.page_size = c.page_size;
+    }
+    make(&k, &k_view, slabs, tokens, c.hkv, c.d);
+    make(&v, &v_view, slabs, tokens, c.hkv, c.dv);
+    std::normal_distribution<double> normal;
+    for (int b = 0; b < batch; ++b) {
+      for (int r = 0; r < lq(b); ++r) {
+        for (int h = 0; h < c.hq; ++h) {
+          for (int i = 0; i < c.d; ++i) q.set(q_index(q_view, b, r, h) + i, normal(random));
+        }
+      }
+      for (int n = 0; n < lk(b); ++n) {
+        for (int h = 0; h < c.hkv; ++h) {
+          for (int i = 0; i < c.d; ++i) k.set(k_index(k_view, b, n, h) + i, normal(random));
+          for (int i = 0; i < c.dv; ++i) v.set(k_index(v_view, b, n, h) + i, normal(random));
+        }
+      }
+    }
+  }
+
+  double cap(double s) const {
+    s *= problem.softmax_scale;
+    return c.softcap > 0 ? c.softcap * std::tanh(s / c.softcap) : s;
+  }
+  double logit(int b, int row, int h, int key) const {
+    double s = 0.0;
+    const int64_t qi = q_index(q_view, b, row, h), ki = k_index(k_view, b, key, h / group());
+    for (int i = 0; i < c.d; ++i) s += q.get(qi + i) * k.get(ki + i);
+    return cap(s);
+  }
+  bool sees(int b, int row, int key) const {
+    const int p = position(b, row);
+    if (c.causal && key > p) return false;
+    return c.window_left < 0 || (key <= p && key >= p - c.window_left);
+  }
+};
+
+bool bit(const std::vector<int32_t>& words, int64_t row, int num_words, int j) {
+  return static_cast<uint32_t>(words[row * num_words + j / 32]) >> (j % 32) & 1;
+}
+
+bool close(double got, double want, double absolute, double relative) {
+  if (std::isnan(want)) return std::isnan(got);
+  if (std::isinf(want)) return got == want;
+  return std::fabs(got - want) <= absolute + relative * std::fabs(want);
+}
+
+double output_error(DType dtype) {
+  return dtype == DType::kFloat32 ? 1e-5 : dtype == DType::kBFloat16 ? 1.0 / 250 : 1.0 / 2000;
+}
+
+// ---- The operations. ----
+
+std::vector<float> check_attention(Fixture& f, const std::string& where, int mask_heads, bool dense) {
+  const Case& c = f.c;
+  const int num_words = (f.max_blocks + 31) / 32;
+  std::vector<int32_t> words(int64_t{f.num_rows} * mask_heads * num_words + 1);
+  for (int32_t& w : words) w = static_cast<int32_t>(f.random() | f.random());
+  if (num_words > 0) std::fill(words.begin(), words.begin() + num_words, 0);  // a row that keeps nothing
+  std::vector<float> lse(int64_t{f.total_q} * c.hq + 1, kNaN);
+  bsfa::AttentionParams params;
+  params.problem = f.problem;
+  params.q = f.q_view;
+  params.k = f.k_view;
+  params.v = f.v_view;
+  params.out = f.out_view;
+  params.lse = lse.data();
+  params.lse_batch_stride = int64_t{c.hq} * f.lq(0);
+  params.lse_head_stride = c.layout == Layout::kBatched ? f.lq(0) : f.total_q;
+  params.words = dense ? nullptr : words.data();
+  params.num_rows = f.num_rows;
+  params.mask_heads = mask_heads;
+  params.num_words = num_words;
+  params.window_left = c.window_left;
+  bsfa::cpu::attention(params, threads(1));
+  const std::vector<unsigned char> first_out = f.out.bytes;
+  const std::vector<float> first_lse = lse;
+  std::fill(f.out.bytes.begin(), f.out.bytes.end(), 0xff);
+  std::fill(lse.begin(), lse.end(), kNaN);
+  bsfa::cpu::attention(params, threads(3));
+  for (size_t b = 0; b < c.lengths.size(); ++b) {
+    for (int h = 0; h < c.hq; ++h) {
+      const int mask_head = mask_heads == c.hq ? h : mask_heads == c.hkv ? h / f.group() : 0;
+      for (int r = 0; r < f.lq(b); ++r) {
+        const int64_t row = int64_t{f.mask_row(b, r)} * mask_heads + mask_head;
+        std::vector<std::pair<int, double>> seen;
+        double top = -kInf;
+        for (int n = 0; n < f.lk(b); ++n) {
+          if (!f.sees(b, r, n) || (!dense && !bit(words, row, num_words, n / c.block_n))) continue;
+          seen.emplace_back(n, f.logit(b, r, h, n));
+          top = std::max(top, seen.back().second);
+        }
+        std::vector<double> sum(c.dv);
+        double total = 0.0;
+        for (const auto& [n, s] : seen) {
+          const double p = std::exp(s - top);
+          total += p;
+          for (int i = 0; i < c.dv; ++i) sum[i] += p * f.v.get(f.k_index(f.v_view, b, n, h / f.group()) + i);
+        }
+        const double want_lse = seen.empty() ? -kInf : top + std::log(total);
+        const int64_t li = f.lse_index(b, r, h), oi = f.q_index(f.out_view, b, r, h);
+        if (!close(lse[li], want_lse, 2e-5, 1e-6)) fail(where, "lse", lse[li], want_lse);
+        if (std::memcmp(&lse[li], &first_lse[li], 4) != 0) fail(where, "lse by workers", lse[li], first_lse[li]);
+        for (int i = 0; i < c.dv; ++i) {
+          const double want = seen.empty() ? 0.0 : sum[i] / total, got = f.out.get(oi + i);
+          if (!close(got, want, 1e-5, output_error(c.dtype))) fail(where, "out", got, want);
+          const int64_t width = c.dtype == DType::kFloat32 ? 4 : 2;
+          if (std::memcmp(&f.out.bytes[(oi + i) * width], &first_out[(oi + i) * width], width) != 0) {
+            fail(where, "out by workers", got, want);
+          }
+        }
+      }
+    }
+  }
+  return lse;
+}
+
+void check_block_mass(Fixture& f, const std::string& where, const std::vector<float>& lse) {
+  const Case& c = f.c;
+  bsfa::BlockMassParams params;
+  params.problem = f.problem;
+  params.q = f.q_view;
+  params.k = f.k_view;
+  params.lse = lse.data();
+  params.lse_batch_stride = int64_t{c.hq} * f.lq(0);
+  params.lse_head_stride = c.layout == Layout::kBatched ? f.lq(0) : f.total_q;
+  params.num_rows = f.num_rows;
+  params.max_blocks = f.max_blocks;
+  std::vector<float> mass(int64_t{f.num_rows} * c.hq * f.max_blocks, kNaN), other = mass;
+  params.mass = other.data();
+  bsfa::cpu::block_mass(params, threads(3));
+  params.mass = mass.data();
+  bsfa::cpu::block_mass(params, threads(1));
+  if (!mass.empty() && std::memcmp(mass.data(), other.data(), mass.size() * 4) != 0) {
+    fail(where, "mass by workers", 0, 0);
+  }
+  std::vector<double> want(mass.size(), 0.0);
+  for (size_t b = 0; b < c.lengths.size(); ++b) {
+    for (int t = 0; t < f.tiles(b); ++t) {
+      const std::vector<int> rows = f.rows_of(b, t);
+      for (int h = 0; h < c.hq; ++h) {
+        for (int r : rows) {
+          const double l = lse[f.lse_index(b, r, h)];
+          for (int n = 0; n < f.lk(b) && l != -kInf; ++n) {
+            if (c.causal && n > f.position(b, r)) continue;
+            want[(int64_t{f.rows_before[b] + t} * c.hq + h) * f.max_blocks + n / c.block_n] +=
+                std::exp(f.logit(b, r, h, n) - l) / rows.size();
+          }
+        }
+      }
+    }
+  }
+  for (size_t i = 0; i < want.size(); ++i) {
+    if (!close(mass[i], want[i], 1e-6, 3e-5)) fail(where, "mass", mass[i], want[i]);
+  }
+}
+
+Storage check_pool(Fixture& f, const std::string& where) {
+  const Case& c = f.c;
+  bsfa::PoolParams params;
+  params.dtype = c.dtype;
+  params.batch = f.problem.batch;
+  params.num_kv_heads = c.hkv;
+  params.head_dim = c.d;
+  params.block_n = c.block_n;
+  params.max_blocks = f.max_blocks;
+  params.kv = f.problem.kv;
+  params.k = f.k_view;
+  Storage out;
+  out.resize(c.dtype, int64_t{f.problem.batch} * f.max_blocks * c.hkv * c.d + 1);
+  params.out = out.bytes.data();
+  bsfa::cpu::pool_blocks(params, threads(3));
+  for (int b = 0; b < f.problem.batch; ++b) {
+    for (int j = 0; j < f.max_blocks; ++j) {
+      const int begin = j * c.block_n, end = std::min(begin + c.block_n, f.lk(b));
+      for (int h = 0; h < c.hkv; ++h) {
+        for (int i = 0; i < c.d; ++i) {
+          double sum = 0.0, size = 0.0;
+          for (int n = begin; n < end; ++n) {
+            const double x = f.k.get(f.k_index(f.k_view, b, n, h) + i);
+            sum += x;
+            size += std::fabs(x);
+          }
+          const double want = end > begin ? sum / (end - begin) : 0.0;
+          const double got = out.get(((int64_t{b} * f.max_blocks + j) * c.hkv + h) * c.d + i);
+          // float32 sums: rounded right, or the sum lay that close to the middle of two neighbours.
+          const double slack = end > begin ? 1e-6 * size / (end - begin) : 0.0;
+          if (std::fabs(got - want) > 0.5 * step_of(c.dtype, want) + slack) fail(where, "mean", got, want);
+        }
+      }
+    }
+  }
+  return out;
+}
+
+void check_scores(Fixture& f, const std::string& where, const Storage& summary, bsfa::ScoreRule rule) {
+  const Case& c = f.c;
+  const bool cumulative = rule == bsfa::ScoreRule::kCumulativeMass;
+  bsfa::SelectParams select;
+  bsfa::ScoreParams& params = select.score;
+  params.problem = f.problem;
+  params.q = f.q_view;
+  params.summary = summary.bytes.data();
+  params.max_blocks = f.max_blocks;
+  params.rule = rule;
+  params.num_rows = f.num_rows;
+  std::vector<float> scores(int64_t{f.num_rows} * c.hq * f.max_blocks, kNaN), other = scores;
+  params.scores = other.data();
+  bsfa::cpu::score_blocks(params, threads(3));
+  params.scores = scores.data();
+  bsfa::cpu::score_blocks(params, threads(1));
+  if (!scores.empty() && std::memcmp(scores.data(), other.data(), scores.size() * 4) != 0) {
+    fail(where, "scores by workers", 0, 0);
+  }
+  const auto mean = [&](int b, int j, int h, int i) {
+    return summary.get(((int64_t{b} * f.max_blocks + j) * c.hkv + h / f.group()) * c.d + i);
+  };
+  std::vector<char> used(f.num_rows, 0);
+  for (int b = 0; b < f.problem.batch; ++b) {
+    for (int t = 0; t < f.tiles(b); ++t) {
+      const std::vector<int> rows = f.rows_of(b, t);
+      const int visible = f.visible(b, t);
+      used[f.rows_before[b] + t] = 1;
+      for (int h = 0; h < c.hq; ++h) {
+        const float* got = &scores[(int64_t{f.rows_before[b] + t} * c.hq + h) * f.max_blocks];
+        std::vector<double> want(f.max_blocks, -1.0);
+        if (!cumulative) {
+          std::vector<std::vector<double>> x(visible);
+          double top = -kInf, largest = 0.0;
+          for (int j = 0; j < visible; ++j) {
+            const int last = std::min((j + 1) * c.block_n, f.lk(b)) - 1;
+            for (int r : rows) {
+              if (c.causal && f.position(b, r) < last) continue;
+              double s = 0.0;
+              for (int i = 0; i < c.d; ++i) s += f.q.get(f.q_index(f.q_view, b, r, h) + i) * mean(b, j, h, i);
+              x[j].push_back(f.cap(s));
+              top = std::max(top, x[j].back());
+            }
+          }
+          for (int j = 0; j < visible; ++j) {
+            want[j] = 0.0;
+            for (double s : x[j]) want[j] += std::exp(s - top);
+            largest = std::max(largest, want[j]);
+          }
+          for (int j = 0; j < visible && largest > 0.0; ++j) want[j] /= largest;
+        } else if (visible > 0) {
+          std::vector<double> s(visible), p(visible);
+          for (int j = 0; j < visible; ++j) {
+            double dot = 0.0;
+            for (int i = 0; i < c.d; ++i) {
+              double sum = 0.0;
+              for (int r : rows) sum += f.q.get(f.q_index(f.q_view, b, r, h) + i);
+              dot += sum / rows.size() * mean(b, j, h, i);
+            }
+            s[j] = f.cap(dot);
+          }
+          double total = 0.0;
+          for (int j = 0; j < visible; ++j) total += p[j] = std::exp(s[j] - *std::max_element(s.begin(), s.end()));
+          for (int j = 0; j < visible; ++j) {
+            want[j] = 0.0;
+            for (int i = 0; i < visible; ++i) want[j] += s[i] > s[j] || (s[i] == s[j] && i < j) ? p[i] / total : 0.0;
+          }
+        }
+        for (int j = 0; j < f.max_blocks; ++j) {
+          if (!close(got[j], want[j], 2e-5, 2e-5)) fail(where, cumulative ? "mass score" : "score", got[j], want[j]);
+        }
+      }
+    }
+  }
+  for (int row = 0; row < f.num_rows; ++row) {
+    for (int64_t i = 0; i < int64_t{c.hq} * f.max_blocks && !used[row]; ++i) {
+      const float got = scores[int64_t{row} * c.hq * f.max_blocks + i];
+      if (got != -1.0f) fail(where, "score of an unused row", got, -1);
+    }
+  }
+
+  // Selection, from the scores just checked.
+  std::vector<float> thresholds(c.hq);
+  for (int h = 0; h < c.hq; ++h) thresholds[h] = 0.2f + 0.2f * h;
+  std::vector<int32_t> prompt_lens;
+  for (int b = 0; b < f.problem.batch; ++b) prompt_lens.push_back(f.lk(b) + c.block_m);
+  const int num_words = (f.max_blocks + 31) / 32;
+  for (int variant = 0; variant < 4; ++variant) {
+    select.thresholds = thresholds.data();
+    select.sink_blocks = variant;
+    select.window_blocks = variant == 3 ? 0 : variant + 1;
+    select.last_tiles = variant == 2 ? 2 : 0;
+    select.min_blocks = variant == 1 ? 4 : 0;
+    select.prompt_lens = variant == 2 && c.block_m == 16 ? prompt_lens.data() : nullptr;
+    select.num_words = num_words;
+    std::vector<int32_t> words(int64_t{f.num_rows} * c.hq * num_words + 1, -1),
+        counts(int64_t{f.num_rows} * c.hq + 1, -1);
+    select.words = words.data();
+    select.counts = counts.data();
+    bsfa::cpu::select_blocks(select, threads(2));
+    std::vector<int32_t> want(words.size(), 0);
+    want.back() = -1;
+    for (int b = 0; b < f.problem.batch; ++b) {
+      for (int t = 0; t < f.tiles(b); ++t) {
+        const int tile = f.first_tile(b) + t, visible = f.visible(b, t);
+        const int first = std::max(tile * c.block_m, 0), last = std::min((tile + 1) * c.block_m, f.lk(b)) - 1;
+        const int length = !c.causal ? f.lq(b) : select.prompt_lens ? prompt_lens[b] : f.lk(b);
+        const bool all = select.last_tiles > 0 && tile >= (length + c.block_m - 1) / c.block_m - select.last_tiles;
+        for (int h = 0; h < c.hq; ++h) {
+          const int64_t row = int64_t{f.rows_before[b] + t} * c.hq + h;
+          const float* s = &scores[row * f.max_blocks];
+          int kept = 0;
+          for (int j = 0; j < visible; ++j) {
+            int better = 0;
+            for (int i = 0; i < visible; ++i) {
+              const bool before = cumulative ? s[i] < s[j] : s[i] > s[j];
+              better += before || (s[i] == s[j] && i < j);
+            }
+            const int window = std::max(select.window_blocks, 1);
+            const int near_first = std::min(first / c.block_n, visible - 1);
+            const int near_last = std::min(std::max(last / c.block_n, near_first), visible - 1);
+            bool keep = cumulative ? s[j] < thresholds[h] || s[j] == 0.0f : s[j] > 0 && s[j] >= thresholds[h];
+            keep = keep || all || j < select.sink_blocks || better < select.min_blocks;
+            keep = keep || (j > near_first - window && j < near_last + (c.causal ? 1 : window));
+            if (keep) want[row * num_words + j / 32] |= static_cast<int32_t>(1u << (j % 32));
+            kept += keep;
+          }
+          if (counts[row] != kept) fail(where, "count", counts[row], kept);
+          if (visible > 0 && kept == 0) fail(where, "a row keeps nothing", 0, 1);
+        }
+      }
+    }
+    for (size_t i = 0; i < want.size(); ++i) {
+      if (words[i] != want[i]) fail(where, "words", words[i], want[i]);
+    }
+    for (int row = 0; row < f.num_rows; ++row) {
+      for (int h = 0; h < c.hq && !used[row]; ++h) {
+        if (counts[row * c.hq + h] != 0) fail(where, "count of an unused row", counts[row * c.hq + h], 0);
+      }
+    }
+  }
+}
+
+// A NaN or infinity in a valid token reaches the rows that see it, and no other.
+void check_nan_propagation(const char* isa) {
+  for (int in_k = 0; in_k < 2; ++in_k) {
+    Fixture f({"nan", DType::kFloat32, Layout::kBatched, 0, true, 2, 1, 20, 20, 32, 64, 0, -1, {{100, 100}}});
+    const int token = 70;
+    if (in_k) {
+      f.k.set(f.k_index(f.k_view, 0, token, 0) + 3, kNaN);
+    } else {
+      f.v.set(f.k_index(f.v_view, 0, token, 0) + 3, kNaN);
+      f.v.set(f.k_index(f.v_view, 0, token, 0) + 4, kInf);
+    }
+    bsfa::AttentionParams params;
+    params.problem = f.problem;
+    params.q = f.q_view;
+    params.k = f.k_view;
+    params.v = f.v_view;
+    params.out = f.out_view;
+    bsfa::cpu::attention(params, threads(1));
+    for (int h = 0; h < 2; ++h) {
+      for (int r = 0; r < 100; ++r) {
+        for (int i = 0; i < 20; ++i) {
+          const double got = f.out.get(f.q_index(f.out_view, 0, r, h) + i);
+          const bool sees = r >= token;
+          const bool nan = sees && (in_k || i == 3);
+          const bool infinite = sees && !in_k && i == 4;
+          if (std::isnan(got) != nan || std::isinf(got) != infinite) {
+            fail(std::string(isa) + (in_k ? " NaN in K" : " NaN in V"), "out", got, r);
+          }
+        }
+      }
+    }
+  }
+}
+
+// Extreme logits: one key far above all others, and rows whose logits are all very negative.
+void check_extremes(const char* isa) {
+  Fixture f({"extremes", DType::kFloat32, Layout::kBatched, 0, true, 1, 1, 8, 8, 64, 32, 0, -1, {{200, 200}}});
+  for (int n = 0; n < 200; ++n) {
+    for (int i = 0; i < 8; ++i) {
+      f.k.set(f.k_index(f.k_view, 0, n, 0) + i, f.k.get(f.k_index(f.k_view, 0, n, 0) + i) * (n == 9 ? 1e4 : 300.0));
+    }
+  }
+  const std::vector<float> lse = [&] {
+    std::vector<float> result(200);
+    bsfa::AttentionParams params;
+    params.problem = f.problem;
+    params.q = f.q_view;
+    params.k = f.k_view;
+    params.v = f.v_view;
+    params.out = f.out_view;
+    params.lse = result.data();
+    params.lse_batch_stride = params.lse_head_stride = 200;
+    bsfa::cpu::attention(params, threads(1));
+    return result;
+  }();
+  for (int r = 0; r < 200; ++r) {
+    double top = -kInf;
+    for (int n = 0; n <= r; ++n) top = std::max(top, f.logit(0, r, 0, n));
+    double total = 0.0, sum = 0.0;
+    for (int n = 0; n <= r; ++n) {
+      const double p = std::exp(f.logit(0, r, 0, n) - top);
+      total += p;
+      sum += p * f.v.get(f.k_index(f.v_view, 0, n, 0));
+    }
+    if (!close(lse[r], top + std::log(total), 1e-4, 1e-6)) fail(isa, "extreme lse", lse[r], top + std::log(total));
+    const double got = f.out.get(f.q_index(f.out_view, 0, r, 0));
+    if (!close(got, sum / total, 1e-2, 1e-2)) fail(isa, "extreme out", got, sum / total);
+  }
+}
+
+std::vector<Case> cases() {
+  const DType f32 = DType::kFloat32, bf16 = DType::kBFloat16, f16 = DType::kFloat16;
+  const Layout batched = Layout::kBatched, packed = Layout::kPacked, paged = Layout::kPaged;
+  // name, dtype, layout, page, causal, Hq, Hkv, D, Dv, block_m, block_n, softcap, window_left, (seqlen_q, seqlen_k)
+  return {
+      {"batched", f32, batched, 0, true, 4, 2, 64, 64, 64, 64, 0, -1, {{200, 200}, {200, 200}}},
+      {"batched bf16", bf16, batched, 0, true, 4, 2, 64, 64, 128, 128, 0, -1, {{300, 300}}},
+      {"batched f16", f16, batched, 0, true, 3, 1, 40, 40, 64, 32, 0, -1, {{150, 150}}},
+      {"not causal", f32, batched, 0, false, 2, 2, 40, 64, 64, 64, 0, -1, {{130, 210}}},
+      {"not causal, more queries", bf16, batched, 0, false, 2, 1, 16, 8, 32, 32, 0, -1, {{210, 70}}},
+      {"chunk", f32, batched, 0, true, 4, 1, 64, 32, 64, 64, 0, -1, {{100, 333}}},
+      {"aligned chunk", f16, batched, 0, true, 2, 1, 32, 32, 64, 64, 0, -1, {{128, 384}}},
+      {"more queries than keys", f32, batched, 0, true, 2, 1, 8, 8, 32, 16, 0, -1, {{150, 70}}},
+      {"one query", f32, batched, 0, true, 4, 4, 64, 64, 128, 128, 0, -1, {{1, 259}}},
+      {"D = 1", f32, batched, 0, true, 2, 1, 1, 1, 16, 16, 0, -1, {{90, 90}}},
+      {"odd D", bf16, batched, 0, true, 2, 1, 33, 7, 32, 64, 0, -1, {{90, 90}}},
+      {"D = 128", bf16, batched, 0, true, 2, 1, 128, 128, 128, 64, 0, -1, {{160, 160}}},
+      {"D = 256", f32, batched, 0, true, 2, 1, 256, 256, 128, 128, 0, -1, {{150, 200}}},
+      {"large tiles", f32, batched, 0, true, 4, 2, 16, 16, 256, 256, 0, -1, {{300, 600}}},
+      {"tile of 1024", f32, batched, 0, true, 2, 1, 8, 8, 1024, 512, 0, -1, {{700, 700}}},
+      {"tile of 1", f32, batched, 0, true, 2, 1, 8, 8, 1, 1, 0, -1, {{20, 70}}},
+      {"odd tiles", f16, batched, 0, true, 6, 2, 24, 24, 37, 53, 0, -1, {{111, 222}}},
+      {"softcap", f32, batched, 0, true, 4, 2, 64, 64, 64, 64, 0.7f, -1, {{100, 150}}},
+      {"softcap 30", bf16, packed, 0, true, 2, 1, 40, 40, 64, 64, 30.0f, -1, {{90, 90}, {5, 77}}},
+      {"window", f32, batched, 0, true, 4, 2, 32, 32, 64, 64, 0, 70, {{200, 300}}},
+      {"window of 0", f32, batched, 0, true, 1, 1, 8, 8, 32, 32, 0, 0, {{80, 80}}},
+      {"window, not causal", f32, batched, 0, false, 1, 1, 8, 8, 32, 32, 0, 20, {{90, 70}}},
+      {"packed", f32, packed, 0, true, 4, 2, 64, 64, 64, 64, 0, -1, {{100, 100}, {0, 0}, {70, 190}, {1, 1}}},
+      {"packed f16", f16, packed, 0, true, 8, 2, 40, 40, 128, 64, 0, -1, {{0, 60}, {130, 130}, {20, 0}}},
+      {"packed, not causal", bf16, packed, 0, false, 2, 1, 64, 64, 64, 64, 0, -1, {{50, 120}, {20, 0}, {0, 30}}},
+      {"page of 1", f32, paged, 1, true, 4, 2, 16, 16, 32, 32, 0, -1, {{60, 60}, {30, 100}}},
+      {"page of 3", bf16, paged, 3, true, 2, 1, 64, 64, 64, 64, 0, -1, {{100, 200}, {0, 0}, {7, 7}}},
+      {"page of 16", f16, paged, 16, true, 4, 1, 64, 64, 16, 16, 0, -1, {{100, 250}, {40, 41}}},
+      {"page of 16, window, softcap", f32, paged, 16, true, 4, 4, 40, 24, 64, 128, 5.0f, 33, {{100, 250}, {40, 0}}},
+      {"no keys", f32, batched, 0, true, 2, 1, 8, 8, 64, 64, 0, -1, {{10, 0}}},
+      {"many blocks", f32, batched, 0, true, 2, 1, 8, 8, 64, 4, 0, -1, {{70, 800}}},
+      {"group of 40", f32, batched, 0, true, 40, 1, 8, 8, 16, 16, 0, -1, {{20, 60}}},
+  };
+}
+
+}  // namespace
+
+int main() {
+  for (const char* isa : {"generic", "avx2", "avx512"}) {
+    if (!bsfa::cpu::set_instruction_set(isa)) {
+      std::printf("%s: not on this machine\n", isa);
+      continue;
+    }
+    if (std::string(bsfa::cpu::instruction_set()) != isa) fail(isa, "instruction_set", 0, 1);
+    for (const Case& c : cases()) {
+      const std::string where = std::string(isa) + ", " + c.name;
+      Fixture f(c);
+      const Storage summary = check_pool(f, where);
+      const std::vector<float> lse = check_attention(f, where + ", dense", 1, true);
+      for (int mask_heads : {c.hq, c.hkv, 1}) {
+        check_attention(f, where + ", mask heads " + std::to_string(mask_heads), mask_heads, false);
+      }
+      check_block_mass(f, where, lse);
+      check_scores(f, where, summary, bsfa::ScoreRule::kRelativeMax);
+      check_scores(f, where, summary, bsfa::ScoreRule::kCumulativeMass);
+    }
+    check_nan_propagation(isa);
+    check_extremes(isa);
+    std::printf("%s: %zu cases\n", isa, cases().size());
+  }
+  if (failures > 0) std::printf("%d failures\n", failures);
+  return failures == 0 ? 0 : 1;
+}
