@@ -1,0 +1,202 @@
+#!/usr/bin/env python3
+"""Everything that needs a GPU, in one go: build, tests, compute-sanitizer, benchmarks, one report.
+
+    python benchmarks/gpu_check.py [--output FILE]
+
+Exits with 0 only if all of it passed; the report is written either way and says what failed. See benchmarks/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from report import ROOT, SANITIZER_TOOLS, TREES, problems, tree_hash, write_json
+
+SUITES = ("pool",)  # modules of this folder with a run() that returns measurements
+BUILD_TIMEOUT_S, TEST_TIMEOUT_S, SANITIZER_TIMEOUT_S, SUITE_TIMEOUT_S = 900, 600, 300, 300
+PACKAGE = ROOT / "python" / "bsfa"
+
+
+class Failed(Exception):
+    """A step that did not do its work; the message goes into the report."""
+
+
+def command(step: str, args: list[str], timeout: float, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run ``args`` in the repository root with bsfa importable; its output is shown and kept."""
+    started = time.monotonic()
+    path = os.pathsep.join(filter(None, [str(ROOT / "python"), os.environ.get("PYTHONPATH", "")]))
+    try:
+        done = subprocess.run(
+            args,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **env},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=timeout,
+        )
+    except subprocess.TimeoutExpired as error:
+        output = error.stdout.decode(errors="replace") if isinstance(error.stdout, bytes) else (error.stdout or "")
+        print(f"== {step}: over {timeout:.0f} s\n{output[-4000:]}", flush=True)
+        raise Failed(f"{step}: over {timeout:.0f} s") from error
+    except OSError as error:
+        raise Failed(f"{step}: {error}") from error
+    verdict = "ok" if done.returncode == 0 else f"exit status {done.returncode}"
+    print(f"== {step}: {verdict}, {time.monotonic() - started:.0f} s\n{done.stdout[-4000:]}", flush=True)
+    return done
+
+
+def build() -> None:
+    """Make what is not there: the extension for this Python, and the CUDA library."""
+    if not (PACKAGE / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").exists():
+        setup = [sys.executable, "setup.py", "build_ext", "--inplace"]
+        if command("build extension", setup, BUILD_TIMEOUT_S).returncode:
+            raise Failed("the Python extension did not build")
+    if not list((PACKAGE / "lib").glob("libbsfa_cuda*.so")):
+        folder = str(ROOT / "build" / "gpu-check")
+        configure = ["cmake", "-S", str(ROOT), "-B", folder, f"-DBSFA_PYTHON={sys.executable}"]
+        if command("configure", configure, BUILD_TIMEOUT_S).returncode:
+            raise Failed("CMake could not configure")
+        make = ["cmake", "--build", folder, "--target", "bsfa_cuda", "-j", str(os.cpu_count() or 1)]
+        if command("build libbsfa_cuda", make, BUILD_TIMEOUT_S).returncode:
+            raise Failed("libbsfa_cuda did not build")
+
+
+def device() -> dict[str, str | int]:
+    """What this ran on. Raises :class:`Failed` without a CUDA device or without bsfa's CUDA library."""
+    script = (
+        "import json, platform, torch, bsfa, bsfa._library as l; p = torch.cuda.get_device_properties(0); "
+        "assert l.cuda_missing is None, l.cuda_missing; "
+        "print(json.dumps(dict(name=p.name, sm_count=p.multi_processor_count, torch=torch.__version__, "
+        "cuda=torch.version.cuda, python=platform.python_version(), bsfa=bsfa.__version__)))"
+    )
+    done = command("device", [sys.executable, "-c", script], 120)
+    if done.returncode:
+        raise Failed(f"no usable CUDA device: {done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ''}")
+    found: dict[str, str | int] = json.loads(done.stdout.splitlines()[-1])
+    driver = command("driver", ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], 60)
+    found["driver"] = driver.stdout.split()[0] if driver.returncode == 0 else "unknown"
+    return found
+
+
+def run_tests(scratch: Path) -> tuple[dict[str, int], list[str]]:
+    """pytest over tests/gpu: the counts, and the names of what failed."""
+    xml = scratch / "tests.xml"
+    args = [sys.executable, "-m", "pytest", "tests/gpu", "-q", "-p", "no:cacheprovider", f"--junitxml={xml}"]
+    done = command("tests", args, TEST_TIMEOUT_S)
+    if not xml.is_file():
+        raise Failed(f"pytest wrote no result (exit status {done.returncode})")
+    cases = list(ElementTree.parse(xml).getroot().iter("testcase"))
+    failed = [c for c in cases if c.find("failure") is not None or c.find("error") is not None]
+    skipped = [c for c in cases if c.find("skipped") is not None]
+    counts = {"passed": len(cases) - len(failed) - len(skipped), "failed": len(failed), "skipped": len(skipped)}
+    names = [f"test {c.get('name')}" for c in failed]
+    if done.returncode and not names:
+        names = [f"pytest: exit status {done.returncode}"]
+    if counts["passed"] == 0:
+        names.append("no GPU test ran")
+    return counts, names
+
+
+def sanitize(tool: str) -> int:
+    """Errors that one tool of compute-sanitizer finds in sanitize_shapes.py.
+
+    Torch's caching allocator is off: then every tensor is an allocation of its own, with edges that memcheck sees.
+    """
+    program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    args = [program, "--tool", tool, "--error-exitcode", "86", "--target-processes", "all"]
+    args += [sys.executable, "benchmarks/sanitize_shapes.py"]
+    done = command(f"compute-sanitizer {tool}", args, SANITIZER_TIMEOUT_S, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    # racecheck sums up hazards in its own words
+    found = re.findall(r"(?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard)", done.stdout)
+    if not found or "done" not in done.stdout.split():
+        raise Failed(f"compute-sanitizer {tool} did not finish (exit status {done.returncode})")
+    return sum(int(a or b) for a, b in found)
+
+
+def run_suite(name: str, scratch: Path) -> list[dict[str, Any]]:
+    """The measurements of one suite, run in a process of its own."""
+    output = scratch / f"{name}.json"
+    done = command(f"suite {name}", [sys.executable, f"benchmarks/{name}.py", "--output", str(output)], SUITE_TIMEOUT_S)
+    if done.returncode or not output.is_file():
+        raise Failed(f"suite {name}: exit status {done.returncode}")
+    found: list[dict[str, Any]] = json.loads(output.read_text())
+    return found
+
+
+def check() -> dict[str, Any]:
+    """Run all steps; one that fails is named in ``failures`` and does not stop the others where they can go on."""
+    report: dict[str, Any] = {
+        "schema": 1,
+        "tree": {folder: tree_hash(folder) for folder in TREES},
+        "device": {"name": "unknown", "driver": "unknown", "torch": "unknown", "cuda": "unknown", "python": "unknown"},
+        "tests": {"passed": 0, "failed": 0, "skipped": 0},
+        "sanitizer": dict.fromkeys(SANITIZER_TOOLS),
+        "measurements": [],
+        "failures": [],
+    }
+    failures: list[str] = report["failures"]
+    try:
+        build()
+        report["device"] = device()
+    except Failed as error:
+        failures.append(str(error))
+        return report
+
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        try:
+            report["tests"], names = run_tests(scratch)
+            failures += names
+        except Failed as error:
+            failures.append(str(error))
+
+        with ThreadPoolExecutor(len(SANITIZER_TOOLS)) as pool:
+            runs = {tool: pool.submit(sanitize, tool) for tool in SANITIZER_TOOLS}
+        for tool, run in runs.items():
+            try:
+                errors = run.result()
+                report["sanitizer"][tool] = errors
+                if errors:
+                    failures.append(f"compute-sanitizer {tool}: {errors} errors")
+            except Failed as error:
+                failures.append(str(error))
+
+        for name in SUITES:  # after everything else, alone on the device
+            try:
+                report["measurements"] += run_suite(name, scratch)
+            except Failed as error:
+                failures.append(str(error))
+    failures += problems(report)
+    return report
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "h200.json", metavar="FILE")
+    output = parser.parse_args().output
+    report = check()
+    write_json(output, report)
+    for m in report["measurements"]:
+        print(f"{m['id']:32s} {m['value']:10.5g} {m['unit']}")
+    print(f"tests {report['tests']}  sanitizer {report['sanitizer']}  report {output}")
+    for failure in report["failures"]:
+        print(f"FAILED {failure}")
+    return 1 if report["failures"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""Timing on one GPU: peers take turns in one process, device events around captured work, medians.
+
+Clocks move with power and temperature, so two runs minutes apart differ by several per cent. What is compared is
+therefore run A B A B ..., and reported as medians beside the SM clock that was seen meanwhile.
+"""
+
+from __future__ import annotations
+
+import statistics
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(frozen=True)
+class Work:
+    """``body`` enqueues ``launches`` equal pieces of work; it must be capturable in a CUDA graph, so no syncs."""
+
+    body: Callable[[], object]
+    launches: int = 1
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One peer's result: median microseconds per launch, and the samples it comes from."""
+
+    us: float
+    samples: list[float]
+
+    @property
+    def n(self) -> int:
+        return len(self.samples)
+
+
+@dataclass
+class ClockSampler:
+    """Reads the SM clock every 5 ms while the ``with`` block runs; ``median`` is None where it cannot be read."""
+
+    samples: list[int] = field(default_factory=list)
+
+    def __enter__(self) -> ClockSampler:
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+        return self
+
+    def _run(self) -> None:
+        while not self._stop.wait(0.005):
+            try:
+                self.samples.append(torch.cuda.clock_rate())
+            except Exception:  # no NVML on this machine: the report says null
+                return
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    @property
+    def median(self) -> int | None:
+        return int(statistics.median(self.samples)) if self.samples else None
+
+
+def captured(work: Work) -> torch.cuda.CUDAGraph:
+    """``work`` as a CUDA graph, so that launch gaps on the host do not count. Runs it once outside the graph first."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        work.body()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work.body()
+    return graph
+
+
+def interleaved(peers: Mapping[str, Work], rounds: int = 15, warmup: int = 3) -> tuple[dict[str, Timing], int | None]:
+    """Time all peers in turns. Returns (timings by name, median SM clock in MHz or None)."""
+    graphs = {name: captured(work) for name, work in peers.items()}
+    for _ in range(warmup):
+        for graph in graphs.values():
+            graph.replay()
+    torch.cuda.synchronize()
+
+    samples: dict[str, list[float]] = {name: [] for name in peers}
+    with ClockSampler() as clock:
+        for _ in range(rounds):
+            for name, graph in graphs.items():
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                graph.replay()
+                end.record()
+                end.synchronize()
+                samples[name].append(start.elapsed_time(end) * 1e3 / peers[name].launches)
+    return {name: Timing(statistics.median(s), s) for name, s in samples.items()}, clock.median

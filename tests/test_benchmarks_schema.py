@@ -1,0 +1,126 @@
+"""The committed GPU report follows its schema, and the tree hash that ties it to the sources equals git's."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+reports = importlib.import_module("report")
+
+REPORT = ROOT / "benchmarks" / "results" / "h200.json"
+
+GOOD = {
+    "schema": 1,
+    "tree": {"csrc": "0" * 40, "python": "f" * 40},
+    "device": {"name": "d", "driver": "1", "torch": "2", "cuda": "13", "python": "3", "sm_count": 1},
+    "tests": {"passed": 1, "failed": 0, "skipped": 0},
+    "sanitizer": {"memcheck": 0, "racecheck": 0, "initcheck": None, "synccheck": 3},
+    "measurements": [
+        {"id": "pool.64k.us", "value": 1.5, "unit": "us", "n": 15, "clock_mhz": None, "peers": {"copy_gbps": 1.0}}
+    ],
+    "failures": [],
+}
+
+
+def test_committed_report_follows_the_schema() -> None:
+    if not REPORT.is_file():
+        pytest.skip("no report committed yet")
+    committed = json.loads(REPORT.read_text())
+    assert reports.problems(committed) == []
+    assert committed["failures"] == []
+    assert committed["tests"]["failed"] == 0 and committed["tests"]["passed"] > 0
+    assert all(errors == 0 for errors in committed["sanitizer"].values())
+
+
+def test_good_report_has_no_problems() -> None:
+    assert reports.problems(GOOD) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("schema",), 2),
+        (("tree", "csrc"), "abc"),
+        (("tree",), {"csrc": "0" * 40}),
+        (("device",), {"name": "d"}),
+        (("tests", "failed"), -1),
+        (("tests", "passed"), True),
+        (("sanitizer", "memcheck"), "none"),
+        (("sanitizer",), {}),
+        (("measurements",), {}),
+        (("measurements", 0, "id"), "Pool 64k"),
+        (("measurements", 0, "value"), float("nan")),
+        (("measurements", 0, "n"), 9),
+        (("measurements", 0, "peers"), {"copy_gbps": None}),
+        (("measurements", 0, "clock_mhz"), "fast"),
+        (("failures",), "no"),
+    ],
+)
+def test_bad_reports_are_named(path: tuple[str | int, ...], value: object) -> None:
+    bad = copy.deepcopy(GOOD)
+    target = bad
+    for key in path[:-1]:
+        target = target[key]
+    target[path[-1]] = value
+    assert len(reports.problems(bad)) == 1
+
+
+def test_an_id_stands_for_one_measurement() -> None:
+    bad = copy.deepcopy(GOOD)
+    bad["measurements"] *= 2
+    assert reports.problems(bad) == ["id twice: pool.64k.us"]
+
+
+def git(root: Path, *args: str) -> str:
+    identity = ["-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "core.hooksPath=/dev/null"]
+    return subprocess.run(
+        ["git", "-C", root, *identity, *args], check=True, capture_output=True, text=True
+    ).stdout.strip()
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="no git")
+def test_tree_hash_equals_git(tmp_path: Path) -> None:
+    shutil.copy(ROOT / ".gitignore", tmp_path)
+    source = tmp_path / "csrc"
+    for name, content in {
+        "a.cpp": "int a;\n",
+        "a/z.h": "",  # "a.cpp" < "a/" < "a0" in git's order
+        "a0": "zero",
+        "deep/er/x.txt": "é\n",
+        "deep/lib.so": "ignored",
+        "__pycache__/x.pyc": "ignored",
+        "only_ignored/__pycache__/y": "ignored",
+        "bsfa.egg-info/PKG-INFO": "ignored",
+        "build": "a file: /build/ names a directory at the root",
+    }.items():
+        path = source / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    (source / "run.sh").write_text("#!/bin/sh\n")
+    (source / "run.sh").chmod(0o755)
+    (source / "link").symlink_to("a.cpp")
+    (source / "empty").mkdir()
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "add", "-A")
+    git(tmp_path, "commit", "-q", "-m", "x")
+    assert reports.tree_hash("csrc", tmp_path) == git(tmp_path, "rev-parse", "HEAD:csrc")
+    (source / "a0").write_text("one")
+    assert reports.tree_hash("csrc", tmp_path) != git(tmp_path, "rev-parse", "HEAD:csrc")
+
+
+@pytest.mark.parametrize("folder", reports.TREES)
+def test_tree_hash_of_this_checkout(folder: str) -> None:
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    if git(ROOT, "status", "--porcelain", "--", folder):
+        pytest.skip(f"{folder} has uncommitted changes")
+    assert reports.tree_hash(folder) == git(ROOT, "rev-parse", f"HEAD:{folder}")
