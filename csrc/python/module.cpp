@@ -1,4 +1,6 @@
 // bsfa._C: what is not a tensor operator. Importing it also registers the CPU operators (csrc/torch/cpu_ops.cpp).
+// The pybind11 that some torch versions bundle refuses this macro; nothing here uses torch.
+#undef TORCH_TARGET_VERSION
 #include <pybind11/pybind11.h>
 
 #include <string>
