@@ -57,10 +57,10 @@ static __attribute__((noinline)) void softmax_step(int32_t vectors, int32_t coun
     if (n < count) max0 = max(load(column + n * kRows), max0);
     const Float new_max = max(max0, max1);
     const Float base = select(new_max == -kInfinity, Float{}, new_max);
-    const Float factor = exp2(old_max - base);
+    const Float factor = exp2_small(old_max - base);
     Float sum = load(running_sum + v * kLanes) * factor;
     for (n = 0; n < count; ++n) {
-      const Float p = exp2(load(column + n * kRows) - base);
+      const Float p = exp2_small(load(column + n * kRows) - base);
       sum += p;
       store(column + n * kRows, p);
     }
@@ -163,8 +163,7 @@ static void attend_chunk(const Problem& problem, const LogitScale& scale, const 
   if (count <= 0 || (visibility.lower && first_key + count - 1 < subtile.min_position - visibility.left)) return;
   const int32_t dim = problem.head_dim, dim_v = round_up(problem.head_dim_v, 2);
   float* o = scratch.outputs + int64_t{index} * dim_v * kRows;
-  query_keys(subtile.vectors, scratch.keys, count, scratch.queries + int64_t{index} * dim * kRows, dim, scale.factor,
-             scratch.s);
+  query_keys(subtile.vectors, scratch.keys, count, scratch.queries + int64_t{index} * dim * kRows, dim, scratch.s);
   if (scale.cap != 0.0f) cap_logits(scale.cap, subtile.vectors, count, scratch.s);
   const bool masked = (visibility.upper && subtile.min_position < first_key + count - 1) ||
                       (visibility.lower && subtile.max_position - visibility.left > first_key);
@@ -207,7 +206,7 @@ static void attention_tile(const AttentionParams& params, const TileItem& item, 
   for (int32_t row = geometry.row_begin(item.tile); row < row_end; row += step) {
     const int32_t subtiles = make_subtiles(item, row, min(row + step, row_end), !per_head, scratch.subtiles);
     for (int32_t i = 0; i < subtiles; ++i) {
-      pack_queries(problem, params.q, item.sequence, scratch.subtiles[i], scratch.row,
+      pack_queries(problem, params.q, item.sequence, scratch.subtiles[i], scale.factor, scratch.row,
                    scratch.queries + int64_t{i} * dim * kRows);
     }
     for (int64_t i = 0; i < int64_t{subtiles} * dim_v * kRows; ++i) scratch.outputs[i] = 0.0f;

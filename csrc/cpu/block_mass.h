@@ -74,7 +74,8 @@ static void block_mass_tile(const BlockMassParams& params, const TileItem& item,
     const int32_t subtiles = make_subtiles(item, row, min(row + step, row_end), false, scratch.subtiles);
     for (int32_t i = 0; i < subtiles; ++i) {
       const Subtile& subtile = scratch.subtiles[i];
-      pack_queries(problem, params.q, item.sequence, subtile, scratch.row, scratch.queries + int64_t{i} * dim * kRows);
+      pack_queries(problem, params.q, item.sequence, subtile, scale.factor, scratch.row,
+                   scratch.queries + int64_t{i} * dim * kRows);
       for (int32_t lane = 0; lane < kRows; ++lane) {
         float base = kInfinity;
         if (lane < subtile.count) {
@@ -95,8 +96,7 @@ static void block_mass_tile(const BlockMassParams& params, const TileItem& item,
           const Subtile& subtile = scratch.subtiles[i];
           const int32_t count = visibility.upper ? min(packed, subtile.max_position - key + 1) : packed;
           if (count <= 0) continue;
-          query_keys(subtile.vectors, scratch.keys, count, scratch.queries + int64_t{i} * dim * kRows, dim,
-                     scale.factor, scratch.s);
+          query_keys(subtile.vectors, scratch.keys, count, scratch.queries + int64_t{i} * dim * kRows, dim, scratch.s);
           if (scale.cap != 0.0f) cap_logits(scale.cap, subtile.vectors, count, scratch.s);
           if (visibility.upper && subtile.min_position < key + count - 1) {
             mask_logits(visibility, subtile, key, count, scratch.s);

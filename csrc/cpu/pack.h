@@ -3,8 +3,8 @@
 //   pack_keys        tokens [begin, begin + count) of one sequence and KV head -> panel[count][stride] float32. Pages
 //                    are looked up here and nowhere else; only tokens of the range are read, so what lies in the tail
 //                    of a page, or in table entries past the sequence, is never touched.
-//   pack_queries     rows of a subtile -> panel[dim][kRows]: rows are the lanes of a vector. Unused lanes are zero.
-//   store_rows       panel[dim][kRows], each row times its factor -> rows of the output tensor
+//   make_subtiles    query rows of a tile -> groups of kRows, the lanes of the micro-kernel
+//   pack_queries     rows of a subtile, times the logit scale -> panel[dim][kRows]; unused lanes are 0
 #pragma once
 
 #include "simd.h"
@@ -153,12 +153,13 @@ static __attribute__((noinline)) int32_t make_subtiles(const TileItem& item, int
 }
 
 static __attribute__((noinline)) void pack_queries(const Problem& problem, const TensorView& q, int32_t sequence,
-                                                   const Subtile& subtile, float* row_buffer, float* panel) {
+                                                   const Subtile& subtile, float factor, float* row_buffer,
+                                                   float* panel) {
   for (int32_t i = 0; i < subtile.vectors * kLanes; ++i) {
     if (i < subtile.count) {
       read_row(problem.dtype, query_address(problem, q, sequence, subtile.row[i], subtile.head[i]), problem.head_dim,
                row_buffer);
-      for (int32_t d = 0; d < problem.head_dim; ++d) panel[d * kRows + i] = row_buffer[d];
+      for (int32_t d = 0; d < problem.head_dim; ++d) panel[d * kRows + i] = row_buffer[d] * factor;
     } else {
       for (int32_t d = 0; d < problem.head_dim; ++d) panel[d * kRows + i] = 0.0f;
     }

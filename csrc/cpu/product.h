@@ -29,38 +29,38 @@ BSFA_INLINE void product_block(const float* a, int64_t a_stride_i, int64_t a_str
   }
 }
 
-// s[n][lane] = factor * sum over d of keys[n][d] * queries[d][lane]
+// s[n][lane] = sum over d of keys[n][d] * queries[d][lane]
 template <int RV, int NI>
-BSFA_INLINE void query_key_block(const float* keys, const float* queries, int32_t dim, float factor, float* s) {
+BSFA_INLINE void query_key_block(const float* keys, const float* queries, int32_t dim, float* s) {
   Float c[NI][RV] = {};
   product_block<RV, NI>(keys, dim, 1, queries, dim, c);
 #pragma GCC unroll 8
   for (int i = 0; i < NI; ++i) {
 #pragma GCC unroll 8
-    for (int v = 0; v < RV; ++v) store(s + i * kRows + v * kLanes, c[i][v] * factor);
+    for (int v = 0; v < RV; ++v) store(s + i * kRows + v * kLanes, c[i][v]);
   }
 }
 
 template <int RV>
 static __attribute__((noinline)) void query_keys_rows(const float* keys, int32_t count, const float* queries,
-                                                      int32_t dim, float factor, float* s) {
+                                                      int32_t dim, float* s) {
   int32_t n = 0;
-  for (; n + 5 <= count; n += 6) query_key_block<RV, 6>(keys + int64_t{n} * dim, queries, dim, factor, s + n * kRows);
+  for (; n + 5 <= count; n += 6) query_key_block<RV, 6>(keys + int64_t{n} * dim, queries, dim, s + n * kRows);
   if (n + 2 < count) {
-    query_key_block<RV, 4>(keys + int64_t{n} * dim, queries, dim, factor, s + n * kRows);
+    query_key_block<RV, 4>(keys + int64_t{n} * dim, queries, dim, s + n * kRows);
   } else if (n < count) {
-    query_key_block<RV, 2>(keys + int64_t{n} * dim, queries, dim, factor, s + n * kRows);
+    query_key_block<RV, 2>(keys + int64_t{n} * dim, queries, dim, s + n * kRows);
   }
 }
 
 BSFA_INLINE void query_keys(int32_t vectors, const float* keys, int32_t count, const float* queries, int32_t dim,
-                            float factor, float* s) {
+                            float* s) {
 #if BSFA_ROW_VECTORS == 4
-  if (vectors == 4) return query_keys_rows<4>(keys, count, queries, dim, factor, s);
-  if (vectors == 3) return query_keys_rows<3>(keys, count, queries, dim, factor, s);
+  if (vectors == 4) return query_keys_rows<4>(keys, count, queries, dim, s);
+  if (vectors == 3) return query_keys_rows<3>(keys, count, queries, dim, s);
 #endif
-  if (vectors == 2) return query_keys_rows<2>(keys, count, queries, dim, factor, s);
-  return query_keys_rows<1>(keys, count, queries, dim, factor, s);
+  if (vectors == 2) return query_keys_rows<2>(keys, count, queries, dim, s);
+  return query_keys_rows<1>(keys, count, queries, dim, s);
 }
 
 // o[i][lane] = o[i][lane] * rescale[lane] + sum over n of values[n][i] * p[n][lane]
@@ -103,10 +103,11 @@ BSFA_INLINE void add_values(int32_t vectors, const float* values, int32_t stride
   return add_values_rows<1>(values, stride, count, p, rescale, o);
 }
 
-// Logits in base 2 from plain products: what to multiply products by, and what remains to be done after that.
+// Logits in base 2 from plain products: what queries are multiplied by as they are packed, and what remains to be done
+// to the products.
 struct LogitScale {
-  float factor = 1.0f;  // for query_keys
-  float cap = 0.0f;     // 0: nothing remains; else s -> cap * tanh(s)
+  float factor = 1.0f;
+  float cap = 0.0f;  // 0: nothing remains; else s -> cap * tanh(s)
 };
 
 BSFA_INLINE LogitScale logit_scale(const Problem& problem) {

@@ -130,7 +130,7 @@ static void relative_max_tile(const ScoreParams& params, const TileItem& item, c
   for (int32_t row = geometry.row_begin(item.tile); row < row_end; row += step) {
     const int32_t subtiles = make_subtiles(item, row, min(row + step, row_end), false, scratch.subtiles);
     for (int32_t i = 0; i < subtiles; ++i) {
-      pack_queries(problem, params.q, item.sequence, scratch.subtiles[i], scratch.row,
+      pack_queries(problem, params.q, item.sequence, scratch.subtiles[i], scale.factor, scratch.row,
                    scratch.queries + int64_t{i} * dim * kRows);
     }
     for (int32_t block = 0; block < visible; block += kChunk) {
@@ -138,8 +138,7 @@ static void relative_max_tile(const ScoreParams& params, const TileItem& item, c
       pack_means(params, item, block, count, scratch.keys);
       for (int32_t i = 0; i < subtiles; ++i) {
         const Subtile& subtile = scratch.subtiles[i];
-        query_keys(subtile.vectors, scratch.keys, count, scratch.queries + int64_t{i} * dim * kRows, dim, scale.factor,
-                   scratch.s);
+        query_keys(subtile.vectors, scratch.keys, count, scratch.queries + int64_t{i} * dim * kRows, dim, scratch.s);
         if (scale.cap != 0.0f) cap_logits(scale.cap, subtile.vectors, count, scratch.s);
         const float largest = mask_means(problem, geometry, subtile, block, count, scratch.s);
         const Float base = splat(largest == -kInfinity ? 0.0f : largest);
@@ -183,12 +182,12 @@ static void mean_query_tile(const ScoreParams& params, const TileItem& item, con
                  scratch.row);
         for (int32_t d = 0; d < dim; ++d) scratch.mean[d] += scratch.row[d];
       }
-      for (int32_t d = 0; d < dim; ++d) scratch.queries[d * kRows + h] = scratch.mean[d] * inverse;
+      for (int32_t d = 0; d < dim; ++d) scratch.queries[d * kRows + h] = scratch.mean[d] * inverse * scale.factor;
     }
     for (int32_t block = 0; block < visible; block += kChunk) {
       const int32_t count = min(kChunk, visible - block);
       pack_means(params, item, block, count, scratch.keys);
-      query_keys(vectors, scratch.keys, count, scratch.queries, dim, scale.factor, scratch.s);
+      query_keys(vectors, scratch.keys, count, scratch.queries, dim, scratch.s);
       if (scale.cap != 0.0f) cap_logits(scale.cap, vectors, count, scratch.s);
       for (int32_t h = 0; h < heads; ++h) {
         float* target = scores + int64_t{first + h} * params.max_blocks + block;

@@ -4,7 +4,8 @@
 //   Float, Int       kLanes floats / int32s in one register
 //   exp2             2^x: n = round(x) by the 1.5 * 2^23 addition, degree-6 polynomial for 2^(x - n), times the float
 //                    whose exponent bits are n. At most 1 ulp off; exactly 0 for x < -126.5 (and -inf); NaN stays NaN;
-//                    x > 127 is taken as 127.
+//                    x > 127 is taken as 127
+//   exp2_small       the same, for x that is known to be small
 //   tanh             odd polynomial below 0.35, 1 - 2 / (exp(2x) + 1) above
 //   widen, narrow    bfloat16 and float16 from and to float32, round to nearest even, NaN stays NaN
 #pragma once
@@ -65,8 +66,9 @@ BSFA_INLINE float horizontal_max(Float x) {
   return result;
 }
 
-BSFA_INLINE Float exp2(Float x) {
-  x = min(splat(127.0f), max(splat(-127.0f), x));
+// x <= 127.
+BSFA_INLINE Float exp2_small(Float x) {
+  x = max(splat(-127.0f), x);
   const Float shifted = x + 12583039.0f;  // 1.5 * 2^23 + 127: the low mantissa bits become round(x) + 127
   const Float power = (Float)((Uint)shifted << 23);
   const Float f = x - (shifted - 12583039.0f);
@@ -79,6 +81,8 @@ BSFA_INLINE Float exp2(Float x) {
   p = p * f + 1.0f;
   return p * power;
 }
+
+BSFA_INLINE Float exp2(Float x) { return exp2_small(min(splat(127.0f), x)); }
 
 BSFA_INLINE Float tanh(Float x) {
   const Float square = x * x;
