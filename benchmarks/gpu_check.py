@@ -55,15 +55,45 @@ def command(step: str, args: list[str], timeout: float, **env: str) -> subproces
     except OSError as error:
         raise Failed(f"{step}: {error}") from error
     verdict = "ok" if done.returncode == 0 else f"exit status {done.returncode}"
-    print(f"== {step}: {verdict}, {time.monotonic() - started:.0f} s\n{done.stdout[-4000:]}", flush=True)
+    shown = done.stdout[-4000:] if done.returncode == 0 else done.stdout[-100_000:]
+    print(f"== {step}: {verdict}, {time.monotonic() - started:.0f} s\n{shown}", flush=True)
     return done
+
+
+# setup.py without its CUDA part: that library is CMake's, or was built elsewhere and brought along.
+BUILD_EXTENSION = """
+import runpy, sys
+from torch.utils import cpp_extension
+cpp_extension.CUDA_HOME = None
+sys.argv = ["setup.py", "build_ext", "--inplace"]
+runpy.run_path("setup.py", run_name="__main__")
+"""
+
+
+def link_flags() -> str:
+    """LDFLAGS that name the shared libstdc++, where the compiler can link it.
+
+    Some compilers come with the static one only. A library with a libstdc++ of its own, loaded beside torch's, crashes
+    when it formats or throws an error message.
+    """
+    flags = "-Wl,--no-as-needed -l:libstdc++.so.6"
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder, "empty.cpp"), Path(folder, "empty.so")
+        source.write_text("")
+        link = [*os.environ.get("CXX", "c++").split(), "-shared", str(source), *flags.split(), "-o", str(target)]
+        try:
+            done = command("shared libstdc++", link, 60)
+        except Failed:
+            return ""
+    return flags if done.returncode == 0 else ""
 
 
 def build() -> None:
     """Make what is not there: the extension for this Python, and the CUDA library."""
     if not (PACKAGE / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").exists():
-        setup = [sys.executable, "setup.py", "build_ext", "--inplace"]
-        if command("build extension", setup, BUILD_TIMEOUT_S).returncode:
+        ldflags = f"{os.environ.get('LDFLAGS', '')} {link_flags()}".strip()
+        done = command("build extension", [sys.executable, "-c", BUILD_EXTENSION], BUILD_TIMEOUT_S, LDFLAGS=ldflags)
+        if done.returncode:
             raise Failed("the Python extension did not build")
     if not list((PACKAGE / "lib").glob("libbsfa_cuda*.so")):
         folder = str(ROOT / "build" / "gpu-check")

@@ -50,18 +50,32 @@ def _pool_peers(ks: list[torch.Tensor], page_sizes: tuple[int, ...]) -> dict[str
     return peers
 
 
+def _copies(ks: list[torch.Tensor]) -> tuple[dict[str, Work], dict[str, int]]:
+    """Ways to copy device memory, and the bytes that each reads and writes; the fastest is the device's bandwidth.
+
+    A driver copy and an elementwise kernel over 2 GiB, and driver copies as large as what pool_blocks moves.
+    """
+    source = torch.randn(1 << 29, device="cuda")
+    target = torch.empty_like(source)
+    halves = [k.flatten().chunk(2) for k in ks]
+    works = {
+        "memcpy_2gib": Work(functools.partial(target.copy_, source), eager=True),
+        "kernel_2gib": Work(functools.partial(torch.mul, source, 1.0, out=target)),
+        "memcpy_64mib": Work(lambda: [halves[i % len(ks)][0].copy_(halves[i % len(ks)][1]) for i in range(40)], 40),
+    }
+    large, small = 2 * source.numel() * 4, 2 * halves[0][0].numel() * 2
+    return works, {"memcpy_2gib": large, "kernel_2gib": large, "memcpy_64mib": small}
+
+
 def run() -> list[dict[str, Any]]:
     """All measurements of this suite."""
     torch.manual_seed(0)
     results = []
 
-    # The device's copy bandwidth: 2 GiB to 2 GiB, bytes read plus bytes written.
-    source = torch.randn(1 << 29, device="cuda").view(torch.bfloat16)
-    target = torch.empty_like(source)
     ks = _random_k(65536, 8, 128)
-    copy = Work(functools.partial(target.copy_, source))
-    timings, clock = interleaved({"copy": copy, **_pool_peers(ks, (1, 16, 128))})
-    copy_gbps = 2 * source.numel() * 2 / timings["copy"].us / 1e3
+    copies, copied_bytes = _copies(ks)
+    timings, clock = interleaved({**copies, **_pool_peers(ks, (1, 16, 128))})
+    copy_gbps = max(copied_bytes[name] / timings[name].us / 1e3 for name in copies)
     moved = ks[0].numel() * 2 * (1 + 1 / BLOCK_N)  # K once, the means once
     shared = {"copy_gbps": copy_gbps, "torch_mean_ms": timings["torch_mean"].us / 1e3}
     for peer, name in (("contiguous", "pool.64k"), *((f"paged{p}", f"pool.paged{p}.64k") for p in (1, 16, 128))):
@@ -69,7 +83,7 @@ def run() -> list[dict[str, Any]]:
         results.append(measurement(f"{name}.us", t.us, "us", t.n, clock, shared))
         fraction = moved / t.us / 1e3 / copy_gbps
         results.append(measurement(f"{name}.copy_fraction", fraction, "fraction", t.n, clock, shared))
-    del copy, source, target
+    del copies
 
     ks = _random_k(8192, 8, 128)
     timings, clock = interleaved(_pool_peers(ks, (16,)))

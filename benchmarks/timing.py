@@ -16,10 +16,14 @@ import torch
 
 @dataclass(frozen=True)
 class Work:
-    """``body`` enqueues ``launches`` equal pieces of work; it must be capturable in a CUDA graph, so no syncs."""
+    """``body`` enqueues ``launches`` equal pieces of work, without synchronising.
+
+    It is timed as a replayed CUDA graph, so that gaps between launches on the host do not count, unless ``eager``.
+    """
 
     body: Callable[[], object]
     launches: int = 1
+    eager: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,34 +66,36 @@ class ClockSampler:
         return int(statistics.median(self.samples)) if self.samples else None
 
 
-def captured(work: Work) -> torch.cuda.CUDAGraph:
-    """``work`` as a CUDA graph, so that launch gaps on the host do not count. Runs it once outside the graph first."""
+def _replay(work: Work) -> Callable[[], object]:
+    """A function that enqueues ``work``. Runs it once, so that what happens at a first call is over."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         work.body()
     torch.cuda.synchronize()
+    if work.eager:
+        return work.body
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         work.body()
-    return graph
+    return graph.replay
 
 
 def interleaved(peers: Mapping[str, Work], rounds: int = 15, warmup: int = 3) -> tuple[dict[str, Timing], int | None]:
     """Time all peers in turns. Returns (timings by name, median SM clock in MHz or None)."""
-    graphs = {name: captured(work) for name, work in peers.items()}
+    replays = {name: _replay(work) for name, work in peers.items()}
     for _ in range(warmup):
-        for graph in graphs.values():
-            graph.replay()
+        for replay in replays.values():
+            replay()
     torch.cuda.synchronize()
 
     samples: dict[str, list[float]] = {name: [] for name in peers}
     with ClockSampler() as clock:
         for _ in range(rounds):
-            for name, graph in graphs.items():
+            for name, replay in replays.items():
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 start.record()
-                graph.replay()
+                replay()
                 end.record()
                 end.synchronize()
                 samples[name].append(start.elapsed_time(end) * 1e3 / peers[name].launches)

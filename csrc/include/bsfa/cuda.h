@@ -7,7 +7,7 @@
 
 namespace bsfa::cuda {
 
-// Supports float16 and bfloat16, head_dim a multiple of 8 up to 256, 16-byte aligned rows.
+// float16 and bfloat16, any head_dim, page size and strides (rows on 16 bytes are fastest), batch up to 65535.
 cudaError_t pool_blocks(const PoolParams& params, cudaStream_t stream);
 
 }  // namespace bsfa::cuda
