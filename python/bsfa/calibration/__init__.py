@@ -1,0 +1,28 @@
+"""Calibration: measure a model's attention on prompts, choose thresholds that keep a target share of its mass.
+
+    curves = collect(model, tokenizer, prompts, bsfa.policies.RelativeMax())
+    choose(curves, 0.95).save("thresholds.safetensors")
+
+docs/calibration.md says what is promised and what is not.
+"""
+
+from __future__ import annotations
+
+from bsfa.calibration.choose import CalibrationWarning, choose, split_prompts
+from bsfa.calibration.collect import CalibrationCurves, Progress, collect
+from bsfa.calibration.curves import block_curves, threshold_grid
+from bsfa.calibration.risk import least_prompts, loosest, risk_bound
+
+__all__ = [
+    "CalibrationCurves",
+    "CalibrationWarning",
+    "Progress",
+    "block_curves",
+    "choose",
+    "collect",
+    "least_prompts",
+    "loosest",
+    "risk_bound",
+    "split_prompts",
+    "threshold_grid",
+]

@@ -1,0 +1,93 @@
+"""From curves to a threshold table: conformal risk control on half of the prompts, a check on the rest."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from bsfa.calibration.collect import CalibrationCurves
+from bsfa.calibration.risk import check_target, least_prompts, loosest, risk_bound
+from bsfa.prompts import length_bucket
+from bsfa.thresholds import CALIBRATED, ThresholdTable
+
+
+class CalibrationWarning(UserWarning):
+    """A calibration that is sound but not what was hoped for, such as heads left dense for want of prompts."""
+
+
+def split_prompts(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices of the calibration half (the larger one) and of the held-out half, int64, by a seeded permutation."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    half = (count + 1) // 2
+    return order[:half].sort().values, order[half:].sort().values
+
+
+def _at(curves: Tensor, index: Tensor) -> Tensor:
+    """curves [P, L, H, G] at index [L, H] -> [P, L, H]."""
+    return curves.gather(-1, index.expand(curves.shape[0], -1, -1)[..., None])[..., 0]
+
+
+def choose(curves: CalibrationCurves, target_recall: float, *, seed: int = 0) -> ThresholdTable:
+    """The loosest threshold per layer and head that keeps ``target_recall`` of the attention mass in expectation.
+
+    One half of the prompts (by ``seed``) chooses with conformal risk control (:mod:`bsfa.calibration.risk`), the other
+    gives the recall and density in the table. Heads for which no threshold keeps the promise are dense; if that is for
+    want of prompts, a :class:`CalibrationWarning` says how many are needed. Deterministic. One :func:`collect` serves
+    any number of targets.
+    """
+    check_target(target_recall)
+    held_in, held_out = split_prompts(len(curves.tokens), seed)
+    n = len(held_in)
+    needed = least_prompts(target_recall)
+    calibrated = torch.tensor([kind == CALIBRATED for kind in curves.layers])
+    index = loosest(curves.lost_mass[held_in], target_recall)
+    if n < needed:
+        warnings.warn(
+            f"all heads stay dense: {n} calibration prompts can promise a recall of at most {1 - 1 / (n + 1):.3f}, "
+            f"{target_recall} needs at least {needed} (that is {2 * needed - 1} prompts, half of them for the check)",
+            CalibrationWarning,
+            stacklevel=2,
+        )
+    index = torch.where(calibrated[:, None], index.clamp(min=0), 0)
+    keep_all = curves.policy.keep_all_threshold()
+    thresholds = torch.where(index == 0, keep_all, curves.grid[index])
+    recall = 1.0 - _at(curves.lost_mass[held_out], index).double()
+    density = _at(curves.density[held_out], index).double()
+    promised = risk_bound(_at(curves.lost_mass[held_in], index).double().mean(0), n)
+    buckets = [length_bucket(curves.tokens[i]) for i in held_out.tolist()]
+    lengths = sorted(set(buckets))
+    members = [torch.tensor([b == length for b in buckets]) for length in lengths]
+
+    def settle(x: Tensor) -> Tensor:
+        return x.clamp(0.0, 1.0).to(torch.float32).contiguous()
+
+    return ThresholdTable(
+        policy=curves.policy.with_threshold(keep_all),
+        thresholds=thresholds.to(torch.float32).contiguous(),
+        layers=curves.layers,
+        recall=settle(recall.mean(0)),
+        recall_spread=settle(recall.std(0, correction=0)),
+        recall_worst=settle(recall.min(0).values),
+        density=settle(density.mean(0)),
+        lengths=tuple(lengths),
+        length_prompts=tuple(int(m.sum()) for m in members),
+        length_recall=settle(torch.stack([recall[m].mean(0) for m in members])),
+        length_density=settle(torch.stack([density[m].mean(0) for m in members])),
+        model=curves.model,
+        attention=curves.attention,
+        calibration={
+            "target_recall": float(target_recall),
+            "method": "conformal risk control",
+            "promise": "expected attention mass lost, per layer and head on dense inputs, is at most 1 - target_recall",
+            "largest_bound": float(promised[calibrated].max()) if bool(calibrated.any()) else 0.0,
+            "least_prompts": needed,
+            "calibration_prompts": n,
+            "held_out_prompts": len(held_out),
+            "tokens": list(curves.tokens),
+            "prompts_sha256": curves.prompts_sha256,
+            "seed": seed,
+            "grid_points": curves.grid.shape[0],
+        },
+    )

@@ -1,0 +1,177 @@
+"""Runs the model densely over the prompts and keeps, per prompt, layer and head, two curves over the thresholds."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from bsfa.calibration.curves import block_curves, threshold_grid
+from bsfa.calibration.forward import prefill
+from bsfa.errors import UnsupportedError
+from bsfa.identity import ModelIdentity
+from bsfa.policies import ScoredPolicy
+from bsfa.prompts import Prompt, TokenizedPrompt, prompts_sha256, tokenize
+from bsfa.thresholds import CALIBRATED
+
+if TYPE_CHECKING:
+    from bsfa.integrations.transformers import AttentionCall
+
+#: Called with (work done, total work, what is being done); work is in no unit but proportional to time.
+Progress = Callable[[float, float, str], None]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class CalibrationCurves:
+    """What one pass over the prompts measured; :func:`bsfa.calibration.choose` makes tables for any target from it.
+
+    grid: float32 [G], thresholds from strict (keep-all) to loose.
+    lost_mass, density: float32 [prompts, layers, heads, G]; see :func:`bsfa.calibration.curves.block_curves`. 0 and 1
+        in layers that stay dense.
+    tokens: length of each prompt. The rest goes into the threshold file as it is.
+    """
+
+    policy: ScoredPolicy
+    grid: Tensor
+    lost_mass: Tensor
+    density: Tensor
+    layers: tuple[str, ...]
+    tokens: tuple[int, ...]
+    prompts_sha256: str
+    model: ModelIdentity
+    attention: dict[str, Any]
+
+
+def prefill_work(tokens: int) -> float:
+    """Relative cost of a prefill: a linear and a quadratic part."""
+    return tokens + tokens * tokens / 8192
+
+
+@contextlib.contextmanager
+def dense_model(model: Any) -> Iterator[None]:
+    """The model in eval mode, without gradients, running bsfa's dense attention; afterwards it has no policy."""
+    from bsfa.integrations.transformers import clear_policy, set_policy
+
+    training = model.training
+    model.eval()
+    set_policy(model, None)
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        clear_policy(model)
+        model.train(training)
+
+
+def text_config(model: Any) -> Any:
+    """The language model's part of a Hugging Face config."""
+    config = model.config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+class _Collector:
+    """Callback of ``observe``: reduces each attention call at once."""
+
+    def __init__(self, policy: ScoredPolicy, num_layers: int):
+        self.policy = policy
+        self.grid = threshold_grid(policy)
+        self.layers: list[str] = ["dense: not run through bsfa"] * num_layers
+        self.scale: list[float | None] = [None] * num_layers
+        self.softcap: list[float | None] = [None] * num_layers
+        self.dtype = ""
+        self.heads: int | None = None
+        self.current: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, call: AttentionCall) -> None:
+        if not 0 <= call.layer < len(self.layers):
+            raise UnsupportedError(f"attention of layer {call.layer} in a model of {len(self.layers)} layers")
+        if call.window_left is not None:
+            self.layers[call.layer] = "dense: sliding-window attention"
+            return
+        if call.layer in self.current:
+            raise UnsupportedError(f"layer {call.layer} ran twice for one prompt: calibration needs whole prompts")
+        heads = call.q.shape[-2]
+        if self.heads not in (None, heads):
+            raise UnsupportedError(f"layers have different numbers of query heads ({self.heads} and {heads})")
+        self.heads = heads
+        self.layers[call.layer] = CALIBRATED
+        self.scale[call.layer], self.softcap[call.layer] = float(call.softmax_scale), float(call.softcap)
+        self.dtype = str(call.q.dtype).removeprefix("torch.")
+        self.current[call.layer] = block_curves(
+            self.policy,
+            self.grid,
+            call.q,
+            call.k,
+            call.lse,
+            causal=call.causal,
+            softmax_scale=call.softmax_scale,
+            softcap=call.softcap,
+        )
+
+    def take(self) -> tuple[Tensor, Tensor]:
+        """Curves [layers, heads, G] of the prompt that just ran."""
+        if self.heads is None:
+            raise UnsupportedError("no full-attention layer of this model runs through bsfa: nothing to calibrate")
+        shape = (len(self.layers), self.heads, self.grid.shape[0])
+        lost, density = torch.zeros(shape), torch.ones(shape)
+        for layer, (a, b) in self.current.items():
+            lost[layer], density[layer] = a, b
+        self.current.clear()
+        return lost, density
+
+
+def collect(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    policy: ScoredPolicy,
+    *,
+    max_length: int | None = None,
+    progress: Progress | None = None,
+) -> CalibrationCurves:
+    """Measure, in one dense pass per prompt, what ``policy`` loses and keeps at every threshold of a fixed grid.
+
+    model: a Hugging Face causal LM that can run bsfa's attention; tokenizer: its fast tokenizer. prompts: at least two;
+    they should look like what the model will serve. max_length: cut prompts to that many tokens. ``policy``'s own
+    threshold does not matter. Memory: two floats per prompt, head and grid point, and the block scores of one layer.
+
+    Afterwards the model has no policy. Raises ``ValueError`` for too few prompts or unfit ones,
+    :class:`bsfa.UnsupportedError` for models that this cannot measure.
+    """
+    from bsfa.integrations.transformers import observe
+
+    if not isinstance(policy, ScoredPolicy):
+        raise TypeError(f"only policies with a score can be calibrated, got {type(policy).__name__}")
+    if len(prompts) < 2:
+        raise ValueError(f"calibration needs two prompts or more (one half chooses, one checks), got {len(prompts)}")
+    tokenized: list[TokenizedPrompt] = [tokenize(p, tokenizer, max_length) for p in prompts]
+    work = [prefill_work(len(t)) for t in tokenized]
+    total, done = sum(work), 0.0
+    collector = _Collector(policy, int(text_config(model).num_hidden_layers))
+    lost, density = [], []
+    with dense_model(model), observe(model, collector):
+        for t, cost in zip(tokenized, work, strict=True):
+            if progress is not None:
+                progress(done, total, f"{len(t)} tokens")
+            prefill(model, t.ids)
+            a, b = collector.take()
+            lost.append(a)
+            density.append(b)
+            done += cost
+    if progress is not None:
+        progress(total, total, "done")
+    return CalibrationCurves(
+        policy=policy,
+        grid=collector.grid,
+        lost_mass=torch.stack(lost),
+        density=torch.stack(density),
+        layers=tuple(collector.layers),
+        tokens=tuple(len(t) for t in tokenized),
+        prompts_sha256=prompts_sha256([p.text for p in prompts]),
+        model=ModelIdentity.of(model),
+        attention={"softmax_scale": collector.scale, "softcap": collector.softcap, "dtype": collector.dtype},
+    )

@@ -1,0 +1,127 @@
+"""From scores and true mass of one attention call to curves over a grid of thresholds, in one pass.
+
+Every (tile, block) pair has a critical index: the loosest grid threshold at which the policy still keeps it. Mass and
+number of pairs per critical index, summed from the loose end, are the curves. No loop over the grid, and no memory but
+the [tiles, heads, blocks] of the scores themselves.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bsfa.block_mask import BlockMask, MaskGeometry
+from bsfa.layout import Layout
+from bsfa.policies import ScoredPolicy
+from bsfa.stages import block_mass, pool_blocks, select_blocks
+
+CHUNK = 1 << 22  # (tile, head, block) triples per histogram
+FINEST = 24  # strictest threshold of the grid besides keep-all: 2^-24 from the keep-all end
+POINTS_PER_OCTAVE = 4
+# Masses are summed as integers of this unit (in tokens): exact in float64, so the order of a GPU's additions is free.
+UNIT = 2.0**-30
+
+
+def threshold_grid(policy: ScoredPolicy) -> Tensor:
+    """Thresholds float32 [G] from strict (index 0: keep-all) to loose, in the policy's units.
+
+    ``keeps_at_least`` policies: 2^-24 .. 1, four an octave. The others: mass with 1 - mass on the same points.
+    """
+    exponents = torch.arange(FINEST * POINTS_PER_OCTAVE + 1, dtype=torch.float64) / POINTS_PER_OCTAVE - FINEST
+    points = torch.exp2(exponents)
+    points = points if policy.keeps_at_least else 1.0 - points
+    points = torch.unique_consecutive(points.to(torch.float32))
+    keep_all = torch.tensor([policy.keep_all_threshold()], dtype=torch.float32)
+    return torch.cat((keep_all, points[points != keep_all]))
+
+
+def critical_index(policy: ScoredPolicy, grid: Tensor, scores: Tensor) -> Tensor:
+    """Largest grid index at which each score passes, int64, shape of ``scores``; NaN passes at keep-all only."""
+    if policy.keeps_at_least:
+        return torch.bucketize(scores.nan_to_num(nan=-1.0), grid[1:], right=True)
+    return torch.bucketize(-scores.nan_to_num(nan=torch.inf), -grid[1:], right=False)
+
+
+def row_queries(geometry: MaskGeometry) -> Tensor:
+    """Query tokens of each row of a call with one sequence that starts the prompt, int64 [num_rows]."""
+    first, last = geometry.positions()
+    return (last - first + 1).clamp(min=0).to(torch.int64)
+
+
+def call_geometry(q: Tensor, k: Tensor, causal: bool, policy_m: int, policy_n: int) -> MaskGeometry:
+    """Geometry of a whole prompt's attention; raises ``ValueError`` unless it is one prompt without a prefix."""
+    if q.shape[0] != 1 or q.shape[1] != k.shape[1]:
+        raise ValueError(f"one whole prompt at a time: q has shape {tuple(q.shape)}, k {tuple(k.shape)}")
+    return MaskGeometry.of(Layout(1, q.shape[1], k.shape[1], causal, q.shape[1]), policy_m, policy_n, q.device)
+
+
+def block_curves(
+    policy: ScoredPolicy,
+    grid: Tensor,
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    *,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Lost mass and density of a prompt at every threshold of ``grid``: float32 [Hq, G] each.
+
+    q [1, S, Hq, D], k [1, S, Hkv, D], lse float32 [1, Hq, S] of dense attention. Lost mass: average over the S queries
+    of the softmax probability in blocks that the policy drops. Density: kept / visible blocks. The first never
+    decreases along the grid, the second never increases.
+    """
+    geometry = call_geometry(q, k, causal, policy.block_m, policy.block_n)
+    heads, points, blocks = q.shape[2], grid.shape[0], geometry.num_blocks
+    grid = grid.to(q.device)
+    # What is kept at the loosest threshold is kept at all of them, by score or by rule.
+    chosen = select_blocks(
+        q,
+        pool_blocks(k, block_n=policy.block_n) if policy.needs_summary else None,
+        policy.with_threshold(float(grid[-1])),
+        seqlen_k=k.shape[1],
+        causal=causal,
+        softmax_scale=softmax_scale,
+        softcap=softcap,
+        return_scores=True,
+    )
+    assert isinstance(chosen, tuple)
+    mask, scores = chosen
+    assert isinstance(mask, BlockMask)
+    mass = block_mass(
+        q,
+        k,
+        lse,
+        block_m=policy.block_m,
+        block_n=policy.block_n,
+        causal=causal,
+        softmax_scale=softmax_scale,
+        softcap=softcap,
+    )
+    visible = geometry.visible_blocks()
+    queries = row_queries(geometry)
+    forced = mask.to_rows()
+    columns = torch.arange(blocks, device=q.device)
+    first_bin = torch.arange(heads, device=q.device)[:, None] * points
+    bins = heads * points + 1  # the last one takes what is not visible
+    lost = torch.zeros(bins, dtype=torch.float64, device=q.device)
+    count = torch.zeros(bins, dtype=torch.int64, device=q.device)
+    step = max(1, CHUNK // max(heads * blocks, 1))
+    for row in range(0, geometry.num_rows, step):
+        part = slice(row, row + step)
+        index = critical_index(policy, grid, scores[part])
+        index.masked_fill_(forced[part], points - 1)
+        index += first_bin
+        index.masked_fill_(columns >= visible[part, None, None], bins - 1)
+        units = (mass[part].double() * (queries[part, None, None] / UNIT)).round_()
+        lost += torch.bincount(index.flatten(), weights=units.flatten(), minlength=bins)
+        count += torch.bincount(index.flatten(), minlength=bins)
+    # Dropped at g: everything whose critical index is below g.
+    dropped = _exclusive_sum(lost[:-1].view(heads, points)) * (UNIT / q.shape[1])
+    hidden = _exclusive_sum(count[:-1].view(heads, points)).double() / visible.sum().clamp(min=1)
+    return dropped.clamp(0.0, 1.0).to(torch.float32), (1.0 - hidden).to(torch.float32)
+
+
+def _exclusive_sum(x: Tensor) -> Tensor:
+    return x.cumsum(-1) - x

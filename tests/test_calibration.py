@@ -1,0 +1,218 @@
+"""Curves against brute-force selection, the model pass, the choice and its report."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import bsfa
+import pytest
+import torch
+from bsfa.calibration import CalibrationCurves, CalibrationWarning, block_curves, choose, collect, threshold_grid
+from bsfa.integrations.transformers import observe
+from bsfa.policies import CumulativeMass, RelativeMax, ScoredPolicy
+from tiny_model import make_mixed_model, make_model, make_prompts, make_tokenizer
+
+BLOCKS = {"block_m": 32, "block_n": 32}
+POLICIES = {
+    "relative-max": RelativeMax(**BLOCKS, sink_blocks=1, window_blocks=1, last_tiles=1),
+    "relative-max, odd blocks": RelativeMax(block_m=48, block_n=20, sink_blocks=0, window_blocks=2, last_tiles=0),
+    "cumulative-mass": CumulativeMass(**BLOCKS, sink_blocks=0, window_blocks=1),
+    "cumulative-mass, min blocks": CumulativeMass(block_m=64, block_n=16, min_blocks=3, last_tiles=1),
+}
+
+
+@pytest.fixture(scope="module")
+def lm() -> tuple[Any, Any]:
+    return make_model(), make_tokenizer()
+
+
+def make_qkv(length: int = 450) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    q, k = torch.randn(1, length, 4, 16) * 1.5, torch.randn(1, length, 2, 16) * 1.5
+    k[:, 64:96] *= 2.0
+    return q, k, torch.randn(1, length, 2, 16)
+
+
+def brute_force(
+    policy: ScoredPolicy, q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, scale: float, softcap: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lost mass and density of one selection, from the probabilities token by token: [heads] each."""
+    mask = bsfa.select_blocks(
+        q,
+        bsfa.pool_blocks(k, block_n=policy.block_n),
+        policy,
+        seqlen_k=k.shape[1],
+        softmax_scale=scale,
+        softcap=softcap,
+    )
+    assert isinstance(mask, bsfa.BlockMask)
+    kept = mask.to_bool()[0]  # heads, tiles, blocks
+    n, heads = q.shape[1], q.shape[2]
+    logits = torch.einsum("qhd,khd->hqk", q[0].double(), k[0].double().repeat_interleave(heads // 2, 1)) * scale
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    token = torch.arange(n)
+    seen = token[None, :] <= token[:, None]
+    p = torch.where(seen, (logits - lse[0].double()[:, :, None]).exp(), 0.0)
+    tokens = kept[:, token // policy.block_m][:, :, token // policy.block_n]
+    lost = (p * ~tokens).sum((1, 2)) / n
+    visible = torch.zeros(kept.shape[1:], dtype=torch.bool)
+    visible[(token // policy.block_m)[:, None].expand(n, n)[seen], (token // policy.block_n).expand(n, n)[seen]] = True
+    return lost, kept.sum((1, 2)) / visible.sum()
+
+
+@pytest.mark.parametrize("softcap", [0.0, 4.0])
+@pytest.mark.parametrize("name", POLICIES)
+def test_curves_are_brute_force_selection(name: str, softcap: float) -> None:
+    policy, scale = POLICIES[name], 0.3
+    q, k, v = make_qkv()
+    _, lse = bsfa.attention(q, k, v, softmax_scale=scale, softcap=softcap, return_lse=True)  # type: ignore[misc]
+    grid = threshold_grid(policy)
+    lost, density = block_curves(policy, grid, q, k, lse, softmax_scale=scale, softcap=softcap)
+    assert lost.shape == density.shape == (4, len(grid))
+    assert bool((lost.diff(dim=-1) >= 0).all()) and bool((density.diff(dim=-1) <= 0).all())
+    assert float(lost[:, 0].max()) == 0.0 and float(density[:, 0].min()) == 1.0
+    assert float(density[:, -1].max()) < 0.6  # the grid reaches sparse masks
+    for g in [0, 1, *range(2, len(grid), 9), len(grid) - 1]:
+        want_lost, want_density = brute_force(policy.with_threshold(float(grid[g])), q, k, lse, scale, softcap)
+        torch.testing.assert_close(density[:, g], want_density.float(), rtol=0, atol=1e-6)
+        torch.testing.assert_close(lost[:, g].double(), want_lost, rtol=1e-4, atol=2e-6)
+
+
+def test_curves_do_not_depend_on_the_chunk_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = make_qkv()
+    _, lse = bsfa.attention(q, k, v, return_lse=True)  # type: ignore[misc]
+    policy = POLICIES["relative-max"]
+    whole = block_curves(policy, threshold_grid(policy), q, k, lse)
+    monkeypatch.setattr("bsfa.calibration.curves.CHUNK", 1)
+    rows = block_curves(policy, threshold_grid(policy), q, k, lse)
+    assert torch.equal(whole[0], rows[0]) and torch.equal(whole[1], rows[1])
+
+
+@pytest.mark.parametrize("kind", [RelativeMax, CumulativeMass])
+def test_grid(kind: type[ScoredPolicy]) -> None:
+    policy = kind()
+    grid = threshold_grid(policy)
+    assert float(grid[0]) == policy.keep_all_threshold() and len(grid) > 80
+    step = grid[1:].diff()
+    assert bool((step > 0).all()) if policy.keeps_at_least else bool((step < 0).all())
+    assert float(grid[0]) not in grid[1:].tolist()
+    assert float(grid[-1]) == (1.0 if policy.keeps_at_least else 0.0)
+
+
+def test_model_pass(lm: tuple[Any, Any]) -> None:
+    """The curves of a prompt are those of the calls that the model makes."""
+    model, tokenizer = lm
+    policy, prompts = POLICIES["relative-max"], make_prompts(3)
+    seen: list[tuple[float, float]] = []
+    curves = collect(model, tokenizer, prompts, policy, progress=lambda done, total, _: seen.append((done, total)))
+    assert curves.lost_mass.shape == curves.density.shape == (3, 2, 4, len(curves.grid))
+    assert curves.layers == ("calibrated", "calibrated")
+    assert seen[0][0] == 0 and seen[-1][0] == seen[-1][1] and seen == sorted(seen)
+    ids = torch.tensor([tokenizer(prompts[1].text)["input_ids"]])
+    assert curves.tokens[1] == ids.shape[1]
+
+    def check(call: Any) -> None:
+        lost, density = block_curves(
+            policy, curves.grid, call.q, call.k, call.lse, softmax_scale=call.softmax_scale, softcap=call.softcap
+        )
+        torch.testing.assert_close(lost, curves.lost_mass[1, call.layer], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(density, curves.density[1, call.layer], rtol=0, atol=2e-3)
+
+    with torch.no_grad(), observe(model, check):
+        model(ids)
+
+
+def test_one_pass_serves_many_targets_and_meets_them(lm: tuple[Any, Any], tmp_path: Path) -> None:
+    model, tokenizer = lm
+    curves = collect(model, tokenizer, make_prompts(40, words=60), POLICIES["relative-max"])
+    tables = {target: choose(curves, target) for target in (0.8, 0.9, 0.95)}
+    densities = [float(t.density.mean()) for t in tables.values()]
+    assert densities == sorted(densities) and densities[0] < densities[-1] < 1.0
+    for target, table in tables.items():
+        assert float(table.recall.mean()) >= target
+        assert bool((table.recall_worst <= table.recall).all())
+        assert sum(table.length_prompts) == 20 == table.calibration["held_out_prompts"]
+        assert table.calibration["largest_bound"] <= 1 - target + 1e-12
+        policy = table.layer(1)
+        assert policy is not None and policy.threshold.tolist() == table.thresholds[1].tolist()  # type: ignore[union-attr]
+    again = choose(collect(model, tokenizer, make_prompts(40, words=60), POLICIES["relative-max"]), 0.9)
+    tables[0.9].save(tmp_path / "a.safetensors")
+    again.save(tmp_path / "b.safetensors")
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    assert not torch.equal(choose(curves, 0.9, seed=1).recall, again.recall)
+
+
+def synthetic(prompts: int, layers: tuple[str, ...] = ("calibrated", "calibrated")) -> CalibrationCurves:
+    """Curves of a made-up policy run: loss grows with the grid index, differently per prompt and head."""
+    policy = RelativeMax()
+    grid = threshold_grid(policy)
+    weight = torch.rand(prompts, len(layers), 3, 1, generator=torch.Generator().manual_seed(3))
+    ramp = torch.linspace(0, 1, len(grid)) ** 2
+    return CalibrationCurves(
+        policy=policy,
+        grid=grid,
+        lost_mass=weight * ramp,
+        density=(1 - 0.9 * ramp).expand(prompts, len(layers), 3, -1),
+        layers=layers,
+        tokens=tuple(1000 + 900 * (i % 2) for i in range(prompts)),
+        prompts_sha256="0" * 64,
+        model=bsfa.identity.ModelIdentity("made up"),
+        attention={"softmax_scale": [0.1] * len(layers), "softcap": [0.0] * len(layers), "dtype": "float32"},
+    )
+
+
+def test_choice_by_hand() -> None:
+    from bsfa.calibration import split_prompts
+
+    curves = synthetic(41)
+    table = choose(curves, 0.9, seed=5)
+    held_in, held_out = split_prompts(41, 5)
+    assert len(held_in) == 21 and len(held_out) == 20
+    assert sorted([*held_in.tolist(), *held_out.tolist()]) == list(range(41))
+    for layer in range(2):
+        for head in range(3):
+            mean = curves.lost_mass[held_in, layer, head].double().mean(0)
+            g = max(g for g in range(len(curves.grid)) if (21 * float(mean[g]) + 1) / 22 <= 0.1)
+            assert float(table.thresholds[layer, head]) == float(curves.grid[g])
+            recall = 1 - curves.lost_mass[held_out, layer, head, g].double()
+            assert float(table.recall[layer, head]) == pytest.approx(float(recall.mean()), abs=1e-6)
+            assert float(table.recall_worst[layer, head]) == pytest.approx(float(recall.min()), abs=1e-6)
+            assert float(table.recall_spread[layer, head]) == pytest.approx(float(recall.std(correction=0)), abs=1e-6)
+    assert table.lengths == (1024, 2048)
+
+
+def test_too_few_prompts_stay_dense_and_say_so() -> None:
+    with pytest.warns(CalibrationWarning, match=r"0.95 needs at least 19 .* 37 prompts"):
+        table = choose(synthetic(20), 0.95)
+    assert bool(table.dense_heads().all()) and table.layer(0) is None
+    assert float(table.recall.min()) == float(table.density.min()) == 1.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        choose(synthetic(38), 0.95)
+        choose(synthetic(37), 0.95)
+
+
+def test_dense_layers_stay_dense() -> None:
+    table = choose(synthetic(60, ("dense: sliding-window attention", "calibrated")), 0.9)
+    assert table.layer(0) is None and table.layer(1) is not None
+    assert float(table.density[0].min()) == 1.0 or bool((table.thresholds[0] == 0).all())
+
+
+def test_sliding_window_layers(lm: tuple[Any, Any]) -> None:
+    curves = collect(make_mixed_model(), lm[1], make_prompts(2), POLICIES["relative-max"])
+    assert curves.layers == ("dense: sliding-window attention", "calibrated")
+    assert float(curves.lost_mass[:, 0].max()) == 0.0 and float(curves.density[:, 0].min()) == 1.0
+
+
+def test_refusals(lm: tuple[Any, Any]) -> None:
+    model, tokenizer = lm
+    with pytest.raises(ValueError, match="two prompts"):
+        collect(model, tokenizer, make_prompts(1), RelativeMax())
+    with pytest.raises(TypeError, match="score"):
+        collect(model, tokenizer, make_prompts(2), bsfa.policies.Dense())  # type: ignore[arg-type]
+    q, k, v = make_qkv(64)
+    _, lse = bsfa.attention(q, k, v, return_lse=True)  # type: ignore[misc]
+    with pytest.raises(ValueError, match="whole prompt"):
+        block_curves(RelativeMax(), threshold_grid(RelativeMax()), q[:, 32:], k, lse[:, :, 32:].contiguous())
