@@ -5,6 +5,9 @@ On a machine whose torch has no CUDA, CMakeLists.txt builds the CUDA library fro
 
 import json
 import os
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -21,6 +24,37 @@ def files(*keys: str) -> list[str]:
     return sorted(str(p.relative_to(ROOT)) for key in keys for glob in SOURCES[key] for p in ROOT.glob(glob))
 
 
+def shared_libstdcxx() -> list[str]:
+    """Link flags that name the shared libstdc++, where the compiler can link it.
+
+    Some compilers come with the static one only: a library with a libstdc++ of its own, loaded beside torch's, crashes
+    when it formats or throws an error message.
+    """
+    flags = ["-Wl,--no-as-needed", "-l:libstdc++.so.6"]
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "empty.cpp")
+        source.write_text("")
+        link = [*os.environ.get("CXX", "c++").split(), "-shared", str(source), *flags, "-o", str(Path(folder, "e.so"))]
+        try:
+            linked = subprocess.run(link, capture_output=True, timeout=60).returncode == 0
+        except (OSError, subprocess.TimeoutExpired):
+            linked = False
+    return flags if linked else []
+
+
+def cutlass_include() -> list[str]:
+    """The CUTLASS headers, if they are there; the kernels that need them say so when they do not compile."""
+    sys.path.insert(0, str(ROOT / "third_party"))
+    import find_cutlass
+
+    try:
+        return [str(find_cutlass.find())]
+    except RuntimeError as error:
+        print(f"bsfa: {error}")
+        return []
+
+
+LINK_FLAGS = shared_libstdcxx()
 MACROS = [("TORCH_TARGET_VERSION", TORCH_TARGET), ("BSFA_VERSION", f'"{VERSION}"')]
 INCLUDE_DIRS = [str(ROOT / d) for d in SOURCES["include_dirs"]]
 
@@ -31,6 +65,7 @@ extensions = [
         include_dirs=INCLUDE_DIRS,
         define_macros=[*MACROS, ("BSFA_TORCH_TARGET", f'"{TORCH_TARGET}"')],
         extra_compile_args={"cxx": SOURCES["cxx_flags"]},
+        extra_link_args=LINK_FLAGS,
     )
 ]
 if torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None:
@@ -38,9 +73,10 @@ if torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None:
         cpp_extension.CUDAExtension(
             "bsfa.lib.libbsfa_cuda",
             files("cuda", "cuda_torch"),
-            include_dirs=INCLUDE_DIRS,
+            include_dirs=[*INCLUDE_DIRS, *cutlass_include()],
             define_macros=[*MACROS, ("USE_CUDA", None)],
             extra_compile_args={"cxx": SOURCES["cxx_flags"], "nvcc": SOURCES["nvcc_flags"]},
+            extra_link_args=LINK_FLAGS,
         )
     )
 

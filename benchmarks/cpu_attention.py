@@ -96,9 +96,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.manual_seed(0)
     rows = [
-        row
-        for dtype in (torch.float32, torch.bfloat16)
-        for row in measure(dtype, arguments.seqlen, arguments.repeats)
+        row for dtype in (torch.float32, torch.bfloat16) for row in measure(dtype, arguments.seqlen, arguments.repeats)
     ]
     report = {
         "schema": 1,

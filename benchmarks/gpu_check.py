@@ -70,29 +70,10 @@ runpy.run_path("setup.py", run_name="__main__")
 """
 
 
-def link_flags() -> str:
-    """LDFLAGS that name the shared libstdc++, where the compiler can link it.
-
-    Some compilers come with the static one only. A library with a libstdc++ of its own, loaded beside torch's, crashes
-    when it formats or throws an error message.
-    """
-    flags = "-Wl,--no-as-needed -l:libstdc++.so.6"
-    with tempfile.TemporaryDirectory() as folder:
-        source, target = Path(folder, "empty.cpp"), Path(folder, "empty.so")
-        source.write_text("")
-        link = [*os.environ.get("CXX", "c++").split(), "-shared", str(source), *flags.split(), "-o", str(target)]
-        try:
-            done = command("shared libstdc++", link, 60)
-        except Failed:
-            return ""
-    return flags if done.returncode == 0 else ""
-
-
 def build() -> None:
     """Make what is not there: the extension for this Python, and the CUDA library."""
     if not (PACKAGE / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").exists():
-        ldflags = f"{os.environ.get('LDFLAGS', '')} {link_flags()}".strip()
-        done = command("build extension", [sys.executable, "-c", BUILD_EXTENSION], BUILD_TIMEOUT_S, LDFLAGS=ldflags)
+        done = command("build extension", [sys.executable, "-c", BUILD_EXTENSION], BUILD_TIMEOUT_S)
         if done.returncode:
             raise Failed("the Python extension did not build")
     if not list((PACKAGE / "lib").glob("libbsfa_cuda*.so")):

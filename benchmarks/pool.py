@@ -11,8 +11,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import bsfa
 import torch
+
+import bsfa
 from report import measurement, write_json
 from timing import Work, interleaved
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import bsfa
 import torch
+
+import bsfa
 
 
 def int32(values: list[int]) -> torch.Tensor:

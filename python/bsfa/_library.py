@@ -27,7 +27,9 @@ cuda_missing: str | None = None
 
 def cuda_library_path() -> Path | None:
     """The CUDA library that was built into this package, if any."""
-    found = sorted((Path(__file__).parent / "lib").glob("libbsfa_cuda*.so"))
+    folder = Path(__file__).parent / "lib"
+    plain = folder / "libbsfa_cuda.so"  # CMake's name; setup.py's carries the Python version
+    found = [plain] if plain.exists() else sorted(folder.glob("libbsfa_cuda*.so"))
     return found[0] if found else None
 
 
