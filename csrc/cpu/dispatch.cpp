@@ -22,7 +22,7 @@ bool supported(const char* name) {
   return false;
 }
 
-const Kernels* table(const char* name) {
+const Kernels* table([[maybe_unused]] const char* name) {
 #if defined(__x86_64__)
   if (std::strcmp(name, "avx512") == 0) return &avx512_kernels();
   if (std::strcmp(name, "avx2") == 0) return &avx2_kernels();
