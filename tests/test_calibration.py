@@ -6,9 +6,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import bsfa
 import pytest
 import torch
+
+import bsfa
 from bsfa.calibration import CalibrationCurves, CalibrationWarning, block_curves, choose, collect, threshold_grid
 from bsfa.integrations.transformers import observe
 from bsfa.policies import CumulativeMass, RelativeMax, ScoredPolicy

@@ -6,6 +6,7 @@ from fractions import Fraction
 
 import pytest
 import torch
+
 from bsfa.calibration import least_prompts, loosest, risk_bound
 
 

@@ -9,15 +9,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import bsfa
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import bsfa
 from bsfa.errors import ThresholdMismatchError
 from bsfa.identity import ModelIdentity, canonical_json, config_fields, weight_fingerprint
 from bsfa.policies import CumulativeMass, RelativeMax, ScoredPolicy
 from bsfa.thresholds import METADATA_KEY, ThresholdTable, _checksum
-from safetensors import safe_open
-from safetensors.torch import save_file
 from tiny_model import make_model
 
 POLICIES: list[ScoredPolicy] = [

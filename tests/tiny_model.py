@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bsfa.prompts import Prompt, parse_prompt
-from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from bsfa.prompts import Prompt, parse_prompt
 
 LINE = "amber river castle cold tower lake gate code green field stone bridge north south quiet light"
 WORDS = LINE.split()
@@ -22,6 +23,7 @@ def text_of(rng: random.Random, words: int) -> str:
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
+    tokenizer.decoder = decoders.ByteLevel()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(

@@ -1,0 +1,377 @@
+"""The ``bsfa`` command: calibrate, inspect, eval, doctor. Thin: the work is in bsfa.calibration and bsfa.evaluation."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, ParamSpec, TypeVar
+
+import torch
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+import bsfa
+from bsfa.calibration import Progress, choose, collect
+from bsfa.evaluation import Accuracy, EvaluationReport, evaluate
+from bsfa.policies import SCORED
+from bsfa.prompts import length_name, load_prompts
+from bsfa.thresholds import CALIBRATED, ThresholdTable
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+app = typer.Typer(
+    help="Training-free block-sparse attention: calibrate thresholds for a model, inspect and evaluate them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+_options = {"traceback": False}
+TARGET_FIELD = "{target}"  # in --output, stands for the target recall
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+ModelOption = Annotated[str, typer.Option("--model", help="Directory of a Hugging Face causal LM.")]
+DataOption = Annotated[
+    Path, typer.Option("--data", help="Prompts: .jsonl or .jsonl.gz, one object with 'text' a line.")
+]
+MaxPrompts = Annotated[int | None, typer.Option(min=1, help="Use the first N prompts only.")]
+MaxLength = Annotated[int | None, typer.Option(min=2, help="Cut prompts to N tokens.")]
+DtypeOption = Annotated[str, typer.Option(help=f"Of the weights: {', '.join(DTYPES)} (as stored).")]
+DeviceOption = Annotated[
+    str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: a GPU that bsfa can use, or cpu.")
+]
+
+
+# ---- what all commands share ----------------------------------------------------------------------------------------
+
+
+def _print_line(kind: str, message: object) -> None:
+    typer.echo(f"{kind}: {' '.join(str(message).split())}", err=True)
+
+
+def _one_line_errors(command: Callable[P, R]) -> Callable[P, R]:
+    """Errors as one line on stderr: exit code 2 for what the user can mend, 1 for the rest. Warnings likewise."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: _print_line("warning", message)
+            try:
+                return command(*args, **kwargs)
+            except (typer.Exit, typer.Abort):
+                raise
+            except Exception as error:
+                if _options["traceback"]:
+                    raise
+                mendable = isinstance(error, ValueError | OSError | ImportError | bsfa.UnsupportedError)
+                text = str(error) or type(error).__name__
+                if isinstance(error, OSError) and error.filename is not None:
+                    text = f"{error.filename}: {error.strerror}"
+                elif not mendable:
+                    text = f"{type(error).__name__}: {text} (bsfa --traceback ... shows where)"
+                _print_line("error", text)
+                raise typer.Exit(2 if mendable else 1) from None
+
+    return run
+
+
+@app.callback()
+def _global_options(
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show Python's traceback of an error.")] = False,
+) -> None:
+    _options["traceback"] = traceback
+
+
+def _pick_device(name: str | None) -> torch.device:
+    if name is not None:
+        try:
+            device = torch.device(name)
+        except RuntimeError as error:
+            raise ValueError(f"--device {name}: {error}") from None
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"--device {name}: torch finds no CUDA device")
+        return device
+    operations = bsfa.doctor()["operations"]
+    return torch.device("cuda" if all(row["cuda"] == "ok" for row in operations.values()) else "cpu")
+
+
+def _load_model(name: str, dtype: str, device: torch.device) -> tuple[Any, Any]:
+    """The causal LM and its tokenizer."""
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
+    try:
+        import transformers
+    except ImportError:
+        raise ImportError('this command needs transformers: pip install "bsfa[transformers]"') from None
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    path = Path(name).expanduser()
+    if looks_local and not path.exists():
+        raise ValueError(f"--model {name}: no such directory")
+    if path.is_dir() and not (path / "config.json").exists():
+        raise ValueError(f"--model {name}: no config.json in this directory")
+    source = str(path) if path.exists() else name
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    return model.to(device).eval(), tokenizer
+
+
+@contextlib.contextmanager
+def _progress_bar(title: str) -> Iterator[Progress]:
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (TextColumn(title), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("left"))
+    with Progress(
+        *columns, TimeRemainingColumn(), TextColumn("{task.fields[now]}"), console=Console(stderr=True), transient=True
+    ) as bar:
+        task = bar.add_task(title, total=None, now="")
+
+        def report(done: float, total: float, now: str) -> None:
+            bar.update(task, completed=done, total=total, now=now)
+
+        yield report
+
+
+def _number(value: float, digits: int = 4) -> str:
+    return "-" if not math.isfinite(value) else f"{value:.{digits}f}"
+
+
+def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    table = Table(title=escape(title), title_justify="left")
+    for i, name in enumerate(columns):
+        table.add_column(escape(name), justify="left" if i == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    Console().print(table)
+
+
+# ---- commands -------------------------------------------------------------------------------------------------------
+
+
+def _output_paths(output: str, targets: Sequence[float]) -> list[Path]:
+    if len(targets) > 1 and TARGET_FIELD not in output:
+        raise ValueError(f"several targets need {TARGET_FIELD} in --output, e.g. thresholds-{TARGET_FIELD}.safetensors")
+    paths = [Path(output.replace(TARGET_FIELD, f"{t:g}")) for t in targets]
+    for path in paths:
+        if not path.parent.is_dir():
+            raise ValueError(f"--output {path}: {path.parent} is not a directory")
+        if path.is_dir():
+            raise ValueError(f"--output {path}: is a directory")
+    return paths
+
+
+@app.command()
+@_one_line_errors
+def calibrate(
+    model: ModelOption,
+    data: DataOption,
+    output: Annotated[str, typer.Option("--output", "-o", help="File to write; {target} stands for the target.")],
+    policy: Annotated[str, typer.Option(help=f"What to calibrate: {', '.join(SCORED)}.")] = "relative-max",
+    target_recall: Annotated[
+        list[float], typer.Option(help="Share of attention mass to keep; repeat it for several files from one pass.")
+    ] = [0.95],  # noqa: B006  typer copies it
+    block_size: Annotated[int, typer.Option(min=1, help="Query tile and KV block, tokens.")] = 128,
+    sink_blocks: Annotated[int | None, typer.Option(min=0, help="First blocks, always kept.")] = None,
+    window_blocks: Annotated[int | None, typer.Option(min=1, help="Blocks up to the tile's own, always kept.")] = None,
+    last_tiles: Annotated[int | None, typer.Option(min=0, help="Query tiles at the end that keep everything.")] = None,
+    min_blocks: Annotated[int | None, typer.Option(min=0, help="Best blocks that are always kept.")] = None,
+    max_prompts: MaxPrompts = None,
+    max_length: MaxLength = None,
+    seed: Annotated[int, typer.Option(help="Of the split into calibration and held-out prompts.")] = 0,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = None,
+) -> None:
+    """Measure a model on prompts and write the thresholds that keep a target share of the attention mass."""
+    from bsfa.calibration.risk import check_target
+
+    for target in target_recall:
+        check_target(target)
+    paths = _output_paths(output, target_recall)
+    fixed = {
+        "sink_blocks": sink_blocks,
+        "window_blocks": window_blocks,
+        "last_tiles": last_tiles,
+        "min_blocks": min_blocks,
+    }
+    given = {name: value for name, value in fixed.items() if value is not None}
+    if policy not in SCORED:
+        raise ValueError(f"--policy {policy}: choose one of {', '.join(SCORED)}")
+    chosen = SCORED[policy](block_m=block_size, block_n=block_size, **given)
+    prompts = load_prompts(data, max_prompts)
+    lm, tokenizer = _load_model(model, dtype, _pick_device(device))
+    with _progress_bar("calibrating") as progress:
+        curves = collect(lm, tokenizer, prompts, chosen, max_length=max_length, progress=progress)
+    rows = []
+    for target, path in zip(target_recall, paths, strict=True):
+        table = choose(curves, target, seed=seed)
+        table.save(path)
+        rows.append([f"{target:g}", *_summary(table)])
+        typer.echo(f"wrote {path}")
+    held_out = f"recall and density on {len(prompts) // 2} of {len(prompts)} prompts, which chose nothing"
+    _table(held_out, ("target", "recall", "worst head", "density", "dense heads"), rows)
+
+
+def _summary(table: ThresholdTable) -> list[str]:
+    dense = table.dense_heads()
+    return [
+        _number(float(table.recall.mean())),
+        _number(float(table.recall.min())),
+        _number(float(table.density.mean())),
+        f"{int(dense.sum())} of {dense.numel()}",
+    ]
+
+
+@app.command()
+@_one_line_errors
+def inspect(
+    file: Annotated[Path, typer.Argument(help="Threshold file.")],
+    plot: Annotated[Path | None, typer.Option(help="Also write heat maps (layers x heads) to this image.")] = None,
+) -> None:
+    """Show a threshold file: where it comes from, and what it achieves per length and layer."""
+    table = ThresholdTable.load(file)
+    if plot is not None:
+        from bsfa.plotting import plot_thresholds
+
+        plot_thresholds(table, plot)
+    facts, policy, head = table.calibration, table.policy, table.metadata()
+    parameters = ", ".join(f"{k}={v}" for k, v in head["policy"]["parameters"].items())
+    prompts = f"{facts.get('calibration_prompts')} chose, {facts.get('held_out_prompts')} checked"
+    tokens = facts.get("tokens") or [0]
+    for name, value in (
+        ("file", f"{file}, format {head['format_version']}, written by bsfa {head['library_version']}"),
+        ("policy", f"{policy.name} version {policy.version} ({parameters})"),
+        ("model", f"{table.model.name} ({table.num_layers} layers, {table.num_heads} heads, {table.model.dtype})"),
+        ("target recall", f"{table.target_recall:g} ({facts.get('method')})"),
+        ("prompts", f"{prompts}; {min(tokens)} .. {max(tokens)} tokens; seed {facts.get('seed')}"),
+        ("prompts' sha256", str(facts.get("prompts_sha256"))),
+    ):
+        typer.echo(f"{name:16}{value}")
+    by_length = [
+        [length_name(n), str(count), _number(float(r.mean())), _number(float(r.min())), _number(float(d.mean()))]
+        for n, count, r, d in zip(
+            table.lengths, table.length_prompts, table.length_recall, table.length_density, strict=True
+        )
+    ]
+    _table("by prompt length (held-out prompts)", ("length", "prompts", "recall", "worst head", "density"), by_length)
+    dense = table.dense_heads()
+    layers = []
+    for i, kind in enumerate(table.layers):
+        values = table.thresholds[i][~dense[i]]
+        spread = "-" if values.numel() == 0 else f"{float(values.min()):.3g} .. {float(values.max()):.3g}"
+        layers.append(
+            [
+                str(i),
+                spread,
+                _number(float(table.recall[i].mean())),
+                _number(float(table.recall[i].min())),
+                _number(float(table.density[i].mean())),
+                str(int(dense[i].sum())) if kind == CALIBRATED else kind.removeprefix("dense: "),
+            ]
+        )
+    _table("by layer", ("layer", policy.threshold_name, "recall", "worst head", "density", "dense heads"), layers)
+    if plot is not None:
+        typer.echo(f"wrote {plot}")
+
+
+@app.command(name="eval")
+@_one_line_errors
+def evaluate_command(
+    model: ModelOption,
+    data: DataOption,
+    thresholds: Annotated[list[Path], typer.Option(help="Threshold file; may be repeated.")],
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the report to this file.")] = None,
+    max_prompts: MaxPrompts = None,
+    max_length: MaxLength = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = None,
+) -> None:
+    """Compare dense prefill with prefill under threshold files: loss, answers, mass kept, blocks kept, time."""
+    if json_file is not None and not json_file.parent.is_dir():
+        raise ValueError(f"--json {json_file}: {json_file.parent} is not a directory")
+    loaded = [ThresholdTable.load(path) for path in thresholds]
+    stems = [path.stem for path in thresholds]
+    tables = {
+        (s if stems.count(s) == 1 and s != "dense" else str(p)): t
+        for s, p, t in zip(stems, thresholds, loaded, strict=True)
+    }
+    prompts = load_prompts(data, max_prompts)
+    lm, tokenizer = _load_model(model, dtype, _pick_device(device))
+    with _progress_bar("evaluating") as progress:
+        report = evaluate(lm, tokenizer, prompts, tables, max_length=max_length, progress=progress)
+    _print_report(report)
+    if json_file is not None:
+        json_file.write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
+        typer.echo(f"wrote {json_file}")
+
+
+def _share(accuracy: Accuracy) -> str:
+    return f"{accuracy.share:.1%} ({accuracy.right}/{accuracy.asked})" if accuracy.asked else "-"
+
+
+def _print_report(report: EvaluationReport) -> None:
+    runs = list(report.runs.values())
+    names = [run.name for run in runs]
+    rows: list[list[str]] = [
+        ["prose loss, nats/token", *(_number(r.prose_loss) for r in runs)],
+        ["answers right", *(_share(r.accuracy) for r in runs)],
+    ]
+    for task in runs[0].accuracy_by_task:
+        rows.append([f"  {task}", *(_share(r.accuracy_by_task[task]) for r in runs)])
+    for length in report.prompts_by_length:
+        rows.append([f"  at {length}", *(_share(r.accuracy_by_length[length]) for r in runs)])
+    for title, one, by_length in (
+        ("density", lambda r: r.density, lambda r: r.density_by_length),
+        ("recall (mass kept)", lambda r: r.recall, lambda r: r.recall_by_length),
+    ):
+        rows.append([title, *(_number(one(r)) for r in runs)])
+        for length in report.prompts_by_length:
+            rows.append([f"  at {length}", *(_number(by_length(r)[length]) for r in runs)])
+    rows.append(["prefill, seconds", *(_number(r.seconds, 2) for r in runs)])
+    for length, count in report.prompts_by_length.items():
+        rows.append([f"  at {length}, per prompt", *(_number(r.seconds_by_length[length] / count, 3) for r in runs)])
+    _table(f"{report.prompts} prompts, {report.tokens} tokens", ("", *names), rows)
+    typer.echo("prefill: wall clock of the whole model, less the time that measuring took")
+    for run in runs:
+        for reason in run.dense_reasons:
+            typer.echo(f"{run.name} ran dense in {reason}")
+
+
+@app.command()
+@_one_line_errors
+def doctor() -> None:
+    """What was built, what this machine can run, and why not the rest."""
+    facts = bsfa.doctor()
+    _table("build", ("", "value"), [[k, str(v)] for k, v in facts["build"].items()])
+    machine = {k: v for k, v in facts["machine"].items() if k != "gpus"}
+    rows = [[k, str(v)] for k, v in machine.items()]
+    rows += [
+        [f"gpu {i}", f"{g['name']}, compute capability {g['capability']}, {g['memory_gib']:.0f} GiB"]
+        for i, g in enumerate(facts["machine"]["gpus"])
+    ]
+    _table("machine", ("", "value"), rows)
+    columns = list(dict.fromkeys(key for row in facts["kernels"] for key in row))
+    _table("kernels", columns, [[str(row.get(c, "")) for c in columns] for row in facts["kernels"]])
+    _table(
+        "operations", ("operation", "cpu", "cuda"), [[op, r["cpu"], r["cuda"]] for op, r in facts["operations"].items()]
+    )
+
+
+def main() -> None:
+    """Entry point of the ``bsfa`` command."""
+    app(prog_name="bsfa")

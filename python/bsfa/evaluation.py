@@ -1,0 +1,362 @@
+"""Dense against sparse on prompts with known answers: quality, mass kept, blocks kept and time.
+
+For every prompt the model runs once densely and once per entry. The dense run also gives each entry's *recall*: the
+attention mass that its blocks would keep, on the queries and keys of the dense run. *Density* is that of the masks that
+the sparse run used. *Time* is the wall clock of the whole prefill (all layers, and logits at the scored positions) less
+the time that the measuring itself took.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from bsfa.block_mask import BlockMask
+from bsfa.calibration.collect import Progress, dense_model, prefill_work, text_config
+from bsfa.calibration.curves import call_geometry, row_queries
+from bsfa.calibration.forward import logits_at, prefill, synchronize
+from bsfa.policies import Policy, ScoredPolicy
+from bsfa.prompts import Prompt, TokenizedPrompt, length_bucket, length_name, tokenize
+from bsfa.stages import block_mass, pool_blocks, select_blocks
+from bsfa.thresholds import ThresholdTable
+
+if TYPE_CHECKING:
+    from bsfa.integrations.transformers import AttentionCall
+
+Entry = ThresholdTable | Policy | None
+
+DENSE = "dense"
+PROSE_TOKENS = 4096  # scored prose tokens per prompt, evenly spaced
+LOGITS = 1 << 28  # largest [positions, vocab] to make
+WARM_UP = 256  # tokens
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Questions answered right (argmax at every token of the answer) of those asked."""
+
+    right: int
+    asked: int
+
+    @property
+    def share(self) -> float:
+        """right / asked; NaN if nothing was asked."""
+        return self.right / self.asked if self.asked else math.nan
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunReport:
+    """What one entry achieved. ``by_length`` keys are prompt lengths like "8K" (nearest power of two).
+
+    prose_loss: nats per token over ``prose_tokens`` tokens; NaN without prose.
+    density, recall: means over prompts, full-attention layers and heads; 1.0 for the dense run.
+    layer_density, layer_recall: [layers][heads]; NaN for layers without full attention through bsfa.
+    seconds: prefill wall clock of all prompts together; dense_reasons: layers that ran dense against the entry's wish.
+    """
+
+    name: str
+    policy: str
+    prose_loss: float
+    prose_tokens: int
+    accuracy: Accuracy
+    accuracy_by_task: dict[str, Accuracy]
+    accuracy_by_length: dict[str, Accuracy]
+    density: float
+    recall: float
+    density_by_length: dict[str, float]
+    recall_by_length: dict[str, float]
+    seconds: float
+    seconds_by_length: dict[str, float]
+    layer_density: list[list[float]]
+    layer_recall: list[list[float]]
+    dense_reasons: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationReport:
+    """The dense run and one run per entry, over the same prompts."""
+
+    prompts: int
+    prompts_by_length: dict[str, int]
+    tokens: int
+    runs: dict[str, RunReport]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values; NaN becomes None, and an accuracy {"right", "asked"}."""
+        result: dict[str, Any] = _jsonable(asdict(self))
+        return result
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _jsonable(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@dataclass
+class _Totals:
+    """Sums of one run over the prompts."""
+
+    nll: float = 0.0
+    tokens: int = 0
+    answers: list[tuple[str, str, bool]] = field(default_factory=list)  # task, length, right
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    density: list[Tensor] = field(default_factory=list)  # [layers, heads] per prompt
+    recall: list[Tensor] = field(default_factory=list)
+    reasons: dict[str, None] = field(default_factory=dict)
+
+
+class _Observer:
+    """Callback of ``observe`` that knows how long it took; ``measure`` fills [layer] -> values [heads]."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.seconds = 0.0
+        self.density: dict[int, dict[str, Tensor]] = defaultdict(dict)
+        self.recall: dict[int, dict[str, Tensor]] = defaultdict(dict)
+        self.reasons: list[str] = []
+
+    def __call__(self, call: AttentionCall) -> None:
+        synchronize(self.device)
+        start = time.perf_counter()
+        if call.window_left is None:
+            self.measure(call)
+            synchronize(self.device)
+        self.seconds += time.perf_counter() - start
+
+    def measure(self, call: AttentionCall) -> None:
+        raise NotImplementedError
+
+
+class _DenseObserver(_Observer):
+    """On the dense run: the mass that every entry's selection would keep."""
+
+    def __init__(self, device: torch.device, entries: Mapping[str, Entry]):
+        super().__init__(device)
+        self.entries = entries
+
+    def measure(self, call: AttentionCall) -> None:
+        mass: dict[tuple[int, int], Tensor] = {}
+        scale: dict[str, Any] = {"softmax_scale": call.softmax_scale, "softcap": call.softcap, "causal": call.causal}
+        everything = torch.ones(call.q.shape[2], device=call.q.device)
+        self.density[call.layer][DENSE] = self.recall[call.layer][DENSE] = everything
+        for name, entry in self.entries.items():
+            self.recall[call.layer][name] = everything
+            policy = entry.layer(call.layer, call.q.device) if isinstance(entry, ThresholdTable) else entry
+            if policy is None:
+                continue
+            summary = pool_blocks(call.k, block_n=policy.block_n) if policy.needs_summary else None
+            mask = select_blocks(call.q, summary, policy, seqlen_k=call.k.shape[1], **scale)
+            if not isinstance(mask, BlockMask):
+                continue
+            sizes = (policy.block_m, policy.block_n)
+            geometry = call_geometry(call.q, call.k, call.causal, *sizes)
+            if sizes not in mass:
+                mass[sizes] = block_mass(call.q, call.k, call.lse, block_m=sizes[0], block_n=sizes[1], **scale)
+            kept = mask.to_rows().repeat_interleave(call.q.shape[2] // mask.num_heads, dim=1)
+            share = (mass[sizes] * kept).sum(-1) * row_queries(geometry)[:, None]
+            self.recall[call.layer][name] = share.sum(0) / call.q.shape[1]
+
+
+class _SparseObserver(_Observer):
+    """On a sparse run: the blocks that were kept, and why a call was dense."""
+
+    def __init__(self, device: torch.device, name: str):
+        super().__init__(device)
+        self.name = name
+
+    def measure(self, call: AttentionCall) -> None:
+        density = torch.ones(call.q.shape[2], device=call.q.device)
+        info = call.info
+        if info.mask is not None:
+            density = info.mask.density(per_head=True).repeat_interleave(call.q.shape[2] // info.mask.num_heads)
+        if info.dense_reason is not None:
+            self.reasons.append(f"layer {call.layer}: {info.dense_reason}")
+        self.density[call.layer][self.name] = density
+
+
+def _gather(values: Mapping[int, Mapping[str, Tensor]], name: str, layers: int) -> Tensor:
+    """[layers, heads], NaN for layers that were not observed."""
+    heads = max((v[name].shape[0] for v in values.values()), default=0)
+    result = torch.full((layers, heads), math.nan)
+    for layer, v in values.items():
+        result[layer, : v[name].shape[0]] = v[name].float().cpu()
+    return result
+
+
+@dataclass(frozen=True, eq=False)
+class _Scored:
+    """Positions to score: sorted and unique, with the prose among them and the answers as index lists into them."""
+
+    positions: Tensor
+    prose: Tensor
+    answers: list[tuple[str, Tensor]]
+
+
+def _positions(prompt: TokenizedPrompt, vocab: int) -> _Scored:
+    answers = [p for _, p in prompt.answers]
+    room = max(min(PROSE_TOKENS, LOGITS // max(vocab, 1) - sum(map(len, answers))), 1)
+    prose = prompt.prose
+    if len(prose) > room:
+        prose = prose[torch.arange(room) * len(prose) // room]
+    positions = torch.unique(torch.cat((prose, *answers)))
+    if len(positions) == 0:
+        raise ValueError(f"prompt '{prompt.id}' has neither prose nor answers to score")
+    index = [(task, torch.searchsorted(positions, p)) for task, p in prompt.answers]
+    return _Scored(positions, torch.searchsorted(positions, prose), index)
+
+
+def _score(logits: Tensor, targets: Tensor, step: int = 512) -> tuple[Tensor, Tensor]:
+    """Negative log likelihood (float32 [n], nats) and whether the argmax is right (bool [n])."""
+    targets = targets.to(logits.device)
+    nll, right = [], []
+    for rows, want in zip(logits.split(step), targets.split(step), strict=True):
+        rows = rows.float()
+        nll.append(torch.nn.functional.cross_entropy(rows, want, reduction="none"))
+        right.append(rows.argmax(-1) == want)
+    return torch.cat(nll).cpu(), torch.cat(right).cpu()
+
+
+def _on_device(entry: Entry, device: torch.device) -> Policy | list[ScoredPolicy | None] | None:
+    if isinstance(entry, ThresholdTable):
+        return [entry.layer(i, device) for i in range(entry.num_layers)]
+    return entry
+
+
+def describe(entry: Entry) -> str:
+    """A short name of what an entry runs."""
+    if isinstance(entry, ThresholdTable):
+        return f"{entry.policy.name}, target recall {entry.target_recall}"
+    return DENSE if entry is None else entry.name
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    tables: Mapping[str, Entry],
+    *,
+    max_length: int | None = None,
+    progress: Progress | None = None,
+) -> EvaluationReport:
+    """Run the model densely and with each of ``tables`` (threshold tables or policies, by name) over the prompts.
+
+    A question is right iff the argmax is the text's token at every token of its answer. Prose loss is over at most 4096
+    evenly spaced prose tokens a prompt (fewer with a large vocabulary), the same for every run. ``max_length``: cut
+    prompts to that many tokens.
+
+    Afterwards the model has no policy. Raises ``ValueError`` for prompts with nothing to score or an entry called
+    "dense", :class:`bsfa.ThresholdMismatchError` for a table of another model.
+    """
+    from bsfa.integrations.transformers import observe, set_policy
+
+    if DENSE in tables:
+        raise ValueError(f"'{DENSE}' is the name of the reference run: call the entry something else")
+    if not prompts:
+        raise ValueError("there are no prompts to evaluate")
+    for entry in tables.values():
+        if isinstance(entry, ThresholdTable):
+            entry.check_model(model)
+        elif entry is not None and not isinstance(entry, Policy):
+            raise TypeError(f"expected a ThresholdTable, a policy or None, got {type(entry).__name__}")
+    config = text_config(model)
+    layers = int(config.num_hidden_layers)
+    tokenized = [tokenize(p, tokenizer, max_length) for p in prompts]
+    scored = [_positions(t, int(config.vocab_size)) for t in tokenized]
+    buckets = [length_name(length_bucket(len(t))) for t in tokenized]
+    device = torch.device(model.device)
+    entries: dict[str, Entry] = {DENSE: None, **tables}
+    policies = {name: _on_device(entry, device) for name, entry in entries.items()}
+    totals = {name: _Totals() for name in entries}
+    work, done = sum(prefill_work(len(t)) for t in tokenized) * len(entries), 0.0
+    with dense_model(model):
+        for policy in policies.values():
+            set_policy(model, policy)
+            prefill(model, tokenized[0].ids[:WARM_UP])
+        for t, s, bucket in zip(tokenized, scored, buckets, strict=True):
+            for name, policy in policies.items():
+                if progress is not None:
+                    progress(done, work, f"{name}, {len(t)} tokens")
+                set_policy(model, policy)
+                observer = _DenseObserver(device, tables) if name == DENSE else _SparseObserver(device, name)
+                with observe(model, observer):
+                    synchronize(device)
+                    start = time.perf_counter()
+                    logits = logits_at(model, t.ids, s.positions - 1)
+                    synchronize(device)
+                    seconds = time.perf_counter() - start - observer.seconds
+                total = totals[name]
+                _add(total, logits, t, s, bucket)
+                del logits
+                total.seconds[bucket] += seconds
+                total.density.append(_gather(observer.density, name, layers))
+                total.reasons.update(dict.fromkeys(observer.reasons))
+                if isinstance(observer, _DenseObserver):
+                    for other in entries:
+                        totals[other].recall.append(_gather(observer.recall, other, layers))
+                done += prefill_work(len(t))
+    if progress is not None:
+        progress(work, work, "done")
+    return EvaluationReport(
+        prompts=len(prompts),
+        prompts_by_length={b: buckets.count(b) for b in _in_order(buckets)},
+        tokens=sum(map(len, tokenized)),
+        runs={name: _report(name, entries[name], total, buckets) for name, total in totals.items()},
+    )
+
+
+def _in_order(buckets: Sequence[str]) -> list[str]:
+    return sorted(set(buckets), key=lambda b: int(b[:-1]) * 1024 if b.endswith("K") else int(b))
+
+
+def _add(total: _Totals, logits: Tensor, prompt: TokenizedPrompt, scored: _Scored, bucket: str) -> None:
+    nll, right = _score(logits, prompt.ids[scored.positions])
+    total.nll += float(nll[scored.prose].double().sum())
+    total.tokens += len(scored.prose)
+    total.answers += [(task, bucket, bool(right[index].all())) for task, index in scored.answers]
+
+
+def _mean(values: Sequence[Tensor]) -> float:
+    """Mean over prompts of the mean over observed layers and heads."""
+    means = [float(v.nanmean()) for v in values]
+    return sum(means) / len(means) if means else math.nan
+
+
+def _accuracy(right: Sequence[bool]) -> Accuracy:
+    return Accuracy(sum(right), len(right))
+
+
+def _report(name: str, entry: Entry, total: _Totals, buckets: Sequence[str]) -> RunReport:
+    lengths = _in_order(buckets)
+    tasks = sorted({task for task, _, _ in total.answers})
+
+    def by_length(values: Sequence[Tensor]) -> dict[str, float]:
+        return {b: _mean([v for v, other in zip(values, buckets, strict=True) if other == b]) for b in lengths}
+
+    return RunReport(
+        name=name,
+        policy=describe(entry),
+        prose_loss=total.nll / total.tokens if total.tokens else math.nan,
+        prose_tokens=total.tokens,
+        accuracy=_accuracy([ok for _, _, ok in total.answers]),
+        accuracy_by_task={t: _accuracy([ok for task, _, ok in total.answers if task == t]) for t in tasks},
+        accuracy_by_length={b: _accuracy([ok for _, other, ok in total.answers if other == b]) for b in lengths},
+        density=_mean(total.density),
+        recall=_mean(total.recall),
+        density_by_length=by_length(total.density),
+        recall_by_length=by_length(total.recall),
+        seconds=sum(total.seconds.values()),
+        seconds_by_length={b: total.seconds[b] for b in lengths},
+        layer_density=torch.stack(total.density).mean(0).tolist(),
+        layer_recall=torch.stack(total.recall).mean(0).tolist(),
+        dense_reasons=list(total.reasons),
+    )

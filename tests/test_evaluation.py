@@ -1,0 +1,195 @@
+"""Prompt files, token positions, and the dense-against-sparse report checked against the model itself."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import bsfa
+from bsfa.calibration import choose, collect
+from bsfa.evaluation import evaluate
+from bsfa.integrations.transformers import observe
+from bsfa.policies import RelativeMax, StaticPattern
+from bsfa.prompts import Prompt, length_bucket, length_name, load_prompts, parse_prompt, tokenize
+from tiny_model import make_model, make_prompts, make_rows, make_tokenizer, write_rows
+
+POLICY = RelativeMax(block_m=32, block_n=32, sink_blocks=1, window_blocks=1, last_tiles=1)
+
+
+@pytest.fixture(scope="module")
+def lm() -> tuple[Any, Any]:
+    return make_model(), make_tokenizer()
+
+
+# ---- prompts --------------------------------------------------------------------------------------------------------
+
+
+def test_prompt_files(tmp_path: Path) -> None:
+    rows = make_rows(3)
+    plain = write_rows(tmp_path / "a.jsonl", rows)
+    zipped = tmp_path / "a.jsonl.gz"
+    zipped.write_bytes(gzip.compress(plain.read_bytes() + b"\n\n"))
+    assert load_prompts(plain) == load_prompts(zipped) == [parse_prompt(r) for r in rows]
+    assert len(load_prompts(zipped, limit=2)) == 2
+    only_text = write_rows(tmp_path / "b.jsonl", [{"text": "x", "tokens": 3}])
+    assert load_prompts(only_text) == [Prompt("x", "line-1")]
+
+
+GOOD = b'{"text": "some text"}\n'
+BAD: dict[str, tuple[bytes, str]] = {
+    "json": (b'{"text": \n', "b.jsonl:2: not JSON"),
+    "list": (b"[1]\n", "b.jsonl:2: expected a JSON object"),
+    "no text": (b"{}\n", "b.jsonl:2: 'text'"),
+    "empty text": (b'{"text": ""}\n', "b.jsonl:2: 'text'"),
+    "id": (b'{"text": "a", "id": 3}\n', "b.jsonl:2: 'id'"),
+    "task": (b'{"text": "a", "answers": [{"start": 0, "end": 1}]}\n', r"b.jsonl:2: answers\[0\] must be an object"),
+    "no end": (b'{"text": "a", "answers": [{"task": "t", "start": 0}]}\n', r"answers\[0\] must be two integers"),
+    "range": (b'{"text": "a", "answers": [{"task": "t", "start": 0, "end": 9}]}\n', r"end <= 1 \(length"),
+    "prose": (b'{"text": "a", "prose": [[1, 0]]}\n', r"b.jsonl:2: prose\[0\]"),
+    "prose type": (b'{"text": "a", "prose": [["0", 1]]}\n', "two integers"),
+    "utf-8": (b'{"text": "\xff"}\n', "b.jsonl:2: not UTF-8"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_lines_are_named(case: str, tmp_path: Path) -> None:
+    path = tmp_path / "b.jsonl"
+    path.write_bytes(GOOD + BAD[case][0])
+    with pytest.raises(ValueError, match=BAD[case][1]):
+        load_prompts(path)
+
+
+def test_bad_files(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        load_prompts(tmp_path / "none.jsonl")
+    empty = tmp_path / "empty.jsonl"
+    empty.write_bytes(b"\n")
+    with pytest.raises(ValueError, match="no prompts"):
+        load_prompts(empty)
+    cut = tmp_path / "cut.jsonl.gz"
+    cut.write_bytes(gzip.compress(GOOD * 500)[:-12])
+    with pytest.raises(ValueError, match="damaged gzip"):
+        load_prompts(cut)
+
+
+def test_positions(lm: tuple[Any, Any]) -> None:
+    _, tokenizer = lm
+    text = "amber river is cold and the code is castle."
+    start, end = text.index("castle"), text.index("castle") + 6
+    prompt = parse_prompt({"text": text, "answers": [{"task": "t", "start": start, "end": end}], "prose": [[0, 11]]})
+    t = tokenize(prompt, tokenizer)
+    ((task, positions),) = t.answers
+    assert task == "t" and tokenizer.decode(t.ids[positions]).strip() == "castle"
+    assert tokenizer.decode(t.ids[t.prose]) == "amber river" and int(t.ids[0]) == 0 and 0 not in t.prose
+    everything = tokenize(
+        parse_prompt({"text": text, "answers": [{"task": "t", "start": start, "end": end}]}), tokenizer
+    )
+    assert sorted([*everything.prose.tolist(), *positions.tolist()]) == list(range(1, len(t)))
+    cut = tokenize(prompt, tokenizer, max_length=int(positions[-1]))
+    assert len(cut) == int(positions[-1]) and cut.answers == ()
+    with pytest.raises(ValueError, match="fast tokenizer"):
+        tokenize(prompt, object())
+
+
+def test_lengths() -> None:
+    assert [length_bucket(n) for n in (1, 1000, 5700, 8192, 8300, 11000, 12000)] == [
+        1,
+        1024,
+        4096,
+        8192,
+        8192,
+        8192,
+        16384,
+    ]
+    assert [length_name(n) for n in (512, 1024, 16384)] == ["512", "1K", "16K"]
+
+
+# ---- evaluation -----------------------------------------------------------------------------------------------------
+
+
+def test_report_against_the_model(lm: tuple[Any, Any]) -> None:
+    """Loss, answers and density of a policy equal those of plain forward passes; recall that of the masks."""
+    model, tokenizer = lm
+    prompts = make_prompts(4, words=200)
+    policy = POLICY.with_threshold(0.9)
+    report = evaluate(model, tokenizer, prompts, {"sparse": policy, "none": None, "static": StaticPattern(**BLOCKS)})
+    dense, sparse = report.runs["dense"], report.runs["sparse"]
+    nll, count, right = 0.0, 0, {"single": 0, "multi": 0}
+    density, recall = torch.zeros(2, 4), torch.zeros(2, 4)
+
+    def look(call: Any) -> None:
+        p = torch.softmax(
+            (
+                torch.einsum("qhd,khd->hqk", call.q[0], call.k[0].repeat_interleave(2, 1)) * call.softmax_scale
+            ).masked_fill(torch.ones(call.q.shape[1], call.q.shape[1]).triu(1).bool(), -torch.inf),
+            -1,
+        )
+        mask = bsfa.select_blocks(call.q, bsfa.pool_blocks(call.k, block_n=32), policy, seqlen_k=call.q.shape[1])
+        token = torch.arange(call.q.shape[1]) // 32
+        kept = mask.to_bool()[0][:, token][:, :, token]  # type: ignore[union-attr]
+        recall[call.layer] += (p * kept).sum(-1).mean(-1) / len(prompts)
+        density[call.layer] += mask.density(per_head=True) / len(prompts)  # type: ignore[union-attr]
+
+    with torch.no_grad(), observe(model, look):
+        for prompt in prompts:
+            t = tokenize(prompt, tokenizer)
+            logits = model(t.ids[None]).logits[0].double()
+            nll += float(-logits.log_softmax(-1)[t.prose - 1, t.ids[t.prose]].sum())
+            count += len(t.prose)
+            for task, positions in t.answers:
+                right[task] += bool((logits[positions - 1].argmax(-1) == t.ids[positions]).all())
+    assert dense.prose_tokens == count and dense.prose_loss == pytest.approx(nll / count, rel=1e-5)
+    assert {t: a.right for t, a in dense.accuracy_by_task.items()} == right
+    assert dense.accuracy.asked == 4 == sum(a.asked for a in dense.accuracy_by_length.values())
+    torch.testing.assert_close(torch.tensor(sparse.layer_recall), recall, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.tensor(sparse.layer_density)[0], density[0], rtol=0, atol=1e-6)
+    assert sparse.density < 0.9 and sparse.recall < 1.0
+    assert report.runs["none"].prose_loss == dense.prose_loss != sparse.prose_loss
+    assert dense.density == dense.recall == report.runs["none"].recall == 1.0
+    assert report.runs["static"].density < 1.0
+    assert all(run.seconds > 0 for run in report.runs.values())
+    assert set(report.prompts_by_length) == set(dense.seconds_by_length)
+    assert json.loads(json.dumps(report.to_dict(), allow_nan=False))["runs"]["sparse"]["policy"] == "relative-max"
+
+
+BLOCKS = {"block_m": 32, "block_n": 32}
+
+
+def test_tables_and_their_promise(lm: tuple[Any, Any]) -> None:
+    model, tokenizer = lm
+    curves = collect(model, tokenizer, make_prompts(40, words=60), POLICY)
+    table, strict = choose(curves, 0.9), choose(curves, 0.95)
+    report = evaluate(model, tokenizer, make_prompts(6, words=60, seed=9), {"0.9": table, "0.95": strict})
+    assert 0.9 <= report.runs["0.9"].recall <= report.runs["0.95"].recall <= 1.0
+    assert report.runs["0.9"].density <= report.runs["0.95"].density
+    assert "0.9" in report.runs["0.9"].policy
+    with pytest.raises(bsfa.ThresholdMismatchError, match="weights"):
+        evaluate(make_model(seed=3), tokenizer, make_prompts(2), {"t": table})
+
+
+def test_subsampling_is_even_and_the_same_for_all(lm: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = lm
+    monkeypatch.setattr("bsfa.evaluation.PROSE_TOKENS", 10)
+    report = evaluate(model, tokenizer, make_prompts(2), {"same": None})
+    assert report.runs["dense"].prose_tokens == 20
+    assert report.runs["dense"].prose_loss == report.runs["same"].prose_loss
+
+
+def test_refusals(lm: tuple[Any, Any]) -> None:
+    model, tokenizer = lm
+    with pytest.raises(ValueError, match="reference run"):
+        evaluate(model, tokenizer, make_prompts(1), {"dense": None})
+    with pytest.raises(ValueError, match="no prompts"):
+        evaluate(model, tokenizer, [], {})
+    with pytest.raises(ValueError, match="neither prose nor answers"):
+        evaluate(model, tokenizer, [Prompt("amber river", prose=())], {})
+    with pytest.raises(TypeError, match="ThresholdTable"):
+        evaluate(model, tokenizer, make_prompts(1), {"x": 0.5})  # type: ignore[dict-item]
+    report = evaluate(model, tokenizer, [Prompt("amber river castle")], {})
+    assert math.isnan(report.runs["dense"].accuracy.share)
