@@ -36,8 +36,12 @@ void rank(const float* scores, int32_t count, int32_t top, bool ascending, Ranki
     ranking->keys[j] = std::isnan(key) ? -std::numeric_limits<float>::infinity() : key;
   }
   const float* keys = ranking->keys.data();
-  std::partial_sort(ranking->order.begin(), ranking->order.begin() + top, ranking->order.end(),
-                    [keys](int32_t a, int32_t b) { return keys[a] > keys[b] || (keys[a] == keys[b] && a < b); });
+  const auto better = [keys](int32_t a, int32_t b) { return keys[a] > keys[b] || (keys[a] == keys[b] && a < b); };
+  if (top < count) {
+    std::partial_sort(ranking->order.begin(), ranking->order.begin() + top, ranking->order.end(), better);
+  } else {
+    std::sort(ranking->order.begin(), ranking->order.end(), better);
+  }
 }
 
 // Base-2 logits become the mass that ranks strictly before each block. Returns the best block.
