@@ -63,6 +63,7 @@ def test_several_targets_and_another_policy(model_dir: Path, data: Path, tmp_pat
     names = sorted(p.name for p in tmp_path.iterdir())
     assert names == ["t-0.5.safetensors", "t-0.9.safetensors"]
     tables = [ThresholdTable.load(tmp_path / name) for name in names]
+    assert run("inspect", tmp_path / names[1], "--plot", tmp_path / "dense.png").exit_code == 0
     assert [t.policy.name for t in tables] == ["cumulative-mass"] * 2 and tables[0].model.dtype == "bfloat16"
 
 

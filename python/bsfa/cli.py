@@ -127,19 +127,11 @@ def _load_model(name: str, dtype: str, device: torch.device) -> tuple[Any, Any]:
 
 @contextlib.contextmanager
 def _progress_bar(title: str) -> Iterator[Progress]:
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TaskProgressColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn(title), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("left"))
-    with Progress(
-        *columns, TimeRemainingColumn(), TextColumn("{task.fields[now]}"), console=Console(stderr=True), transient=True
-    ) as bar:
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    now = TextColumn("left  {task.fields[now]}")
+    with Progress(*columns, now, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(title, total=None, now="")
 
         def report(done: float, total: float, now: str) -> None:
@@ -153,7 +145,8 @@ def _number(value: float, digits: int = 4) -> str:
 
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    table = Table(title=escape(title), title_justify="left")
+    typer.echo(f"\n{title}")
+    table = Table()
     for i, name in enumerate(columns):
         table.add_column(escape(name), justify="left" if i == 0 else "right", overflow="fold")
     for row in rows:
