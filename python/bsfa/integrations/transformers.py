@@ -50,7 +50,7 @@ from bsfa.attention import attention, attention_varlen
 from bsfa.errors import UnsupportedError, warn_dense
 from bsfa.info import AttentionInfo
 from bsfa.integrations._hf_masks import KeyMask, MaskFacts, Packing, bsfa_mask, padding_facts
-from bsfa.policies import Policy
+from bsfa.policies import Policy, ScoredPolicy
 
 __all__ = [
     "AttentionCall",
@@ -406,6 +406,14 @@ def _per_layer(
     return chosen
 
 
+def _beside(module: nn.Module, policy: Policy | None) -> Policy | None:
+    """``policy`` with its per-head thresholds on the module's device, so that calls do not copy them again."""
+    device = next((p.device for p in module.parameters() if p.device.type != "meta"), None)
+    if device is None or not isinstance(policy, ScoredPolicy) or not isinstance(policy.threshold, Tensor):
+        return policy
+    return policy if policy.threshold.device == device else policy.with_threshold(policy.threshold.to(device))
+
+
 def set_policy(
     model: nn.Module, policy: Policy | Sequence[Policy | None] | LayerPolicies | None, *, record: bool = False
 ) -> None:
@@ -425,7 +433,7 @@ def set_policy(
     _use_bsfa(model)
     for index, modules in layers.items():
         for module in modules:
-            state: Any = _LayerState(chosen[index], record)
+            state: Any = _LayerState(_beside(module, chosen[index]), record)
             module._bsfa_state = state
 
 
