@@ -140,6 +140,7 @@ class Scores:
     low: Array
     high: Array
     best: Array | None = None  #: CumulativeMass: bool, the block that is always kept
+    maybe_best: Array | None = None  #: the blocks that rounding may make the best
 
 
 def relative_max(
@@ -169,7 +170,9 @@ def relative_max(
     score = energy / np.where(largest > 0, largest, 1.0)
     finite = np.where(np.isneginf(x), 0.0, np.abs(x)).max(axis=(1, 2), initial=0.0)[:, None]
     error = 2 * epsilon * (1.0 + finite)
-    return Scores(score, score * (1.0 - error), score * (1.0 + error))
+    low, high = score * (1.0 - error), np.minimum(score * (1.0 + error), 1.0)
+    alone = (high >= low.max(axis=1, initial=0.0, keepdims=True)).sum(axis=1, keepdims=True) == 1
+    return Scores(score, np.where(alone & (score == 1.0), 1.0, low), high)
 
 
 def cumulative_mass(
@@ -201,7 +204,8 @@ def cumulative_mass(
     best = np.zeros(s.shape, dtype=bool)
     if s.shape[1]:
         best[np.arange(s.shape[0]), s.argmax(axis=1)] = True
-    return Scores(value, np.maximum(ahead_low - slack, 0.0), ahead_high + slack, best)
+    maybe_best = ~((other > this + 2 * error) | (tie if epsilon == 0.0 else False)).any(axis=-1)
+    return Scores(value, np.maximum(ahead_low - slack, 0.0), ahead_high + slack, best, maybe_best)
 
 
 # --- selection -------------------------------------------------------------------------------------------------------
@@ -240,10 +244,11 @@ def kept_and_sure(
         surely_not = ((scores.high < t) | (scores.high == 0)) & (t > 0)
         order, low, high = scores.value, scores.low, scores.high
     else:
-        assert scores.best is not None
+        assert scores.best is not None and scores.maybe_best is not None
         kept = (scores.value < t) | (t >= 1) | scores.best
-        surely = (scores.high < t) | (t >= 1)
-        surely_not = (scores.low >= t) & (t < 1) & (scores.low > 0)
+        alone = scores.maybe_best.sum(axis=1, keepdims=True) == 1
+        surely = (scores.high < t) | (t >= 1) | (scores.maybe_best & alone)
+        surely_not = (scores.low >= t) & (t < 1) & ~scores.maybe_best
         order, low, high = -scores.value, -scores.high, -scores.low
     n = order.shape[1]
     earlier = np.tri(n, k=-1, dtype=bool)[None]  # [this, other]: other < this

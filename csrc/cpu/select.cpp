@@ -1,12 +1,12 @@
 // score_blocks and select_blocks: what is done with the scores that the kernels make for one query tile.
 //
-//   kRelativeMax     score as it comes (score.h); kept iff score > 0 and score >= threshold
+//   kRelativeMax     score as it comes (score.h); kept iff score > 0 and score >= threshold, or threshold < 0
 //   kCumulativeMass  softmax over the visible blocks in float64, ranked by descending logit (ties: lower block first);
 //                    score = mass of the blocks ranked before, summed in rank order; kept iff score < threshold, and
 //                    the best always
 //
 // Also kept: sink blocks, the window around the tile's own positions, everything in the last tiles of the prompt, the
-// best min_blocks by score. Scores of NaN rank last and are kept only by such a rule.
+// best min_blocks by score (where NaN ranks last). Blocks whose score is NaN are kept.
 // Memory per worker: the scores of one tile, [heads of the item, max_blocks], and one row of indices.
 #include <algorithm>
 #include <cmath>
@@ -75,6 +75,12 @@ void score_item(const Kernels& k, const ScoreParams& params, const TileItem& ite
   for (int32_t h = 0; h < item.head_count; ++h) {
     (*best)[h] = cumulative_mass(scores + int64_t{h} * params.max_blocks, visible, ranking);
   }
+}
+
+// A NaN score is kept: the block holds a NaN, and dropping it would hide that.
+bool keeps(bool cumulative, float score, float threshold) {
+  if (cumulative) return !(score >= threshold);
+  return threshold < 0.0f || !(score < threshold || score <= 0.0f);
 }
 
 void set_range(uint32_t* words, int32_t begin, int32_t end) {
@@ -163,7 +169,7 @@ void select_blocks(const SelectParams& params, const Executor& executor) {
                     const float threshold = params.thresholds[item.head_begin + h];
                     const bool cumulative = score.rule == ScoreRule::kCumulativeMass;
                     for (int32_t j = 0; j < visible; ++j) {
-                      const bool keep = cumulative ? scores[j] < threshold : scores[j] > 0.0f && scores[j] >= threshold;
+                      const bool keep = keeps(cumulative, scores[j], threshold);
                       words[j / 32] |= static_cast<uint32_t>(keep) << (j % 32);
                     }
                     if (cumulative) set_range(words, best[h], best[h] + 1);

@@ -118,8 +118,7 @@ ScoreParams score_params(const Tensor& q, const Tensor& summary, const OptionalT
   kv.cu_seqlens = index_ptr(cu_seqlens_k, 1, batch + 1, q, "cu_seqlens_k");
   kv.seqlens = index_ptr(seqlens_k, 1, batch, q, "seqlens_k");
   s.max_blocks = ceil_div(kv.max_seqlen, s.problem.block_n);
-  STD_TORCH_CHECK(summary.size(1) == s.max_blocks, "summary has ", summary.size(1), " blocks, expected ",
-                  s.max_blocks);
+  STD_TORCH_CHECK(summary.size(1) == s.max_blocks, "summary has ", summary.size(1), " blocks, expected ", s.max_blocks);
   for (int32_t b = 0; b < batch; ++b) {
     const int32_t len = seqlen_k_of(kv, b);
     STD_TORCH_CHECK(len >= 0 && len <= kv.max_seqlen, "KV length ", len, " is not in 0 .. max_seqlen_k");
@@ -207,8 +206,8 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
     STD_TORCH_CHECK(
         p.mask_heads == p.problem.num_q_heads || p.mask_heads == p.problem.num_kv_heads || p.mask_heads == 1,
         "the mask has ", p.mask_heads, " heads; it must have as many as q, as k, or 1");
-    STD_TORCH_CHECK(p.num_words == ceil_div(ceil_div(p.problem.kv.max_seqlen, p.problem.block_n), 32),
-                    "the mask has ", p.num_words, " words a row, not what max_seqlen_k and block_n need");
+    STD_TORCH_CHECK(p.num_words == ceil_div(ceil_div(p.problem.kv.max_seqlen, p.problem.block_n), 32), "the mask has ",
+                    p.num_words, " words a row, not what max_seqlen_k and block_n need");
     p.words = static_cast<const int32_t*>(w.data_ptr());
   }
   check_problem_values(p.problem, q, mask_words.has_value() ? p.num_rows : -1);

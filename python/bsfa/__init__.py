@@ -16,6 +16,7 @@ from bsfa.doctor import doctor
 from bsfa.errors import DenseFallbackWarning, ThresholdMismatchError, UnsupportedError
 from bsfa.info import AttentionInfo
 from bsfa.stages import block_mass, block_sparse_attention, pool_blocks, select_blocks
+from bsfa.thresholds import ThresholdTable
 
 __all__ = [
     "AttentionInfo",
@@ -23,6 +24,7 @@ __all__ = [
     "DenseFallbackWarning",
     "MaskGeometry",
     "ThresholdMismatchError",
+    "ThresholdTable",
     "UnsupportedError",
     "__version__",
     "attention",

@@ -55,7 +55,7 @@ def _run(
         return out
     extra: tuple[Tensor | AttentionInfo, ...] = (lse,) if return_lse else ()
     if return_info:
-        extra = (*extra, AttentionInfo(policy, mask, reason))
+        extra = (*extra, AttentionInfo(policy, mask, reason, q.device))
     return (out, *extra)
 
 

@@ -18,12 +18,14 @@ class AttentionInfo:
     policy: the policy asked for (None: dense).
     mask: the blocks attended to; None if the call was dense.
     dense_reason: why a call with a sparse policy ran dense, else None.
+    device: where the call ran.
     """
 
     policy: Policy | None
     mask: BlockMask | None
     dense_reason: str | None
+    device: torch.device
 
     def density(self) -> Tensor:
         """Kept / visible blocks as a float32 scalar on the device (1.0 for dense calls)."""
-        return torch.ones(()) if self.mask is None else self.mask.density()
+        return torch.ones((), device=self.device) if self.mask is None else self.mask.density()

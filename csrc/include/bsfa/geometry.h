@@ -18,7 +18,9 @@ namespace bsfa {
 
 BSFA_HOST_DEVICE constexpr int32_t ceil_div(int32_t a, int32_t b) { return (a + b - 1) / b; }
 
-BSFA_HOST_DEVICE constexpr int32_t floor_div(int32_t a, int32_t b) { return a / b - ((a % b != 0) && ((a < 0) != (b < 0))); }
+BSFA_HOST_DEVICE constexpr int32_t floor_div(int32_t a, int32_t b) {
+  return a / b - ((a % b != 0) && ((a < 0) != (b < 0)));
+}
 
 struct SequenceGeometry {
   int32_t seqlen_q = 0;

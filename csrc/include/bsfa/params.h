@@ -69,7 +69,7 @@ struct PoolParams {
 // How the score of a (query tile, KV block) pair is made, and compared with the head's threshold.
 enum class ScoreRule : int32_t {
   // FlashPrefill: energy of a block = sum over rows of exp(scale * q_r . mean_k - tile max), divided by the largest
-  // energy of the tile. Kept iff score >= threshold.
+  // energy of the tile. Kept iff score >= threshold and score > 0; a negative threshold keeps everything.
   kRelativeMax = 0,
   // BFLA: softmax over blocks of scale * mean_q . mean_k; the score is the probability mass of all blocks ranked
   // strictly before this one (descending; ties: lower block first). Kept iff score < threshold; the best always.
