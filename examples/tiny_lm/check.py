@@ -145,7 +145,7 @@ def held_out_text(model: LlamaForCausalLM, stream: Stream, length: int = 16384) 
         _, nll = predictions(model, ids)
         tally.prose(nll[1:], np.arange(1, length))
         contexts[length].append(float(nll[-1024:].mean()))
-        for context in (2048, 4096, 8192):
+        for context in (c for c in (2048, 4096, 8192) if c < length):
             part = torch.cat((ids[:1], ids[1 - context :]))
             contexts[context].append(float(predictions(model, part)[1][-1024:].mean()))
     return {

@@ -111,7 +111,8 @@ def split_of(name: str) -> str:
 
 def _declared_licence(dist: importlib.metadata.Distribution) -> str:
     meta = dist.metadata
-    found = [meta.get("License-Expression") or "", (meta.get("License") or "").strip().split("\n")[0][:80]]
+    fields = [(meta.get_all(name) or [""])[0] for name in ("License-Expression", "License")]
+    found = [field.strip().split("\n")[0][:80] for field in fields]
     found += [c for c in meta.get_all("Classifier") or [] if c.startswith("License")]
     return "; ".join(f for f in found if f)
 
