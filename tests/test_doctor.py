@@ -1,0 +1,44 @@
+"""bsfa.doctor() returns what it documents."""
+
+from __future__ import annotations
+
+import json
+
+import bsfa
+import torch
+
+OPERATIONS = {"pool_blocks", "score_blocks", "select_blocks", "attention", "block_mass"}
+
+
+def test_doctor() -> None:
+    facts = bsfa.doctor()
+    assert set(facts) == {"build", "machine", "kernels", "operations"}
+    assert facts["build"]["version"] == bsfa.__version__
+    assert {"compiler", "torch_target", "cpu_instruction_set"} <= set(facts["build"])
+    assert facts["build"]["cpu_instruction_set"] in ("generic", "avx2", "avx512")
+    assert facts["machine"]["torch"] == torch.__version__
+    assert facts["machine"]["threads"] == torch.get_num_threads()
+    assert len(facts["machine"]["gpus"]) == torch.cuda.device_count()
+    json.dumps(facts)
+
+
+def test_every_operation_has_a_cpu_kernel_and_a_verdict_on_cuda() -> None:
+    facts = bsfa.doctor()
+    assert set(facts["operations"]) == OPERATIONS
+    for verdicts in facts["operations"].values():
+        assert set(verdicts) == {"cpu", "cuda"} and verdicts["cpu"] == "ok" and verdicts["cuda"]
+        if not torch.cuda.is_available():
+            assert verdicts["cuda"] != "ok"
+    rows = facts["kernels"]
+    assert all({"op", "device", "arch", "dtypes", "head_dim"} <= set(row) for row in rows)
+    assert {row["op"] for row in rows if row["device"] == "cpu"} == OPERATIONS
+
+
+def test_unsupported_devices_are_named() -> None:
+    q = torch.empty(1, 8, 2, 16, device="meta")
+    try:
+        bsfa.attention(q, q, q)
+    except bsfa.UnsupportedError as error:
+        assert "meta" in str(error) and "attention" in str(error)
+    else:
+        raise AssertionError("meta tensors have no kernel")
