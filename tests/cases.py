@@ -13,11 +13,12 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
-import bsfa
 import numpy as np
-import oracle
 import torch
 from torch import Tensor
+
+import bsfa
+import oracle
 
 NAN = float("nan")
 GARBAGE_PAGES = (-1, 2**31 - 1, -(2**31), 10**9)

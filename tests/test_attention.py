@@ -7,9 +7,12 @@ import sys
 from dataclasses import replace
 
 import numpy as np
-import oracle
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import oracle
 from cases import (
     BATCHED,
     BF16,
@@ -26,8 +29,6 @@ from cases import (
     square,
     table,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 RAGGED = ((65, 65), (0, 0), (1, 130), (0, 40), (64, 64), (37, 150), (0, 0))  # packed only
 CHUNKS = ((50, 187), (50, 120), (50, 50))  # one query length, so that queries can be batched

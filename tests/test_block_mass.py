@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import bsfa
 import numpy as np
-import oracle
 import pytest
 import torch
-from cases import BF16, F16, F32, PACKED, PAGED, PAGED_PACKED, Case, Inputs, check_rows, poison, square, table
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import bsfa
+import oracle
+from cases import BF16, F16, F32, PACKED, PAGED, PAGED_PACKED, Case, Inputs, check_rows, poison, square, table
 
 RAGGED = ((65, 65), (0, 0), (1, 130), (0, 40), (64, 64), (37, 150), (0, 0))
 CHUNKS = ((50, 187), (50, 120), (50, 50))

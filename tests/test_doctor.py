@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 
-import bsfa
 import torch
+
+import bsfa
 
 OPERATIONS = {"pool_blocks", "score_blocks", "select_blocks", "attention", "block_mass"}
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import bsfa
 import numpy as np
-import oracle
 import pytest
 import torch
-from cases import BATCHED, BF16, F16, F32, NAN, PACKED, PAGED, PAGED_PACKED, Case, assert_within, poison, square, table
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import bsfa
+import oracle
+from cases import BATCHED, BF16, F16, F32, NAN, PACKED, PAGED, PAGED_PACKED, Case, assert_within, poison, square, table
 
 LENGTHS = ((0, 0), (0, 1), (0, 127), (0, 128), (0, 129), (0, 0), (0, 384), (0, 517), (0, 0))
 

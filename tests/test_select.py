@@ -9,15 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-import bsfa
 import numpy as np
-import oracle
 import pytest
 import torch
-from bsfa.policies import CumulativeMass, RelativeMax, ScoredPolicy
-from cases import BF16, F16, F32, PACKED, PAGED, PAGED_PACKED, Case, Inputs, int32, poison, square, table
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import bsfa
+import oracle
+from bsfa.policies import CumulativeMass, RelativeMax, ScoredPolicy
+from cases import BF16, F16, F32, PACKED, PAGED, PAGED_PACKED, Case, Inputs, int32, poison, square, table
 
 EPSILON = 3e-6  # error of a float32 logit, relative to the largest of its head
 RAGGED = ((65, 65), (0, 0), (1, 130), (0, 40), (64, 64), (37, 150), (0, 0))
@@ -235,7 +236,7 @@ def test_anything(
 
 
 def blocks_with_logits(levels: list[float], case: Case) -> Inputs:
-    """One prompt whose block j has the logit ``levels[j]`` against every query: keys (level, 0, ..), query (1, 0, ..)."""
+    """One prompt whose block j has the logit ``levels[j]`` against every query: k = (level, 0, ..), q = (1, 0, ..)."""
     inputs = case.make()
     inputs.queries[0].zero_()[..., 0] = 1.0
     inputs.keys[0].zero_()[..., 0] = torch.tensor(levels).repeat_interleave(case.block_n)[: case.lengths[0][1], None]
