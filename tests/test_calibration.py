@@ -195,6 +195,15 @@ def test_too_few_prompts_stay_dense_and_say_so() -> None:
         choose(synthetic(37), 0.95)
 
 
+def test_a_length_that_falls_short_is_named() -> None:
+    curves = synthetic(60)
+    long = torch.tensor([n > 1000 for n in curves.tokens])
+    curves.lost_mass[~long] = 0.0
+    with pytest.warns(CalibrationWarning, match=r"of 2K tokens keep 0\.8.* less than 0.9: .* mix of lengths"):
+        table = choose(curves, 0.9)
+    assert float(table.length_recall[0].min()) == 1.0 and float(table.recall.mean()) > 0.9
+
+
 def test_dense_layers_stay_dense() -> None:
     table = choose(synthetic(60, ("dense: sliding-window attention", "calibrated")), 0.9)
     assert table.layer(0) is None and table.layer(1) is not None

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from bsfa.calibration.collect import CalibrationCurves
 from bsfa.calibration.risk import check_target, least_prompts, loosest, risk_bound
-from bsfa.prompts import length_bucket
+from bsfa.prompts import length_bucket, length_name
 from bsfa.thresholds import CALIBRATED, ThresholdTable
 
 
 class CalibrationWarning(UserWarning):
-    """A calibration that is sound but not what was hoped for, such as heads left dense for want of prompts."""
+    """A calibration that is sound but not what was hoped for: heads left dense, or a length that falls short."""
 
 
 def split_prompts(count: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -34,8 +34,9 @@ def choose(curves: CalibrationCurves, target_recall: float, *, seed: int = 0) ->
 
     One half of the prompts (by ``seed``) chooses with conformal risk control (:mod:`bsfa.calibration.risk`), the other
     gives the recall and density in the table. Heads for which no threshold keeps the promise are dense; if that is for
-    want of prompts, a :class:`CalibrationWarning` says how many are needed. Deterministic. One :func:`collect` serves
-    any number of targets.
+    want of prompts, a :class:`CalibrationWarning` says how many are needed; another warns if held-out prompts of some
+    length keep less than the target, because the promise is about the mix of lengths. Deterministic. One
+    :func:`collect` serves any number of targets.
     """
     check_target(target_recall)
     held_in, held_out = split_prompts(len(curves.tokens), seed)
@@ -59,6 +60,15 @@ def choose(curves: CalibrationCurves, target_recall: float, *, seed: int = 0) ->
     buckets = [length_bucket(curves.tokens[i]) for i in held_out.tolist()]
     lengths = sorted(set(buckets))
     members = [torch.tensor([b == length for b in buckets]) for length in lengths]
+    length_recall = torch.stack([recall[m].mean(0) for m in members])
+    for length, kept in zip(lengths, length_recall[:, calibrated], strict=True):
+        if kept.numel() and float(kept.mean()) < target_recall:
+            warnings.warn(
+                f"held-out prompts of {length_name(length)} tokens keep {float(kept.mean()):.3f} of the attention "
+                f"mass, less than {target_recall}: the target holds for the mix of lengths. Calibrate with more long prompts",
+                CalibrationWarning,
+                stacklevel=2,
+            )
 
     def settle(x: Tensor) -> Tensor:
         return x.clamp(0.0, 1.0).to(torch.float32).contiguous()
@@ -73,7 +83,7 @@ def choose(curves: CalibrationCurves, target_recall: float, *, seed: int = 0) ->
         density=settle(density.mean(0)),
         lengths=tuple(lengths),
         length_prompts=tuple(int(m.sum()) for m in members),
-        length_recall=settle(torch.stack([recall[m].mean(0) for m in members])),
+        length_recall=settle(length_recall),
         length_density=settle(torch.stack([density[m].mean(0) for m in members])),
         model=curves.model,
         attention=curves.attention,
