@@ -65,7 +65,7 @@ def choose(curves: CalibrationCurves, target_recall: float, *, seed: int = 0) ->
         if kept.numel() and float(kept.mean()) < target_recall:
             warnings.warn(
                 f"held-out prompts of {length_name(length)} tokens keep {float(kept.mean()):.3f} of the attention "
-                f"mass, less than {target_recall}: the target holds for the mix of lengths. Calibrate with more long prompts",
+                f"mass, less than {target_recall}: the target holds for the mix of lengths; use more long prompts",
                 CalibrationWarning,
                 stacklevel=2,
             )
