@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,16 @@ import pytest
 import torch
 
 import bsfa
-from bsfa.calibration import CalibrationCurves, CalibrationWarning, block_curves, choose, collect, threshold_grid
+from bsfa.calibration import (
+    BlockCurves,
+    CalibrationCurves,
+    CalibrationWarning,
+    block_curves,
+    choose,
+    collect,
+    split_prompts,
+    threshold_grid,
+)
 from bsfa.integrations.transformers import observe
 from bsfa.policies import CumulativeMass, RelativeMax, ScoredPolicy
 from tiny_model import make_mixed_model, make_model, make_prompts, make_tokenizer
@@ -36,9 +46,15 @@ def make_qkv(length: int = 450) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
 
 
 def brute_force(
-    policy: ScoredPolicy, q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, scale: float, softcap: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Lost mass and density of one selection, from the probabilities token by token: [heads] each."""
+    policy: ScoredPolicy,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    lse: torch.Tensor,
+    scale: float,
+    softcap: float,
+    tail: float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Lost mass, that of the worst tiles, and density of one selection, token by token: [heads] each."""
     mask = bsfa.select_blocks(
         q,
         bsfa.pool_blocks(k, block_n=policy.block_n),
@@ -57,10 +73,12 @@ def brute_force(
     seen = token[None, :] <= token[:, None]
     p = torch.where(seen, (logits - lse[0].double()[:, :, None]).exp(), 0.0)
     tokens = kept[:, token // policy.block_m][:, :, token // policy.block_n]
-    lost = (p * ~tokens).sum((1, 2)) / n
+    lost = (p * ~tokens).sum(2)
+    tiles = torch.stack([rows.mean(1) for rows in lost.split(policy.block_m, dim=1)])
+    worst = tiles.sort(0, descending=True).values[: math.ceil(tail * len(tiles))].mean(0)
     visible = torch.zeros(kept.shape[1:], dtype=torch.bool)
     visible[(token // policy.block_m)[:, None].expand(n, n)[seen], (token // policy.block_n).expand(n, n)[seen]] = True
-    return lost, kept.sum((1, 2)) / visible.sum()
+    return lost.mean(1), worst, kept.sum((1, 2)) / visible.sum()
 
 
 @pytest.mark.parametrize("softcap", [0.0, 4.0])
@@ -70,15 +88,19 @@ def test_curves_are_brute_force_selection(name: str, softcap: float) -> None:
     q, k, v = make_qkv()
     _, lse = bsfa.attention(q, k, v, softmax_scale=scale, softcap=softcap, return_lse=True)  # type: ignore[misc]
     grid = threshold_grid(policy)
-    lost, density = block_curves(policy, grid, q, k, lse, softmax_scale=scale, softcap=softcap)
-    assert lost.shape == density.shape == (4, len(grid))
+    curves = block_curves(policy, grid, q, k, lse, softmax_scale=scale, softcap=softcap, tail=0.3)
+    lost, tail, density = curves.lost, curves.tail_lost, curves.density
+    assert lost.shape == tail.shape == density.shape == (4, len(grid))
+    assert bool((tail.diff(dim=-1) >= 0).all()) and bool((tail >= lost - 1e-6).all())
     assert bool((lost.diff(dim=-1) >= 0).all()) and bool((density.diff(dim=-1) <= 0).all())
     assert float(lost[:, 0].max()) == 0.0 and float(density[:, 0].min()) == 1.0
     assert float(density[:, -1].max()) < 0.6  # the grid reaches sparse masks
     for g in [0, 1, *range(2, len(grid), 9), len(grid) - 1]:
-        want_lost, want_density = brute_force(policy.with_threshold(float(grid[g])), q, k, lse, scale, softcap)
+        chosen = policy.with_threshold(float(grid[g]))
+        want_lost, want_tail, want_density = brute_force(chosen, q, k, lse, scale, softcap, tail=0.3)
         torch.testing.assert_close(density[:, g], want_density.float(), rtol=0, atol=1e-6)
         torch.testing.assert_close(lost[:, g].double(), want_lost, rtol=1e-4, atol=2e-6)
+        torch.testing.assert_close(tail[:, g].double(), want_tail, rtol=1e-4, atol=2e-6)
 
 
 def test_curves_do_not_depend_on_the_chunk_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,7 +110,8 @@ def test_curves_do_not_depend_on_the_chunk_of_rows(monkeypatch: pytest.MonkeyPat
     whole = block_curves(policy, threshold_grid(policy), q, k, lse)
     monkeypatch.setattr("bsfa.calibration.curves.CHUNK", 1)
     rows = block_curves(policy, threshold_grid(policy), q, k, lse)
-    assert torch.equal(whole[0], rows[0]) and torch.equal(whole[1], rows[1])
+    for name in ("lost", "tail_lost", "density"):
+        assert torch.equal(getattr(whole, name), getattr(rows, name))
 
 
 @pytest.mark.parametrize("kind", [RelativeMax, CumulativeMass])
@@ -107,19 +130,21 @@ def test_model_pass(lm: tuple[Any, Any]) -> None:
     model, tokenizer = lm
     policy, prompts = POLICIES["relative-max"], make_prompts(3)
     seen: list[tuple[float, float]] = []
-    curves = collect(model, tokenizer, prompts, policy, progress=lambda done, total, _: seen.append((done, total)))
-    assert curves.lost_mass.shape == curves.density.shape == (3, 2, 4, len(curves.grid))
+    curves = collect(
+        model, tokenizer, prompts, policy, tail=0.2, progress=lambda done, total, _: seen.append((done, total))
+    )
+    assert curves.lost_mass.shape == curves.tail_lost.shape == curves.density.shape == (3, 2, 4, len(curves.grid))
     assert curves.layers == ("calibrated", "calibrated")
     assert seen[0][0] == 0 and seen[-1][0] == seen[-1][1] and seen == sorted(seen)
     ids = torch.tensor([tokenizer(prompts[1].text)["input_ids"]])
     assert curves.tokens[1] == ids.shape[1]
 
     def check(call: Any) -> None:
-        lost, density = block_curves(
-            policy, curves.grid, call.q, call.k, call.lse, softmax_scale=call.softmax_scale, softcap=call.softcap
-        )
-        torch.testing.assert_close(lost, curves.lost_mass[1, call.layer], rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(density, curves.density[1, call.layer], rtol=0, atol=2e-3)
+        scale = {"softmax_scale": call.softmax_scale, "softcap": call.softcap}
+        one: BlockCurves = block_curves(policy, curves.grid, call.q, call.k, call.lse, tail=0.2, **scale)
+        torch.testing.assert_close(one.lost, curves.lost_mass[1, call.layer], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(one.tail_lost, curves.tail_lost[1, call.layer], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(one.density, curves.density[1, call.layer], rtol=0, atol=2e-3)
 
     with torch.no_grad(), observe(model, check):
         model(ids)
@@ -132,7 +157,8 @@ def test_one_pass_serves_many_targets_and_meets_them(lm: tuple[Any, Any], tmp_pa
     densities = [float(t.density.mean()) for t in tables.values()]
     assert densities == sorted(densities) and densities[0] < densities[-1] < 1.0
     for target, table in tables.items():
-        assert float(table.recall.mean()) >= target
+        assert float(table.tail_recall.mean()) >= target
+        assert bool((table.tail_recall <= table.recall + 1e-6).all())
         assert bool((table.recall_worst <= table.recall).all())
         assert sum(table.length_prompts) == 20 == table.calibration["held_out_prompts"]
         assert table.calibration["largest_bound"] <= 1 - target + 1e-12
@@ -154,7 +180,9 @@ def synthetic(prompts: int, layers: tuple[str, ...] = ("calibrated", "calibrated
     return CalibrationCurves(
         policy=policy,
         grid=grid,
-        lost_mass=weight * ramp,
+        lost_mass=weight * ramp / 2,
+        tail_lost=weight * ramp,
+        tail=0.1,
         density=(1 - 0.9 * ramp).expand(prompts, len(layers), 3, -1),
         layers=layers,
         tokens=tuple(1000 + 900 * (i % 2) for i in range(prompts)),
@@ -165,8 +193,6 @@ def synthetic(prompts: int, layers: tuple[str, ...] = ("calibrated", "calibrated
 
 
 def test_choice_by_hand() -> None:
-    from bsfa.calibration import split_prompts
-
     curves = synthetic(41)
     table = choose(curves, 0.9, seed=5)
     held_in, held_out = split_prompts(41, 5)
@@ -174,8 +200,14 @@ def test_choice_by_hand() -> None:
     assert sorted([*held_in.tolist(), *held_out.tolist()]) == list(range(41))
     for layer in range(2):
         for head in range(3):
-            mean = curves.lost_mass[held_in, layer, head].double().mean(0)
-            g = max(g for g in range(len(curves.grid)) if (21 * float(mean[g]) + 1) / 22 <= 0.1)
+            risk = curves.tail_lost[held_in, layer, head].double()
+            mean, short = risk.mean(0), risk[held_in % 2 == 0].mean(0)
+            long = risk[held_in % 2 == 1].mean(0)
+            g = max(
+                g
+                for g in range(len(curves.grid))
+                if (21 * float(mean[g]) + 1) / 22 <= 0.1 and float(short[g]) <= 0.1 and float(long[g]) <= 0.1
+            )
             assert float(table.thresholds[layer, head]) == float(curves.grid[g])
             recall = 1 - curves.lost_mass[held_out, layer, head, g].double()
             assert float(table.recall[layer, head]) == pytest.approx(float(recall.mean()), abs=1e-6)
@@ -195,13 +227,27 @@ def test_too_few_prompts_stay_dense_and_say_so() -> None:
         choose(synthetic(37), 0.95)
 
 
-def test_a_length_that_falls_short_is_named() -> None:
+def test_every_length_keeps_the_target() -> None:
+    """Short prompts that lose nothing do not pay for long ones."""
     curves = synthetic(60)
     long = torch.tensor([n > 1000 for n in curves.tokens])
-    curves.lost_mass[~long] = 0.0
-    with pytest.warns(CalibrationWarning, match=r"of 2K tokens keep 0\.8.* less than 0.9: .* mix of lengths"):
-        table = choose(curves, 0.9)
-    assert float(table.length_recall[0].min()) == 1.0 and float(table.recall.mean()) > 0.9
+    curves.lost_mass[~long] = curves.tail_lost[~long] = 0.0
+    table = choose(curves, 0.9)
+    index = (table.thresholds[..., None] == curves.grid).int().argmax(-1)
+    held_in, _ = split_prompts(60, 0)
+    at = index[None, ..., None].expand(60, -1, -1, 1)
+    risk = curves.tail_lost.gather(-1, at)[held_in[long[held_in]]].double().mean(0)
+    assert float(risk.max()) <= 0.1 and float(risk.min()) > 0.08  # kept, and not by more than the grid's step
+
+
+def test_a_length_that_falls_short_is_named() -> None:
+    """Held-out long prompts that are worse than those that chose."""
+    curves = synthetic(60)
+    _, held_out = split_prompts(60, 0)
+    worse = held_out[torch.tensor([curves.tokens[i] > 1000 for i in held_out.tolist()])]
+    curves.lost_mass[worse] = 0.5
+    with pytest.warns(CalibrationWarning, match=r"of 2K tokens keep 0\.5.* less than 0.9: .* more prompts"):
+        choose(curves, 0.9)
 
 
 def test_dense_layers_stay_dense() -> None:

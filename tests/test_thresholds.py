@@ -30,7 +30,10 @@ POLICIES: list[ScoredPolicy] = [
 def make_table(policy: ScoredPolicy = POLICIES[0], model: Any = None) -> ThresholdTable:
     rng = torch.Generator().manual_seed(1)
     shape = (2, 4)
-    values = {name: torch.rand(shape, generator=rng) for name in ("recall", "recall_spread", "recall_worst", "density")}
+    values = {
+        name: torch.rand(shape, generator=rng)
+        for name in ("recall", "recall_spread", "recall_worst", "tail_recall", "density")
+    }
     thresholds = torch.rand(shape, generator=rng) * 0.8 + 0.1
     thresholds[1, 2] = policy.keep_all_threshold()
     return ThresholdTable(
@@ -43,7 +46,7 @@ def make_table(policy: ScoredPolicy = POLICIES[0], model: Any = None) -> Thresho
         length_density=torch.rand((2, *shape), generator=rng),
         model=ModelIdentity("made up") if model is None else ModelIdentity.of(model),
         attention={"softmax_scale": [0.25, 0.25], "softcap": [0.0, 0.0], "dtype": "float32"},
-        calibration={"target_recall": 0.95, "method": "made up"},
+        calibration={"target_recall": 0.95, "tail": 0.1, "method": "made up"},
         **values,
     )
 

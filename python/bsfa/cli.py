@@ -19,6 +19,7 @@ from rich.table import Table
 
 import bsfa
 from bsfa.calibration import Progress, choose, collect
+from bsfa.calibration.collect import TAIL
 from bsfa.evaluation import Accuracy, EvaluationReport, evaluate
 from bsfa.policies import SCORED
 from bsfa.prompts import length_name, load_prompts
@@ -186,6 +187,9 @@ def calibrate(
     min_blocks: Annotated[int | None, typer.Option(min=0, help="Best blocks that are always kept.")] = None,
     max_prompts: MaxPrompts = None,
     max_length: MaxLength = None,
+    tail: Annotated[
+        float, typer.Option(help="The target is about the worst query tiles of a prompt, this share; 1: about all.")
+    ] = TAIL,
     seed: Annotated[int, typer.Option(help="Of the split into calibration and held-out prompts.")] = 0,
     dtype: DtypeOption = "auto",
     device: DeviceOption = None,
@@ -209,7 +213,7 @@ def calibrate(
     prompts = load_prompts(data, max_prompts)
     lm, tokenizer = _load_model(model, dtype, _pick_device(device))
     with _progress_bar("calibrating") as progress:
-        curves = collect(lm, tokenizer, prompts, chosen, max_length=max_length, progress=progress)
+        curves = collect(lm, tokenizer, prompts, chosen, tail=tail, max_length=max_length, progress=progress)
     rows = []
     for target, path in zip(target_recall, paths, strict=True):
         table = choose(curves, target, seed=seed)
@@ -217,13 +221,14 @@ def calibrate(
         rows.append([f"{target:g}", *_summary(table)])
         typer.echo(f"wrote {path}")
     held_out = f"recall and density on {len(prompts) // 2} of {len(prompts)} prompts, which chose nothing"
-    _table(held_out, ("target", "recall", "worst head", "density", "dense heads"), rows)
+    _table(held_out, ("target", "recall", "worst tiles", "worst head", "density", "dense heads"), rows)
 
 
 def _summary(table: ThresholdTable) -> list[str]:
     dense = table.dense_heads()
     return [
         _number(float(table.recall.mean())),
+        _number(float(table.tail_recall.mean())),
         _number(float(table.recall.min())),
         _number(float(table.density.mean())),
         f"{int(dense.sum())} of {dense.numel()}",
@@ -251,6 +256,7 @@ def inspect(
         ("policy", f"{policy.name} version {policy.version} ({parameters})"),
         ("model", f"{table.model.name} ({table.num_layers} layers, {table.num_heads} heads, {table.model.dtype})"),
         ("target recall", f"{table.target_recall:g} ({facts.get('method')})"),
+        ("about", f"the worst {facts['tail']:.0%} of a prompt's query tiles"),
         ("prompts", f"{prompts}; {min(tokens)} .. {max(tokens)} tokens; seed {facts.get('seed')}"),
         ("prompts' sha256", str(facts.get("prompts_sha256"))),
     ):
@@ -272,12 +278,14 @@ def inspect(
                 str(i),
                 spread,
                 _number(float(table.recall[i].mean())),
+                _number(float(table.tail_recall[i].mean())),
                 _number(float(table.recall[i].min())),
                 _number(float(table.density[i].mean())),
                 str(int(dense[i].sum())) if kind == CALIBRATED else kind.removeprefix("dense: "),
             ]
         )
-    _table("by layer", ("layer", policy.threshold_name, "recall", "worst head", "density", "dense heads"), layers)
+    columns = ("layer", policy.threshold_name, "recall", "worst tiles", "worst head", "density", "dense heads")
+    _table("by layer", columns, layers)
     if plot is not None:
         typer.echo(f"wrote {plot}")
 

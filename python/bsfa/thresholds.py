@@ -29,7 +29,7 @@ FORMAT_VERSION = 1
 METADATA_KEY = "bsfa"  # one key only: safetensors writes several in no fixed order
 CALIBRATED = "calibrated"
 
-_PER_HEAD = ("thresholds", "recall", "recall_spread", "recall_worst", "density")
+_PER_HEAD = ("thresholds", "recall", "recall_spread", "recall_worst", "tail_recall", "density")
 _PER_LENGTH = ("length_recall", "length_density")
 
 
@@ -44,6 +44,7 @@ class ThresholdTable:
     layers: per layer, "calibrated" or "dense: <reason>" (sliding window, or not run through bsfa).
     recall, recall_spread, recall_worst: [layers, heads], attention mass kept: mean, standard deviation and minimum over
         the held-out prompts.
+    tail_recall: [layers, heads], the same mean over the worst query tiles of each prompt, which the target is about.
     density: [layers, heads], kept / visible blocks, mean over the held-out prompts.
     lengths, length_prompts: [lengths], prompt length (tokens, to a power of two) and held-out prompts of it.
     length_recall, length_density: [lengths, layers, heads], means over the prompts of that length.
@@ -58,6 +59,7 @@ class ThresholdTable:
     recall: Tensor
     recall_spread: Tensor
     recall_worst: Tensor
+    tail_recall: Tensor
     density: Tensor
     lengths: tuple[int, ...]
     length_prompts: tuple[int, ...]
@@ -295,6 +297,7 @@ def _parse(text: str | None, tensors: dict[str, Tensor], source: str) -> Thresho
     )
     calibration = _get(data, "calibration", dict)
     _get(calibration, "target_recall", (int, float))
+    _get(calibration, "tail", (int, float))
     table = ThresholdTable(
         policy=policy,
         layers=tuple(_get(data, "layers", list)),

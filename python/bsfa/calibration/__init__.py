@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from bsfa.calibration.choose import CalibrationWarning, choose, split_prompts
 from bsfa.calibration.collect import CalibrationCurves, Progress, collect
-from bsfa.calibration.curves import block_curves, threshold_grid
-from bsfa.calibration.risk import least_prompts, loosest, risk_bound
+from bsfa.calibration.curves import BlockCurves, block_curves, threshold_grid
+from bsfa.calibration.risk import least_prompts, loosest, loosest_mean, risk_bound
 
 __all__ = [
+    "BlockCurves",
     "CalibrationCurves",
     "CalibrationWarning",
     "Progress",
@@ -22,6 +23,7 @@ __all__ = [
     "collect",
     "least_prompts",
     "loosest",
+    "loosest_mean",
     "risk_bound",
     "split_prompts",
     "threshold_grid",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bsfa.calibration.collect import CalibrationCurves
-from bsfa.calibration.risk import check_target, least_prompts, loosest, risk_bound
+from bsfa.calibration.risk import check_target, least_prompts, loosest, loosest_mean, risk_bound
 from bsfa.prompts import length_bucket, length_name
 from bsfa.thresholds import CALIBRATED, ThresholdTable
 
@@ -24,6 +24,14 @@ def split_prompts(count: int, seed: int) -> tuple[Tensor, Tensor]:
     return order[:half].sort().values, order[half:].sort().values
 
 
+def _by_length(tokens: tuple[int, ...], prompts: Tensor) -> dict[int, Tensor]:
+    """Length bucket -> places in ``prompts`` of the prompts of that length, int64."""
+    places: dict[int, list[int]] = {}
+    for place, prompt in enumerate(prompts.tolist()):
+        places.setdefault(length_bucket(tokens[prompt]), []).append(place)
+    return {length: torch.tensor(p) for length, p in places.items()}
+
+
 def _at(curves: Tensor, index: Tensor) -> Tensor:
     """curves [P, L, H, G] at index [L, H] -> [P, L, H]."""
     return curves.gather(-1, index.expand(curves.shape[0], -1, -1)[..., None])[..., 0]
@@ -32,18 +40,23 @@ def _at(curves: Tensor, index: Tensor) -> Tensor:
 def choose(curves: CalibrationCurves, target_recall: float, *, seed: int = 0) -> ThresholdTable:
     """The loosest threshold per layer and head that keeps ``target_recall`` of the attention mass in expectation.
 
-    One half of the prompts (by ``seed``) chooses with conformal risk control (:mod:`bsfa.calibration.risk`), the other
-    gives the recall and density in the table. Heads for which no threshold keeps the promise are dense; if that is for
-    want of prompts, a :class:`CalibrationWarning` says how many are needed; another warns if held-out prompts of some
-    length keep less than the target, because the promise is about the mix of lengths. Deterministic. One
-    :func:`collect` serves any number of targets.
+    The mass is that of the worst ``curves.tail`` of a prompt's query tiles, so the mean over all tiles is kept too. One
+    half of the prompts (by ``seed``) chooses with conformal risk control (:mod:`bsfa.calibration.risk`), and so that
+    the mean over the chosen-from prompts of every length keeps the target as well (long prompts lose more than short
+    ones); the other half gives the recall and density in the table. Heads for which no threshold keeps the promise are
+    dense; if that is for want of prompts, a :class:`CalibrationWarning` says how many are needed; another warns if
+    held-out prompts of some length keep less than the target. Deterministic. One :func:`collect` serves any number of
+    targets.
     """
     check_target(target_recall)
     held_in, held_out = split_prompts(len(curves.tokens), seed)
     n = len(held_in)
     needed = least_prompts(target_recall)
     calibrated = torch.tensor([kind == CALIBRATED for kind in curves.layers])
-    index = loosest(curves.lost_mass[held_in], target_recall)
+    risks = curves.tail_lost[held_in]
+    index = loosest(risks, target_recall)
+    for members in _by_length(curves.tokens, held_in).values():
+        index = torch.minimum(index, loosest_mean(risks[members], target_recall))
     if n < needed:
         warnings.warn(
             f"all heads stay dense: {n} calibration prompts can promise a recall of at most {1 - 1 / (n + 1):.3f}, "
@@ -56,16 +69,16 @@ def choose(curves: CalibrationCurves, target_recall: float, *, seed: int = 0) ->
     thresholds = torch.where(index == 0, keep_all, curves.grid[index])
     recall = 1.0 - _at(curves.lost_mass[held_out], index).double()
     density = _at(curves.density[held_out], index).double()
-    promised = risk_bound(_at(curves.lost_mass[held_in], index).double().mean(0), n)
-    buckets = [length_bucket(curves.tokens[i]) for i in held_out.tolist()]
-    lengths = sorted(set(buckets))
-    members = [torch.tensor([b == length for b in buckets]) for length in lengths]
-    length_recall = torch.stack([recall[m].mean(0) for m in members])
+    tail_recall = 1.0 - _at(curves.tail_lost[held_out], index).double()
+    promised = risk_bound(_at(risks, index).double().mean(0), n)
+    by_length = _by_length(curves.tokens, held_out)
+    lengths = sorted(by_length)
+    length_recall = torch.stack([recall[by_length[length]].mean(0) for length in lengths])
     for length, kept in zip(lengths, length_recall[:, calibrated], strict=True):
         if kept.numel() and float(kept.mean()) < target_recall:
             warnings.warn(
                 f"held-out prompts of {length_name(length)} tokens keep {float(kept.mean()):.3f} of the attention "
-                f"mass, less than {target_recall}: the target holds for the mix of lengths; use more long prompts",
+                f"mass, less than {target_recall}: calibrate with more prompts of that length",
                 CalibrationWarning,
                 stacklevel=2,
             )
@@ -79,18 +92,21 @@ def choose(curves: CalibrationCurves, target_recall: float, *, seed: int = 0) ->
         layers=curves.layers,
         recall=settle(recall.mean(0)),
         recall_spread=settle(recall.std(0, correction=0)),
+        tail_recall=settle(tail_recall.mean(0)),
         recall_worst=settle(recall.min(0).values),
         density=settle(density.mean(0)),
         lengths=tuple(lengths),
-        length_prompts=tuple(int(m.sum()) for m in members),
+        length_prompts=tuple(len(by_length[length]) for length in lengths),
         length_recall=settle(length_recall),
-        length_density=settle(torch.stack([density[m].mean(0) for m in members])),
+        length_density=settle(torch.stack([density[by_length[length]].mean(0) for length in lengths])),
         model=curves.model,
         attention=curves.attention,
         calibration={
             "target_recall": float(target_recall),
             "method": "conformal risk control",
-            "promise": "expected attention mass lost, per layer and head on dense inputs, is at most 1 - target_recall",
+            "promise": "per layer and head, on dense inputs: the attention mass that the worst query tiles of a prompt "
+            "lose is at most 1 - target_recall in expectation",
+            "tail": curves.tail,
             "largest_bound": float(promised[calibrated].max()) if bool(calibrated.any()) else 0.0,
             "least_prompts": needed,
             "calibration_prompts": n,

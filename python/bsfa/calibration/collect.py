@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from bsfa.calibration.curves import block_curves, threshold_grid
+from bsfa.calibration.curves import BlockCurves, block_curves, threshold_grid
 from bsfa.calibration.forward import prefill
 from bsfa.errors import UnsupportedError
 from bsfa.identity import ModelIdentity
@@ -25,20 +25,28 @@ if TYPE_CHECKING:
 Progress = Callable[[float, float, str], None]
 
 
+#: Share of a prompt's query tiles that the promise is about: a head that retrieves does so in few tiles, and its mean
+#: over all of them would hide what is lost there.
+TAIL = 0.1
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class CalibrationCurves:
     """What one pass over the prompts measured; :func:`bsfa.calibration.choose` makes tables for any target from it.
 
     grid: float32 [G], thresholds from strict (keep-all) to loose.
-    lost_mass, density: float32 [prompts, layers, heads, G]; see :func:`bsfa.calibration.curves.block_curves`. 0 and 1
-        in layers that stay dense.
+    lost_mass, tail_lost, density: float32 [prompts, layers, heads, G]; see
+        :class:`bsfa.calibration.curves.BlockCurves`. 0, 0 and 1 in layers that stay dense.
+    tail: the share of a prompt's query tiles that ``tail_lost`` is about.
     tokens: length of each prompt. The rest goes into the threshold file as it is.
     """
 
     policy: ScoredPolicy
     grid: Tensor
     lost_mass: Tensor
+    tail_lost: Tensor
     density: Tensor
+    tail: float
     layers: tuple[str, ...]
     tokens: tuple[int, ...]
     prompts_sha256: str
@@ -76,15 +84,16 @@ def text_config(model: Any) -> Any:
 class _Collector:
     """Callback of ``observe``: reduces each attention call at once."""
 
-    def __init__(self, policy: ScoredPolicy, num_layers: int):
+    def __init__(self, policy: ScoredPolicy, num_layers: int, tail: float):
         self.policy = policy
+        self.tail = tail
         self.grid = threshold_grid(policy)
         self.layers: list[str] = ["dense: not run through bsfa"] * num_layers
         self.scale: list[float | None] = [None] * num_layers
         self.softcap: list[float | None] = [None] * num_layers
         self.dtype = ""
         self.heads: int | None = None
-        self.current: dict[int, tuple[Tensor, Tensor]] = {}
+        self.current: dict[int, BlockCurves] = {}
 
     def __call__(self, call: AttentionCall) -> None:
         if not 0 <= call.layer < len(self.layers):
@@ -110,18 +119,21 @@ class _Collector:
             causal=call.causal,
             softmax_scale=call.softmax_scale,
             softcap=call.softcap,
+            tail=self.tail,
         )
 
-    def take(self) -> tuple[Tensor, Tensor]:
+    def take(self) -> BlockCurves:
         """Curves [layers, heads, G] of the prompt that just ran."""
         if self.heads is None:
             raise UnsupportedError("no full-attention layer of this model runs through bsfa: nothing to calibrate")
         shape = (len(self.layers), self.heads, self.grid.shape[0])
-        lost, density = torch.zeros(shape), torch.ones(shape)
-        for layer, (a, b) in self.current.items():
-            lost[layer], density[layer] = a, b
+        prompt = BlockCurves(torch.zeros(shape), torch.zeros(shape), torch.ones(shape))
+        for layer, curves in self.current.items():
+            prompt.lost[layer] = curves.lost
+            prompt.tail_lost[layer] = curves.tail_lost
+            prompt.density[layer] = curves.density
         self.current.clear()
-        return lost, density
+        return prompt
 
 
 def collect(
@@ -130,14 +142,16 @@ def collect(
     prompts: Sequence[Prompt],
     policy: ScoredPolicy,
     *,
+    tail: float = TAIL,
     max_length: int | None = None,
     progress: Progress | None = None,
 ) -> CalibrationCurves:
     """Measure, in one dense pass per prompt, what ``policy`` loses and keeps at every threshold of a fixed grid.
 
     model: a Hugging Face causal LM that can run bsfa's attention; tokenizer: its fast tokenizer. prompts: at least two;
-    they should look like what the model will serve. max_length: cut prompts to that many tokens. ``policy``'s own
-    threshold does not matter. Memory: two floats per prompt, head and grid point, and the block scores of one layer.
+    they should look like what the model will serve. tail: the promise is about the worst of a prompt's query tiles,
+    this share of them (1: about all of them alike). max_length: cut prompts to that many tokens. ``policy``'s own
+    threshold does not matter. Memory: three floats per prompt, head and grid point, and the block scores of one layer.
 
     Afterwards the model has no policy. Raises ``ValueError`` for too few prompts or unfit ones,
     :class:`bsfa.UnsupportedError` for models that this cannot measure.
@@ -146,29 +160,31 @@ def collect(
 
     if not isinstance(policy, ScoredPolicy):
         raise TypeError(f"only policies with a score can be calibrated, got {type(policy).__name__}")
+    if not 0.0 < tail <= 1.0:
+        raise ValueError(f"tail must be a share of the query tiles, above 0 and at most 1, got {tail}")
     if len(prompts) < 2:
         raise ValueError(f"calibration needs two prompts or more (one half chooses, one checks), got {len(prompts)}")
     tokenized: list[TokenizedPrompt] = [tokenize(p, tokenizer, max_length) for p in prompts]
     work = [prefill_work(len(t)) for t in tokenized]
     total, done = sum(work), 0.0
-    collector = _Collector(policy, int(text_config(model).num_hidden_layers))
-    lost, density = [], []
+    collector = _Collector(policy, int(text_config(model).num_hidden_layers), tail)
+    measured: list[BlockCurves] = []
     with dense_model(model), observe(model, collector):
         for t, cost in zip(tokenized, work, strict=True):
             if progress is not None:
                 progress(done, total, f"{len(t)} tokens")
             prefill(model, t.ids)
-            a, b = collector.take()
-            lost.append(a)
-            density.append(b)
+            measured.append(collector.take())
             done += cost
     if progress is not None:
         progress(total, total, "done")
     return CalibrationCurves(
         policy=policy,
         grid=collector.grid,
-        lost_mass=torch.stack(lost),
-        density=torch.stack(density),
+        lost_mass=torch.stack([m.lost for m in measured]),
+        tail_lost=torch.stack([m.tail_lost for m in measured]),
+        density=torch.stack([m.density for m in measured]),
+        tail=float(tail),
         layers=tuple(collector.layers),
         tokens=tuple(len(t) for t in tokenized),
         prompts_sha256=prompts_sha256([p.text for p in prompts]),

@@ -2,10 +2,13 @@
 
 Every (tile, block) pair has a critical index: the loosest grid threshold at which the policy still keeps it. Mass and
 number of pairs per critical index, summed from the loose end, are the curves. No loop over the grid, and no memory but
-the [tiles, heads, blocks] of the scores themselves.
+the [tiles, heads, blocks] of the scores themselves and [tiles, heads, thresholds].
 """
 
 from __future__ import annotations
+
+import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,6 +25,21 @@ POINTS_PER_OCTAVE = 4
 UNIT = 2.0**-30
 
 
+@dataclass(frozen=True, eq=False)
+class BlockCurves:
+    """What one attention call would lose and keep at every threshold of a grid: float32 [Hq, G] each.
+
+    lost: softmax probability in dropped blocks, mean over the query tokens.
+    tail_lost: the same over the worst share of the query tiles (worst at that threshold, per head).
+    density: kept / visible blocks.
+    The first two never decrease along the grid, the last never increases.
+    """
+
+    lost: Tensor
+    tail_lost: Tensor
+    density: Tensor
+
+
 def threshold_grid(policy: ScoredPolicy) -> Tensor:
     """Thresholds float32 [G] from strict (index 0: keep-all) to loose, in the policy's units.
 
@@ -36,10 +54,10 @@ def threshold_grid(policy: ScoredPolicy) -> Tensor:
 
 
 def critical_index(policy: ScoredPolicy, grid: Tensor, scores: Tensor) -> Tensor:
-    """Largest grid index at which each score passes, int64, shape of ``scores``; NaN passes at keep-all only."""
+    """Largest grid index at which each score passes, int64, shape of ``scores``; NaN always passes."""
     if policy.keeps_at_least:
-        return torch.bucketize(scores.nan_to_num(nan=-1.0), grid[1:], right=True)
-    return torch.bucketize(-scores.nan_to_num(nan=torch.inf), -grid[1:], right=False)
+        return torch.bucketize(scores.nan_to_num(nan=torch.inf), grid[1:], right=True)
+    return torch.bucketize(-scores.nan_to_num(nan=-1.0), -grid[1:], right=False)
 
 
 def row_queries(geometry: MaskGeometry) -> Tensor:
@@ -65,12 +83,12 @@ def block_curves(
     causal: bool = True,
     softmax_scale: float | None = None,
     softcap: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    """Lost mass and density of a prompt at every threshold of ``grid``: float32 [Hq, G] each.
+    tail: float = 1.0,
+) -> BlockCurves:
+    """Lost mass and density of a prompt at every threshold of ``grid``.
 
-    q [1, S, Hq, D], k [1, S, Hkv, D], lse float32 [1, Hq, S] of dense attention. Lost mass: average over the S queries
-    of the softmax probability in blocks that the policy drops. Density: kept / visible blocks. The first never
-    decreases along the grid, the second never increases.
+    q [1, S, Hq, D], k [1, S, Hkv, D], lse float32 [1, Hq, S] of dense attention. tail: share of the query tiles, 0 to 1
+    (rounded up to whole tiles), whose mean loss is ``tail_lost``.
     """
     geometry = call_geometry(q, k, causal, policy.block_m, policy.block_n)
     heads, points, blocks = q.shape[2], grid.shape[0], geometry.num_blocks
@@ -103,24 +121,31 @@ def block_curves(
     queries = row_queries(geometry)
     forced = mask.to_rows()
     columns = torch.arange(blocks, device=q.device)
-    first_bin = torch.arange(heads, device=q.device)[:, None] * points
-    bins = heads * points + 1  # the last one takes what is not visible
-    lost = torch.zeros(bins, dtype=torch.float64, device=q.device)
-    count = torch.zeros(bins, dtype=torch.int64, device=q.device)
+    lost = torch.zeros(geometry.num_rows, heads, points, dtype=torch.float64, device=q.device)
+    count = torch.zeros(heads, points, dtype=torch.int64, device=q.device)
     step = max(1, CHUNK // max(heads * blocks, 1))
     for row in range(0, geometry.num_rows, step):
         part = slice(row, row + step)
+        rows = queries[part].shape[0]
+        bins = rows * heads * points + 1  # the last one takes what is not visible
         index = critical_index(policy, grid, scores[part])
         index.masked_fill_(forced[part], points - 1)
-        index += first_bin
+        index += torch.arange(0, bins - 1, points, device=q.device).view(rows, heads, 1)
         index.masked_fill_(columns >= visible[part, None, None], bins - 1)
         units = (mass[part].double() * (queries[part, None, None] / UNIT)).round_()
-        lost += torch.bincount(index.flatten(), weights=units.flatten(), minlength=bins)
-        count += torch.bincount(index.flatten(), minlength=bins)
+        sums = torch.bincount(index.flatten(), weights=units.flatten(), minlength=bins)
+        lost[part] = sums[:-1].view(rows, heads, points)
+        count += torch.bincount(index.flatten(), minlength=bins)[:-1].view(rows, heads, points).sum(0)
     # Dropped at g: everything whose critical index is below g.
-    dropped = _exclusive_sum(lost[:-1].view(heads, points)) * (UNIT / q.shape[1])
-    hidden = _exclusive_sum(count[:-1].view(heads, points)).double() / visible.sum().clamp(min=1)
-    return dropped.clamp(0.0, 1.0).to(torch.float32), (1.0 - hidden).to(torch.float32)
+    dropped = _exclusive_sum(lost)
+    hidden = _exclusive_sum(count).double() / visible.sum().clamp(min=1)
+    worst = max(1, math.ceil(tail * geometry.num_rows))
+    per_query = dropped * (UNIT / queries[:, None, None].clamp(min=1))
+    return BlockCurves(
+        (dropped.sum(0) * (UNIT / q.shape[1])).clamp(0.0, 1.0).to(torch.float32),
+        per_query.topk(worst, dim=0).values.mean(0).clamp(0.0, 1.0).to(torch.float32),
+        (1.0 - hidden).to(torch.float32),
+    )
 
 
 def _exclusive_sum(x: Tensor) -> Tensor:

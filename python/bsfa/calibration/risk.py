@@ -39,9 +39,20 @@ def loosest(losses: Tensor, target_recall: float) -> Tensor:
     losses: [n, ..., G], 0 .. 1, thresholds from strict to loose in the last dimension. They are made monotone (a looser
     threshold never counts as losing less) before the walk from the strict end.
     """
-    budget = float(check_target(target_recall))
+    return _walk(risk_bound(_monotone_mean(losses), losses.shape[0]), target_recall)
+
+
+def loosest_mean(losses: Tensor, target_recall: float) -> Tensor:
+    """Like :func:`loosest` for the mean of these prompts themselves: no correction, so no promise about others."""
+    return _walk(_monotone_mean(losses), target_recall)
+
+
+def _monotone_mean(losses: Tensor) -> Tensor:
     if losses.dim() < 2 or losses.shape[0] == 0:
         raise ValueError(f"losses must be [prompts, ..., thresholds] with at least one prompt, got {losses.shape}")
-    mean = losses.double().clamp(0.0, 1.0).mean(0).cummax(-1).values
-    met = risk_bound(mean, losses.shape[0]) <= budget
+    return losses.double().clamp(0.0, 1.0).mean(0).cummax(-1).values
+
+
+def _walk(risk: Tensor, target_recall: float) -> Tensor:
+    met = risk <= float(check_target(target_recall))
     return met.to(torch.int64).cumprod(-1).sum(-1) - 1
