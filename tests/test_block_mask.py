@@ -14,7 +14,7 @@ from torch.nn.attention import flex_attention as flex
 import bsfa
 import oracle
 from bsfa.block_mask import pack_bits, unpack_bits
-from cases import BATCHED, F32, PACKED, PAGED, PAGED_PACKED, Case, table
+from cases import BATCHED, F32, PACKED, PAGED, PAGED_PACKED, Case, check_attention, table
 
 RAGGED = ((65, 65), (0, 0), (1, 130), (0, 40), (64, 64), (37, 150), (0, 0))
 NOTHING = ((0, 0), (0, 40), (0, 0))
@@ -287,15 +287,15 @@ def test_bits_of_blocks_that_are_not_visible_mean_nothing() -> None:
         assert torch.equal(a, b)
 
 
-def test_bit_31_is_attended() -> None:
-    case = Case(lengths=((16, 1024),), block_m=16, block_n=16)
+@pytest.mark.parametrize("kept", [(j,) for j in (0, 30, 31, 32, 33, 63, 64, 95, 96, 127)] + [(31, 63), (0, 96)])
+def test_every_bit_is_attended(kept: tuple[int, ...]) -> None:
+    """Single blocks in the words of a long row, with whole words of zeros between."""
+    case = Case(lengths=((16, 2048),), block_m=16, block_n=16)
     inputs = case.make()
-    only = np.zeros((1, 2, 64), dtype=bool)
-    only[:, :, [31, 63]] = True
-    out, _ = inputs.attend(inputs.block_mask([only]))
-    q, k, v = inputs.arrays(0)
-    want, _ = oracle.attention(q, k, v, scale=case.softmax_scale, mask=only, block_m=16, block_n=16)
-    np.testing.assert_allclose(out[0].numpy(), want, rtol=1e-5, atol=1e-6)
+    only = np.zeros((1, 2, 128), dtype=bool)
+    only[:, :, list(kept)] = True
+    out, lse = inputs.attend(inputs.block_mask([only]))
+    check_attention(inputs, out, lse, [only])
 
 
 def test_from_csr_refuses_lists_that_do_not_fit() -> None:
