@@ -68,6 +68,7 @@ class RunReport:
     accuracy: Accuracy
     accuracy_by_task: dict[str, Accuracy]
     accuracy_by_length: dict[str, Accuracy]
+    accuracy_by_task_and_length: dict[str, dict[str, Accuracy]]
     density: float
     recall: float
     density_by_length: dict[str, float]
@@ -350,6 +351,10 @@ def _report(name: str, entry: Entry, total: _Totals, buckets: Sequence[str]) -> 
         accuracy=_accuracy([ok for _, _, ok in total.answers]),
         accuracy_by_task={t: _accuracy([ok for task, _, ok in total.answers if task == t]) for t in tasks},
         accuracy_by_length={b: _accuracy([ok for _, other, ok in total.answers if other == b]) for b in lengths},
+        accuracy_by_task_and_length={
+            t: {b: _accuracy([ok for task, other, ok in total.answers if (task, other) == (t, b)]) for b in lengths}
+            for t in tasks
+        },
         density=_mean(total.density),
         recall=_mean(total.recall),
         density_by_length=by_length(total.density),
