@@ -97,7 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("demo-output"))
     parser.add_argument("--targets", type=float, nargs="+", default=[0.90, DEFAULT_TARGET, 0.98])
-    parser.add_argument("--prompts-per-length", type=int, default=5, help="evaluation prompts of each length")
+    parser.add_argument("--prompts-per-length", type=int, default=4, help="evaluation prompts of each length")
     arguments = parser.parse_args()
     output: Path = arguments.output
     output.mkdir(parents=True, exist_ok=True)

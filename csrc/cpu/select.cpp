@@ -27,11 +27,11 @@ struct Ranking {
 };
 
 // order = block indices by descending key, ties: lower first; only the first `top` places are in order.
-void rank(const float* scores, int32_t count, int32_t top, bool ascending, Ranking* ranking) {
+void rank(const float* scores, int32_t count, int32_t top, Ranking* ranking) {
   ranking->order.resize(count);
   ranking->keys.resize(count);
   for (int32_t j = 0; j < count; ++j) {
-    const float key = ascending ? -scores[j] : scores[j];
+    const float key = scores[j];
     ranking->order[j] = j;
     ranking->keys[j] = std::isnan(key) ? -std::numeric_limits<float>::infinity() : key;
   }
@@ -44,11 +44,10 @@ void rank(const float* scores, int32_t count, int32_t top, bool ascending, Ranki
   }
 }
 
-// Base-2 logits become the mass that ranks strictly before each block. Returns the best block.
-int32_t cumulative_mass(float* scores, int32_t count, Ranking* ranking) {
-  rank(scores, count, count, /*ascending=*/false, ranking);
-  const int32_t best = ranking->order[0];
-  const double top = scores[best];
+// Base-2 logits become the mass that ranks strictly before each block; ranking->order is the order.
+void cumulative_mass(float* scores, int32_t count, Ranking* ranking) {
+  rank(scores, count, count, ranking);
+  const double top = scores[ranking->order[0]];
   ranking->weights.resize(count);
   double total = 0.0;
   for (int32_t i = 0; i < count; ++i) {
@@ -60,20 +59,20 @@ int32_t cumulative_mass(float* scores, int32_t count, Ranking* ranking) {
     scores[ranking->order[i]] = static_cast<float>(before / total);
     before += ranking->weights[i];
   }
-  return best;
 }
 
-// Scores of the item's heads as the contract has them, [head_count, max_blocks], visible blocks only. best[h] is the
-// block that kCumulativeMass always keeps.
+// Scores of the item's heads as the contract has them, [head_count, max_blocks], visible blocks only. For
+// kCumulativeMass, best[h * count + i] is the head's i-th block by logit, i < count: in float32 the masses before
+// blocks of little weight are equal, so the scores do not tell their order.
 void score_item(const Kernels& k, const ScoreParams& params, const TileItem& item, float* scratch, float* scores,
-                Ranking* ranking, std::vector<int32_t>* best) {
+                Ranking* ranking, int32_t count = 0, int32_t* best = nullptr) {
   const int32_t visible = item.geometry.visible_blocks(item.tile);
-  best->assign(item.head_count, -1);
   if (visible == 0) return;
   k.score_tile(params, item, scratch, scores);
   if (params.rule == ScoreRule::kRelativeMax) return;
   for (int32_t h = 0; h < item.head_count; ++h) {
-    (*best)[h] = cumulative_mass(scores + int64_t{h} * params.max_blocks, visible, ranking);
+    cumulative_mass(scores + int64_t{h} * params.max_blocks, visible, ranking);
+    std::copy_n(ranking->order.begin(), count, best + h * count);
   }
 }
 
@@ -101,7 +100,7 @@ void set_always_kept(const SelectParams& params, const TileItem& item, int32_t v
   const int32_t window = std::max(params.window_blocks, 1);
   const int64_t tile = g.first_tile() + item.tile;
   const int64_t first_position = std::max<int64_t>(tile * g.block_m, 0);
-  const int64_t last_position = std::min<int64_t>((tile + 1) * g.block_m, g.seqlen_k) - 1;
+  const int64_t last_position = std::min<int64_t>((tile + 1) * g.block_m, g.causal ? g.seqlen_k : g.seqlen_q) - 1;
   const int64_t limit = visible - 1;
   const int64_t first_block = std::min(first_position / g.block_n, limit);
   const int64_t last_block = std::min(std::max(first_block, last_position / g.block_n), limit);
@@ -125,8 +124,7 @@ void score_blocks(const ScoreParams& params, const Executor& executor) {
                   const int32_t visible = item.geometry.visible_blocks(item.tile);
                   float* scores = params.scores + (item.mask_row * heads + item.head_begin) * params.max_blocks;
                   Ranking ranking;
-                  std::vector<int32_t> best;
-                  score_item(k, params, item, scratch, scores, &ranking, &best);
+                  score_item(k, params, item, scratch, scores, &ranking);
                   for (int32_t h = 0; h < item.head_count; ++h) {
                     float* row = scores + int64_t{h} * params.max_blocks;
                     std::fill(row + visible, row + params.max_blocks, -1.0f);
@@ -154,9 +152,13 @@ void select_blocks(const SelectParams& params, const Executor& executor) {
                   std::memset(words, 0, sizeof(int32_t) * item.head_count * params.num_words);
                   float* scores = scratch + kernel_floats;
                   Ranking ranking;
-                  std::vector<int32_t> best;
+                  const bool cumulative = score.rule == ScoreRule::kCumulativeMass;
+                  const int32_t top = std::min(std::max(params.min_blocks, cumulative ? 1 : 0), visible);
+                  std::vector<int32_t> best(cumulative ? int64_t{top} * item.head_count : 0);
                   const bool everything = keeps_everything(params, item);
-                  if (!everything) score_item(k, score, item, scratch, scores, &ranking, &best);
+                  if (!everything) {
+                    score_item(k, score, item, scratch, scores, &ranking, cumulative ? top : 0, best.data());
+                  }
                   for (int32_t h = 0; h < item.head_count; ++h, words += params.num_words, scores += score.max_blocks) {
                     int32_t& count = params.counts[first_row + h];
                     count = 0;
@@ -167,18 +169,14 @@ void select_blocks(const SelectParams& params, const Executor& executor) {
                       continue;
                     }
                     const float threshold = params.thresholds[item.head_begin + h];
-                    const bool cumulative = score.rule == ScoreRule::kCumulativeMass;
                     for (int32_t j = 0; j < visible; ++j) {
                       const bool keep = keeps(cumulative, scores[j], threshold);
                       words[j / 32] |= static_cast<uint32_t>(keep) << (j % 32);
                     }
-                    if (cumulative) set_range(words, best[h], best[h] + 1);
                     set_always_kept(params, item, visible, words);
-                    if (params.min_blocks > 0) {
-                      const int32_t top = std::min(params.min_blocks, visible);
-                      rank(scores, visible, top, /*ascending=*/cumulative, &ranking);
-                      for (int32_t i = 0; i < top; ++i) set_range(words, ranking.order[i], ranking.order[i] + 1);
-                    }
+                    if (!cumulative && top > 0) rank(scores, visible, top, &ranking);
+                    const int32_t* order = cumulative ? best.data() + int64_t{h} * top : ranking.order.data();
+                    for (int32_t i = 0; i < top; ++i) set_range(words, order[i], order[i] + 1);
                     for (int32_t w = 0; w < params.num_words; ++w) count += __builtin_popcount(words[w]);
                   }
                 });

@@ -8,19 +8,20 @@
 // rule is "relative_max" or "cumulative_mass" (params.h).
 #pragma once
 
-#define BSFA_FOR_EACH_SCHEMA(DEF)                                                                                    \
-  DEF("pool_blocks(Tensor k, Tensor? cu_seqlens_k, Tensor? block_table, Tensor? seqlens_k, int max_seqlen_k, "       \
-      "int block_n) -> Tensor")                                                                                      \
-  DEF("score_blocks(Tensor q, Tensor summary, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqlens_k, "       \
-      "int max_seqlen_q, int max_seqlen_k, int num_rows, int block_m, int block_n, bool causal, "                    \
-      "float softmax_scale, float softcap, str rule) -> Tensor")                                                     \
-  DEF("select_blocks(Tensor q, Tensor summary, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqlens_k, "      \
-      "int max_seqlen_q, int max_seqlen_k, int num_rows, int block_m, int block_n, bool causal, "                    \
-      "float softmax_scale, float softcap, str rule, Tensor thresholds, int sink_blocks, int window_blocks, "        \
-      "int last_tiles, int min_blocks, Tensor? prompt_lens) -> (Tensor words, Tensor counts)")                       \
-  DEF("attention(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? block_table, "    \
-      "Tensor? seqlens_k, int max_seqlen_q, int max_seqlen_k, Tensor? mask_words, int block_m, int block_n, "        \
-      "bool causal, float softmax_scale, float softcap, int window_left) -> (Tensor out, Tensor lse)")               \
-  DEF("block_mass(Tensor q, Tensor k, Tensor lse, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? block_table, " \
-      "Tensor? seqlens_k, int max_seqlen_q, int max_seqlen_k, int num_rows, int block_m, int block_n, bool causal, " \
+#define BSFA_FOR_EACH_SCHEMA(DEF)                                                                                     \
+  DEF("pool_blocks(Tensor k, Tensor? cu_seqlens_k, Tensor? block_table, Tensor? seqlens_k, SymInt max_seqlen_k, "     \
+      "int block_n) -> Tensor")                                                                                       \
+  DEF("score_blocks(Tensor q, Tensor summary, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqlens_k, "        \
+      "SymInt max_seqlen_q, SymInt max_seqlen_k, SymInt num_rows, int block_m, int block_n, bool causal, "            \
+      "float softmax_scale, float softcap, str rule) -> Tensor")                                                      \
+  DEF("select_blocks(Tensor q, Tensor summary, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqlens_k, "       \
+      "SymInt max_seqlen_q, SymInt max_seqlen_k, SymInt num_rows, int block_m, int block_n, bool causal, "            \
+      "float softmax_scale, float softcap, str rule, Tensor thresholds, int sink_blocks, int window_blocks, "         \
+      "int last_tiles, int min_blocks, Tensor? prompt_lens) -> (Tensor words, Tensor counts)")                        \
+  DEF("attention(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? block_table, "     \
+      "Tensor? seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? mask_words, int block_m, int block_n, "   \
+      "bool causal, float softmax_scale, float softcap, int window_left) -> (Tensor out, Tensor lse)")                \
+  DEF("block_mass(Tensor q, Tensor k, Tensor lse, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? block_table, "  \
+      "Tensor? seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, SymInt num_rows, int block_m, int block_n, bool " \
+      "causal, "                                                                                                      \
       "float softmax_scale, float softcap) -> Tensor")

@@ -8,8 +8,8 @@ from bsfa.block_mask import BlockMask
 from bsfa.errors import warn_dense
 from bsfa.info import AttentionInfo
 from bsfa.layout import Layout
-from bsfa.policies import Policy
-from bsfa.stages import _selection, attend, check_policy, pool_blocks, resolve_layout, resolve_scale
+from bsfa.policies import Dense, Policy
+from bsfa.stages import _selection, attend, check_mask_heads, check_policy, pool_blocks, resolve_layout, resolve_scale
 
 Result = Tensor | tuple[Tensor | AttentionInfo, ...]
 
@@ -31,7 +31,7 @@ def _run(
     scale = resolve_scale(softmax_scale, q.shape[-1], softcap)
     mask: BlockMask | None = None
     reason: str | None = None
-    if policy is not None:
+    if policy is not None and not isinstance(policy, Dense):
         if layout.max_seqlen_q == 1 and layout.max_seqlen_k > 1:
             reason = "a decode step (one query token per sequence) is dense by design"
         elif window_left is not None:
@@ -50,6 +50,8 @@ def _run(
                     seqlens_k=layout.seqlens_k,
                 )
             mask = policy.select(_selection(q, summary, layout, scale, softcap, prompt_lens))
+            if mask is not None:
+                check_mask_heads(mask, q, k)
     out, lse = attend(q, k, v, mask, layout, scale, softcap, window_left)
     if not return_lse and not return_info:
         return out

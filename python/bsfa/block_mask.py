@@ -112,6 +112,10 @@ class MaskGeometry:
         keys = ("max_seqlen_q", "max_seqlen_k", "num_rows", "causal", "block_m", "block_n")
         return all(getattr(self, k) == getattr(other, k) for k in keys)
 
+    def same_lengths(self, other: MaskGeometry) -> bool:
+        """Whether every sequence has the same lengths in both. Reads device values."""
+        return torch.equal(self.seqlens_q, other.seqlens_q) and torch.equal(self.seqlens_k, other.seqlens_k)
+
 
 def pack_bits(kept: Tensor) -> Tensor:
     """bool [..., N] -> int32 words [..., ceil(N / 32)]; bit j % 32 of word j // 32 is block j."""
@@ -299,8 +303,10 @@ class BlockMask:
             order = blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
             return blocks.sum(-1, dtype=torch.int32), order.to(torch.int32)
 
-        def causal_mask(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-            return q + offset >= kv
+        # flex_attention without torch.compile ignores the blocks and asks mask_mod alone.
+        def kept_mask(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+            block = kept[b, h if kept.shape[1] > 1 else 0, q // g.block_m, kv // g.block_n]
+            return block & (q + offset >= kv) if g.causal else block
 
         partial_count, partial_index = ordered(kept & ~full)
         full_count, full_index = ordered(kept & full)
@@ -310,7 +316,7 @@ class BlockMask:
             full_count,
             full_index,
             BLOCK_SIZE=(g.block_m, g.block_n),
-            mask_mod=causal_mask if g.causal else None,
+            mask_mod=kept_mask,
             seq_lengths=(g.max_seqlen_q, g.max_seqlen_k),
         )
 

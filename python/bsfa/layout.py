@@ -101,7 +101,8 @@ def check_index(name: str, t: Tensor, dim: int, data: Tensor, size: int | None =
         raise ValueError(f"{name} must be contiguous in its last dimension")
 
 
-def _check_length(name: str, value: int) -> None:
+def check_length(name: str, value: int) -> None:
+    """Raise unless ``value`` is a number of tokens."""
     if not isinstance(value, int | torch.SymInt) or isinstance(value, bool):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if value < 0:
@@ -122,7 +123,7 @@ def check_values(layout: Layout, total_k: int | None, num_pages: int | None, pag
         lengths = [b - a for a, b in pairwise(values)]
         if values[0] != 0 or any(n < 0 for n in lengths):
             raise ValueError(f"{name} must start with 0 and never decrease, got {values}")
-        if values[-1] != total:
+        if total is not None and values[-1] != total:
             raise ValueError(f"{name} ends at {values[-1]}, but {total} tokens were given")
         if max(lengths, default=0) > longest:
             raise ValueError(f"{name} has a sequence of {max(lengths)} tokens, longer than max_seqlen = {longest}")
@@ -159,8 +160,8 @@ def varlen_layout(
     if cu_seqlens_q.shape[0] < 1:
         raise ValueError("cu_seqlens_q must have at least one entry")
     check_index("cu_seqlens_k", cu_seqlens_k, 1, q, cu_seqlens_q.shape[0])
-    _check_length("max_seqlen_q", max_seqlen_q)
-    _check_length("max_seqlen_k", max_seqlen_k)
+    check_length("max_seqlen_q", max_seqlen_q)
+    check_length("max_seqlen_k", max_seqlen_k)
     layout = Layout(
         cu_seqlens_q.shape[0] - 1,
         max_seqlen_q,
@@ -188,10 +189,12 @@ def paged_layout(
     check_index("block_table", block_table, 2, q)
     batch = block_table.shape[0]
     check_index("seqlens_k", seqlens_k, 1, q, batch)
+    if k_cache.shape[1] < 1:
+        raise ValueError(f"page_size must be at least 1, got k_cache of shape {tuple(k_cache.shape)}")
     capacity = block_table.shape[1] * k_cache.shape[1]
     if max_seqlen_k is None:
         max_seqlen_k = capacity
-    _check_length("max_seqlen_k", max_seqlen_k)
+    check_length("max_seqlen_k", max_seqlen_k)
     if max_seqlen_k > capacity:
         raise ValueError(f"max_seqlen_k = {max_seqlen_k} exceeds what block_table can hold ({capacity} tokens)")
     if cu_seqlens_q is not None:
@@ -200,7 +203,7 @@ def paged_layout(
         check_index("cu_seqlens_q", cu_seqlens_q, 1, q, batch + 1)
         if max_seqlen_q is None:
             raise ValueError("packed q needs max_seqlen_q")
-        _check_length("max_seqlen_q", max_seqlen_q)
+        check_length("max_seqlen_q", max_seqlen_q)
         total_q = q.shape[0]
     else:
         if q.dim() != 4 or q.shape[0] != batch:

@@ -29,6 +29,8 @@ from bsfa.layout import (
     check_data,
     check_heads,
     check_index,
+    check_length,
+    check_values,
     paged_layout,
     varlen_layout,
 )
@@ -39,11 +41,11 @@ from bsfa.policies.fixed import check_geometry
 def resolve_scale(softmax_scale: float | None, head_dim: int, softcap: float) -> float:
     """The softmax scale to use (default ``1 / sqrt(head_dim)``), after checking it and the softcap."""
     for name, value in (("softmax_scale", softmax_scale), ("softcap", softcap)):
-        if value is None:
+        if value is None and name == "softmax_scale":
             continue
-        if not isinstance(value, int | float) or isinstance(value, bool):
+        if not isinstance(value, int | float | torch.SymFloat) or isinstance(value, bool):
             raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-        if not math.isfinite(value):
+        if not -math.inf < value < math.inf:  # not math.isfinite, which torch.compile cannot trace for dynamic floats
             raise ValueError(f"{name} must be finite, got {value}")
     if softcap < 0:
         raise ValueError(f"softcap must be 0 (off) or positive, got {softcap}")
@@ -86,6 +88,9 @@ def resolve_layout(
         return varlen_layout(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal)
     if q.dim() != 4 or k.dim() != 4:
         raise ValueError(f"batched q and k must have 4 dimensions, got {tuple(q.shape)} and {tuple(k.shape)}")
+    for name, given, length in (("max_seqlen_q", max_seqlen_q, q.shape[1]), ("max_seqlen_k", max_seqlen_k, k.shape[1])):
+        if given is not None and given != length:
+            raise ValueError(f"{name} = {given} contradicts batched tensors of {length} tokens")
     return batched_layout(q, k, causal)
 
 
@@ -110,7 +115,7 @@ def pool_blocks(
     sequence is divided by its true number of tokens; blocks past the end are zeros. ``block_n``: tokens.
     Raises ``ValueError``/``TypeError`` for bad input, :class:`bsfa.UnsupportedError` where there is no kernel.
     """
-    check_block_sizes(block_n, block_n)
+    check_block_sizes(1, block_n)
     check_data("k", k, (3, 4))
     if block_table is not None:
         if seqlens_k is None or cu_seqlens_k is not None or k.dim() != 4:
@@ -121,8 +126,9 @@ def pool_blocks(
         layout = paged_layout(dummy, k, block_table, seqlens_k, None, None, max_seqlen_k, False)
         longest = layout.max_seqlen_k
     elif cu_seqlens_k is not None:
-        if max_seqlen_k is None or k.dim() != 3:
-            raise ValueError("packed keys are [total_k, Hkv, D] with cu_seqlens_k and max_seqlen_k")
+        if max_seqlen_k is None or k.dim() != 3 or seqlens_k is not None:
+            raise ValueError("packed keys are [total_k, Hkv, D] with cu_seqlens_k and max_seqlen_k, and no seqlens_k")
+        check_index("cu_seqlens_k", cu_seqlens_k, 1, k)
         dummy = k.new_empty((0, k.shape[1], k.shape[2]))
         varlen_layout(dummy, k, torch.zeros_like(cu_seqlens_k), cu_seqlens_k, 0, max_seqlen_k, False)
         longest = max_seqlen_k
@@ -194,8 +200,13 @@ def select_blocks(
         check_index("cu_seqlens_k", cu_seqlens_k, 1, q, batch + 1)
     if seqlens_k is not None:
         check_index("seqlens_k", seqlens_k, 1, q, batch)
+    if not isinstance(causal, bool):
+        raise TypeError(f"causal must be a bool, got {type(causal).__name__}")
     longest = seqlen_k if seqlen_k is not None else max_seqlen_k
     assert longest is not None
+    check_length("seqlen_k" if seqlen_k is not None else "max_seqlen_k", longest)
+    if max_seqlen_q is not None:
+        check_length("max_seqlen_q", max_seqlen_q)
     if seqlen_k is not None and cu_seqlens_q is not None:
         seqlens_k = torch.full((batch,), seqlen_k, dtype=torch.int32, device=q.device)
     layout = Layout(
@@ -208,8 +219,11 @@ def select_blocks(
         cu_seqlens_k=cu_seqlens_k,
         seqlens_k=seqlens_k,
     )
+    check_values(layout, None, None, None)
     if summary is not None:
         check_data("summary", summary, (4,), q)
+        if summary.shape[2] == 0 or q.shape[-2] % summary.shape[2]:
+            raise ValueError(f"query heads ({q.shape[-2]}) must be a multiple of the summary's ({summary.shape[2]})")
         want = (batch, -(-longest // policy.block_n), q.shape[-1])
         if (summary.shape[0], summary.shape[1], summary.shape[3]) != want or not summary.is_contiguous():
             raise ValueError(
@@ -256,11 +270,16 @@ def block_sparse_attention(
         if not isinstance(mask, BlockMask):
             raise TypeError(f"mask must be a bsfa.BlockMask or None, got {type(mask).__name__}")
         check_geometry(mask, MaskGeometry.of(layout, mask.block_m, mask.block_n, q.device))
-        if mask.num_heads not in (q.shape[-2], k.shape[-2], 1):
-            raise ValueError(
-                f"the mask has {mask.num_heads} heads; it needs {q.shape[-2]} (query), {k.shape[-2]} (KV) or 1"
-            )
+        check_mask_heads(mask, q, k)
     return attend(q, k, v, mask, layout, scale, softcap, window_left)
+
+
+def check_mask_heads(mask: BlockMask, q: Tensor, k: Tensor) -> None:
+    """Raise ``ValueError`` unless the mask is per query head, per KV head or shared."""
+    if mask.num_heads not in (q.shape[-2], k.shape[-2], 1):
+        raise ValueError(
+            f"the mask has {mask.num_heads} heads; it needs {q.shape[-2]} (query), {k.shape[-2]} (KV) or 1"
+        )
 
 
 def attend(
@@ -331,6 +350,8 @@ def block_mass(
     want = (q.shape[0], q.shape[2], q.shape[1]) if q.dim() == 4 else (q.shape[1], q.shape[0])
     if not isinstance(lse, Tensor) or lse.dtype != torch.float32:
         raise TypeError("lse must be a float32 tensor, as returned by bsfa.attention(..., return_lse=True)")
+    if lse.device != q.device:
+        raise ValueError(f"lse is on {lse.device} but q is on {q.device}")
     if tuple(lse.shape) != want or not lse.is_contiguous():
         raise ValueError(f"lse must be contiguous of shape {want}, got {tuple(lse.shape)}")
     require_kernel("block_mass", q.device)

@@ -93,6 +93,11 @@ class ScoredPolicy(Policy):
         if isinstance(value, Tensor):
             if value.dim() != 1 or not value.is_floating_point():
                 raise ValueError(f"{owner}.{self.threshold_name} must be a float tensor of shape [query heads]")
+            # Values are read where that needs no device sync; comparisons with NaN are false.
+            if value.device.type == "cpu" and not torch.compiler.is_compiling() and value.numel():
+                low, high = (float(x) for x in value.aminmax())
+                if not (low >= 0.0 and high <= 1.0):
+                    raise ValueError(f"{owner}.{self.threshold_name} must be 0 .. 1, got {low} .. {high}")
             return
         for x in value if isinstance(value, Sequence) else (value,):
             if not isinstance(x, int | float) or isinstance(x, bool):

@@ -35,5 +35,8 @@ class StaticPattern(Policy):
         if g.num_rows == 0 or g.seqlens_q.shape[0] == 0:
             return BlockMask.from_rows(torch.zeros((g.num_rows, 1, g.num_blocks), dtype=torch.bool), g)
         first, last = (torch.div(p, self.block_n, rounding_mode="floor").unsqueeze(-1) for p in g.positions())
+        if not g.causal:  # tiles beyond the keys have the last block for their own
+            limit = g.visible_blocks().unsqueeze(-1) - 1
+            first, last = torch.minimum(first, limit), torch.minimum(last, limit)
         window = (blocks > first - self.window_blocks) & (blocks < last + self.window_blocks)
         return BlockMask.from_rows(((blocks < self.sink_blocks) | window).unsqueeze(1), g)
