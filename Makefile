@@ -65,11 +65,12 @@ cuda: $(VENV)/.built
 	cmake --build build -j2 --target bsfa_cuda
 
 bench-cpu: $(VENV)/.built
-	$(BIN)/python -m benchmarks.cpu_attention
+	$(BIN)/python benchmarks/cpu_attention.py
 
 # Runs on the GPU machine with the Python that holds its torch (no virtual environment); see benchmarks/README.md.
+GPU_REPORT ?= benchmarks/results/h200.json
 gpu-check:
-	$(PYTHON) benchmarks/gpu_check.py
+	$(PYTHON) benchmarks/gpu_check.py --output $(GPU_REPORT)
 
 clean:
 	rm -rf build dist .stamps python/bsfa/*.so python/bsfa/lib *.egg-info python/*.egg-info

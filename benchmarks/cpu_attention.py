@@ -4,7 +4,7 @@ Batch 1, 8 query heads, 2 KV heads, head_dim 64, causal, 16K tokens, float32 and
 The peers run interleaved in one process (A B A B ...); medians of whole calls. The sparse mask keeps a random 10 % of
 the visible 128 x 128 blocks, always with the diagonal.
 
-    python -m benchmarks.cpu_attention [--seqlen 16384] [--repeats 10] [--output FILE]
+    python benchmarks/cpu_attention.py [--seqlen 16384] [--repeats 10] [--output FILE]
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 import bsfa
-from benchmarks.report import ROOT, TREES, measurement, tree_hash, write_json
+from report import ROOT, TREES, measurement, tree_hash, write_json
 
 HEADS_Q, HEADS_KV, HEAD_DIM, BLOCK = 8, 2, 64, 128
 
