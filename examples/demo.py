@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import time
 from collections import defaultdict
@@ -27,6 +26,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 import bsfa
 from bsfa.calibration import choose, collect
 from bsfa.evaluation import EvaluationReport, RunReport, evaluate
+from bsfa.files import write_text
 from bsfa.plotting import plot_thresholds
 from bsfa.prompts import Prompt, length_bucket, load_prompts, tokenize
 
@@ -34,13 +34,6 @@ HERE = Path(__file__).resolve().parent
 TINY_LM = HERE / "tiny_lm"
 DEFAULT_TARGET = 0.95
 NEEDLES = ("single", "multi_key", "multi_value")  # the rest, variable tracking and common words, is harder
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write ``path`` whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def cpu_name() -> str:

@@ -81,8 +81,12 @@ def test_eval(thresholds: Path, model_dir: Path, data: Path, tmp_path: Path) -> 
         "eval", "--model", model_dir, "--thresholds", thresholds, "--data", data, "--max-prompts", 3, "--json", report
     )
     assert result.exit_code == 0, result.output
-    for text in ("prose loss", "answers right", "single", "recall (mass kept)", "prefill, seconds"):
+    for text in ("prose loss", "answers right", "single", "recall (mass kept)", "prefill, seconds", "t: by layer"):
         assert text in result.output
+    heads = run(
+        "eval", "--model", model_dir, "--thresholds", thresholds, "--data", data, "--max-prompts", 1, "--per-head"
+    )
+    assert heads.exit_code == 0 and "recall of each head" in heads.output and "head 3" in heads.output
     runs = json.loads(report.read_text())["runs"]
     assert list(runs) == ["dense", "t"] and runs["t"]["density"] < 1.0 and runs["t"]["recall"] > 0.8
 

@@ -21,6 +21,7 @@ import bsfa
 from bsfa.calibration import Progress, choose, collect
 from bsfa.calibration.collect import TAIL
 from bsfa.evaluation import Accuracy, EvaluationReport, evaluate
+from bsfa.files import write_text
 from bsfa.policies import SCORED
 from bsfa.prompts import length_name, load_prompts
 from bsfa.thresholds import CALIBRATED, ThresholdTable
@@ -297,6 +298,7 @@ def evaluate_command(
     data: DataOption,
     thresholds: Annotated[list[Path], typer.Option(help="Threshold file; may be repeated.")],
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the report to this file.")] = None,
+    per_head: Annotated[bool, typer.Option(help="Show every head of every layer.")] = False,
     max_prompts: MaxPrompts = None,
     max_length: MaxLength = None,
     dtype: DtypeOption = "auto",
@@ -316,8 +318,9 @@ def evaluate_command(
     with _progress_bar("evaluating") as progress:
         report = evaluate(lm, tokenizer, prompts, tables, max_length=max_length, progress=progress)
     _print_report(report)
+    _print_layers(report, per_head)
     if json_file is not None:
-        json_file.write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
+        write_text(json_file, json.dumps(report.to_dict(), indent=1) + "\n")
         typer.echo(f"wrote {json_file}")
 
 
@@ -351,6 +354,27 @@ def _print_report(report: EvaluationReport) -> None:
     for run in runs:
         for reason in run.dense_reasons:
             typer.echo(f"{run.name} ran dense in {reason}")
+
+
+def _print_layers(report: EvaluationReport, per_head: bool) -> None:
+    """Density and recall of every layer, or of every head."""
+    for run in list(report.runs.values())[1:]:
+        rows = []
+        for layer, (density, recall) in enumerate(zip(run.layer_density, run.layer_recall, strict=True)):
+            if not all(map(math.isfinite, density)):
+                rows.append([str(layer), *["-"] * (len(density) if per_head else 5)])
+            elif per_head:
+                rows.append([str(layer), *(f"{d:.2f} {r:.3f}" for d, r in zip(density, recall, strict=True))])
+            else:
+                n = len(density)
+                cells = (sum(density) / n, min(density), max(density), sum(recall) / n, min(recall))
+                rows.append([str(layer), *map(_number, cells)])
+        if per_head:
+            heads = [f"head {h}" for h in range(len(run.layer_density[0]))]
+            _table(f"{run.name}: density and recall of each head", ("layer", *heads), rows)
+        else:
+            columns = ("layer", "density", "lowest head", "highest head", "recall", "worst head")
+            _table(f"{run.name}: by layer", columns, rows)
 
 
 @app.command()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from bsfa.files import replacing
 from bsfa.thresholds import ThresholdTable
 
 
@@ -45,4 +46,5 @@ def plot_thresholds(table: ThresholdTable, path: str | Path) -> None:
         axes.yaxis.get_major_locator().set_params(integer=True)
         figure.colorbar(image, ax=axes)
     figure.suptitle(f"{policy.name}, target recall {table.target_recall}, {table.model.name}", fontsize=11)
-    figure.savefig(str(path), dpi=110, metadata={"Software": None} if str(path).endswith(".png") else None)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110, metadata={"Software": None} if temporary.suffix == ".png" else None)

@@ -5,10 +5,8 @@ docs/threshold_format.md describes the file. Loading validates all of it and ref
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -21,6 +19,7 @@ from torch import Tensor
 
 from bsfa._library import __version__
 from bsfa.errors import ThresholdMismatchError
+from bsfa.files import replacing
 from bsfa.identity import ModelIdentity, canonical_json, config_fields
 from bsfa.policies import SCORED, ScoredPolicy
 
@@ -195,21 +194,11 @@ class ThresholdTable:
 
     def save(self, path: str | Path) -> None:
         """Write the file in one step: readers see the old or the new one, never a part. Same table, same bytes."""
-        path = Path(path)
         tensors, metadata = self._tensors(), self.metadata()
         metadata["sha256"] = _checksum(metadata, tensors)
         data = safetensors_bytes(tensors, {METADATA_KEY: canonical_json(metadata)})
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with open(temporary, "wb") as f:
-                f.write(data)
-                f.flush()
-                os.fsync(f.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise
+        with replacing(path) as temporary:
+            temporary.write_bytes(data)
 
     @staticmethod
     def load(path: str | Path, *, block_m: int | None = None, block_n: int | None = None) -> ThresholdTable:
