@@ -10,7 +10,6 @@ the visible 128 x 128 blocks, always with the diagonal.
 from __future__ import annotations
 
 import argparse
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -23,15 +22,6 @@ import bsfa
 from report import ROOT, TREES, measurement, tree_hash, write_json
 
 HEADS_Q, HEADS_KV, HEAD_DIM, BLOCK = 8, 2, 64, 128
-
-
-def cpu_name() -> str:
-    """The processor's name as Linux gives it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def random_mask(seqlen: int, density: float) -> bsfa.BlockMask:
@@ -98,14 +88,13 @@ def main() -> None:
     rows = [
         row for dtype in (torch.float32, torch.bfloat16) for row in measure(dtype, arguments.seqlen, arguments.repeats)
     ]
+    facts = bsfa.doctor()
     report = {
         "schema": 1,
         "tree": {folder: tree_hash(folder) for folder in TREES},
         "machine": {
-            "cpu": cpu_name(),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "instruction_set": bsfa.doctor()["build"]["cpu_instruction_set"],
+            **{key: facts["machine"][key] for key in ("cpu", "threads", "torch")},
+            "instruction_set": facts["build"]["cpu_instruction_set"],
         },
         "measurements": rows,
     }

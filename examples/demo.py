@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -34,15 +33,6 @@ HERE = Path(__file__).resolve().parent
 TINY_LM = HERE / "tiny_lm"
 DEFAULT_TARGET = 0.95
 NEEDLES = ("single", "multi_key", "multi_value")  # the rest, variable tracking and common words, is harder
-
-
-def cpu_name() -> str:
-    """The processor as Linux names it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def some_of_each_length(prompts: list[Prompt], tokenizer: object, count: int) -> list[Prompt]:
@@ -97,7 +87,8 @@ def main() -> None:
     started = time.perf_counter()
 
     console = Console(width=100)
-    machine = f"{cpu_name()}, {torch.get_num_threads()} threads, {bsfa.doctor()['build']['cpu_instruction_set']}"
+    facts = bsfa.doctor()
+    machine = f"{facts['machine']['cpu']}, {torch.get_num_threads()} threads, {facts['build']['cpu_instruction_set']}"
     console.print(f"bsfa {bsfa.__version__} on {machine}", highlight=False)
     model = LlamaForCausalLM.from_pretrained(TINY_LM / "model", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(TINY_LM / "model")

@@ -9,7 +9,15 @@ from bsfa.errors import warn_dense
 from bsfa.info import AttentionInfo
 from bsfa.layout import Layout
 from bsfa.policies import Dense, Policy
-from bsfa.stages import _selection, attend, check_mask_heads, check_policy, pool_blocks, resolve_layout, resolve_scale
+from bsfa.stages import (
+    attend,
+    check_mask_heads,
+    check_policy,
+    make_selection,
+    pool_blocks,
+    resolve_layout,
+    resolve_scale,
+)
 
 Result = Tensor | tuple[Tensor | AttentionInfo, ...]
 
@@ -49,7 +57,7 @@ def _run(
                     block_table=layout.block_table,
                     seqlens_k=layout.seqlens_k,
                 )
-            mask = policy.select(_selection(q, summary, layout, scale, softcap, prompt_lens))
+            mask = policy.select(make_selection(q, summary, layout, scale, softcap, prompt_lens))
             if mask is not None:
                 check_mask_heads(mask, q, k)
     out, lse = attend(q, k, v, mask, layout, scale, softcap, window_left)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,12 +11,22 @@ import torch
 from bsfa import _library
 
 
+def cpu_name() -> str:
+    """The processor as Linux names it, elsewhere as Python does."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
+
+
 def doctor() -> dict[str, Any]:
     """Facts about this installation.
 
-    Returns a dict: ``build`` (version, compiler, torch target, CPU instruction set), ``machine`` (python, torch, GPUs),
-    ``kernels`` (the compiled kernels, one row each) and ``operations``: for each operation and device either "ok" or
-    the reason why it cannot run here. ``python -m bsfa doctor`` prints it.
+    Returns a dict: ``build`` (version, compiler, torch target, CPU instruction set), ``machine`` (python, torch, CPU,
+    GPUs), ``kernels`` (the compiled kernels, one row each) and ``operations``: for each operation and device either
+    "ok" or the reason why it cannot run here. ``python -m bsfa doctor`` prints it.
     """
     gpus: list[dict[str, Any]] = []
     cuda_problem = _library.cuda_missing
@@ -36,6 +47,7 @@ def doctor() -> dict[str, Any]:
         "machine": {
             "python": platform.python_version(),
             "platform": platform.platform(),
+            "cpu": cpu_name(),
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
             "gpus": gpus,

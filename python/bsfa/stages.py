@@ -143,7 +143,7 @@ def pool_blocks(
     return summary
 
 
-def _selection(
+def make_selection(
     q: Tensor,
     summary: Tensor | None,
     layout: Layout,
@@ -151,6 +151,7 @@ def _selection(
     softcap: float,
     prompt_lens: Tensor | None,
 ) -> Selection:
+    """What a policy may look at, after checking ``prompt_lens``."""
     if prompt_lens is not None:
         check_index("prompt_lens", prompt_lens, 1, q, layout.batch)
     return Selection(q, layout, softmax_scale, softcap, prompt_lens, summary)
@@ -230,7 +231,7 @@ def select_blocks(
                 f"summary must be contiguous [B, blocks, Hkv, D] = [{want[0]}, {want[1]}, *, {want[2]}] for block_n = "
                 f"{policy.block_n}, got shape {tuple(summary.shape)}"
             )
-    selection = _selection(q, summary, layout, scale, softcap, prompt_lens)
+    selection = make_selection(q, summary, layout, scale, softcap, prompt_lens)
     mask = policy.select(selection)
     if not return_scores:
         return mask
