@@ -20,6 +20,7 @@ from rich.table import Table
 import bsfa
 from bsfa.calibration import Progress, choose, collect
 from bsfa.calibration.collect import TAIL
+from bsfa.doctor import default_device
 from bsfa.evaluation import Accuracy, EvaluationReport, evaluate
 from bsfa.files import write_text
 from bsfa.policies import SCORED
@@ -101,8 +102,7 @@ def _pick_device(name: str | None) -> torch.device:
         if device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"--device {name}: torch finds no CUDA device")
         return device
-    operations = bsfa.doctor()["operations"]
-    return torch.device("cuda" if all(row["cuda"] == "ok" for row in operations.values()) else "cpu")
+    return default_device()
 
 
 def _load_model(name: str, dtype: str, device: torch.device) -> tuple[Any, Any]:

@@ -55,3 +55,9 @@ def doctor() -> dict[str, Any]:
         "kernels": _library.kernel_table(),
         "operations": operations,
     }
+
+
+def default_device() -> torch.device:
+    """A GPU if every operation runs on it, else the CPU."""
+    operations = doctor()["operations"]
+    return torch.device("cuda" if all(row["cuda"] == "ok" for row in operations.values()) else "cpu")
