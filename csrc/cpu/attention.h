@@ -1,7 +1,7 @@
 // Attention of one query tile over its kept KV blocks, exact, with the log-sum-exp.
 //
-//   t = log2(e) * cap(scale * q . k) for visible (row, key) pairs of kept blocks;  m = running max of t, l = sum
-//   2^(t-m) O = sum 2^(t - m) v / l;  LSE = ln(2) * m + ln(l);  nothing seen: O = 0, LSE = -inf
+//   t = log2(e) * cap(scale * q . k) for visible (row, key) pairs of kept blocks; m = running max of t
+//   l = sum 2^(t - m);  O = sum 2^(t - m) v / l;  LSE = ln(2) * m + ln(l);  nothing seen: O = 0, LSE = -inf
 //
 // Tiling: K and V of a kept block are packed to float32 once per item, in chunks of kChunk keys, and used by all
 // subtiles (kRows query rows as vector lanes) of all heads that keep the block. Max, sum and rescaling are per lane, so
@@ -111,23 +111,18 @@ static int64_t attention_layout(const AttentionParams& params, float* base, Atte
   const int32_t rows = pass_rows_per_head(problem, heads);
   const int64_t subtiles = int64_t{heads} * ((rows + kRows - 1) / kRows);
   const int64_t dim = problem.head_dim, dim_v = round_up(problem.head_dim_v, 2);
-  float* next = base;
-  const auto take = [&next](int64_t count) {
-    float* result = next;
-    next += (count + 15) / 16 * 16;
-    return result;
-  };
-  scratch->subtiles = reinterpret_cast<Subtile*>(take(subtiles * int64_t{sizeof(Subtile)} / 4));
-  scratch->queries = take(subtiles * dim * kRows);
-  scratch->outputs = take(subtiles * dim_v * kRows);
-  scratch->running_max = take(subtiles * kRows);
-  scratch->running_sum = take(subtiles * kRows);
-  scratch->keys = take((kChunk + 1) * dim);
-  scratch->values = take(kChunk * dim_v);
-  scratch->s = take((kChunk + 1) * kRows);
-  scratch->rescale = take(kRows);
-  scratch->row = take(max(problem.head_dim, problem.head_dim_v) + kLanes);
-  return next - base;
+  Arena arena{base};
+  scratch->subtiles = reinterpret_cast<Subtile*>(arena.take(subtiles * int64_t{sizeof(Subtile)} / 4));
+  scratch->queries = arena.take(subtiles * dim * kRows);
+  scratch->outputs = arena.take(subtiles * dim_v * kRows);
+  scratch->running_max = arena.take(subtiles * kRows);
+  scratch->running_sum = arena.take(subtiles * kRows);
+  scratch->keys = arena.take((kChunk + 1) * dim);
+  scratch->values = arena.take(kChunk * dim_v);
+  scratch->s = arena.take((kChunk + 1) * kRows);
+  scratch->rescale = arena.take(kRows);
+  scratch->row = arena.take(max(problem.head_dim, problem.head_dim_v) + kLanes);
+  return arena.next - base;
 }
 
 static int64_t attention_scratch(const AttentionParams& params) {

@@ -21,19 +21,14 @@ static int64_t block_mass_layout(const BlockMassParams& params, float* base, Blo
   const Problem& problem = params.problem;
   const int32_t heads = heads_per_item(problem);
   const int64_t subtiles = int64_t{heads} * ((pass_rows_per_head(problem, heads) + kRows - 1) / kRows);
-  float* next = base;
-  const auto take = [&next](int64_t count) {
-    float* result = next;
-    next += (count + 15) / 16 * 16;
-    return result;
-  };
-  scratch->subtiles = reinterpret_cast<Subtile*>(take(subtiles * int64_t{sizeof(Subtile)} / 4));
-  scratch->queries = take(subtiles * problem.head_dim * kRows);
-  scratch->lse = take(subtiles * kRows);
-  scratch->keys = take((kChunk + 1) * int64_t{problem.head_dim});
-  scratch->s = take((kChunk + 1) * kRows);
-  scratch->row = take(problem.head_dim + kLanes);
-  return next - base;
+  Arena arena{base};
+  scratch->subtiles = reinterpret_cast<Subtile*>(arena.take(subtiles * int64_t{sizeof(Subtile)} / 4));
+  scratch->queries = arena.take(subtiles * problem.head_dim * kRows);
+  scratch->lse = arena.take(subtiles * kRows);
+  scratch->keys = arena.take((kChunk + 1) * int64_t{problem.head_dim});
+  scratch->s = arena.take((kChunk + 1) * kRows);
+  scratch->row = arena.take(problem.head_dim + kLanes);
+  return arena.next - base;
 }
 
 static int64_t block_mass_scratch(const BlockMassParams& params) {

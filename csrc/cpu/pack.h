@@ -106,6 +106,16 @@ static __attribute__((noinline)) void pack_keys(DType dtype, const KvLayout& kv,
   });
 }
 
+// Hands out 64-byte aligned pieces of a worker's scratch, one after the other.
+struct Arena {
+  float* next;
+  float* take(int64_t count) {
+    float* result = next;
+    next += (count + 15) / 16 * 16;
+    return result;
+  }
+};
+
 // Up to kRows query rows that are computed together. Lanes are (head, row) pairs, rows of one head next to each other.
 struct Subtile {
   int32_t count = 0;       // used lanes

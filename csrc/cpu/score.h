@@ -25,21 +25,16 @@ static int64_t score_layout(const ScoreParams& params, float* base, ScoreScratch
   const Problem& problem = params.problem;
   const int32_t heads = heads_per_item(problem);
   const int64_t subtiles = int64_t{heads} * ((pass_rows_per_head(problem, heads) + kRows - 1) / kRows);
-  float* next = base;
-  const auto take = [&next](int64_t count) {
-    float* result = next;
-    next += (count + 15) / 16 * 16;
-    return result;
-  };
-  scratch->subtiles = reinterpret_cast<Subtile*>(take(subtiles * int64_t{sizeof(Subtile)} / 4));
-  scratch->queries = take(subtiles * problem.head_dim * kRows);
-  scratch->exponents = take(int64_t{heads} * params.max_blocks);
-  scratch->keys = take((kChunk + 1) * int64_t{problem.head_dim});
-  scratch->s = take((kChunk + 1) * kRows);
-  scratch->row = take(problem.head_dim + kLanes);
-  scratch->mean = take(problem.head_dim + kLanes);
-  scratch->sums = take(kChunk);
-  return next - base;
+  Arena arena{base};
+  scratch->subtiles = reinterpret_cast<Subtile*>(arena.take(subtiles * int64_t{sizeof(Subtile)} / 4));
+  scratch->queries = arena.take(subtiles * problem.head_dim * kRows);
+  scratch->exponents = arena.take(int64_t{heads} * params.max_blocks);
+  scratch->keys = arena.take((kChunk + 1) * int64_t{problem.head_dim});
+  scratch->s = arena.take((kChunk + 1) * kRows);
+  scratch->row = arena.take(problem.head_dim + kLanes);
+  scratch->mean = arena.take(problem.head_dim + kLanes);
+  scratch->sums = arena.take(kChunk);
+  return arena.next - base;
 }
 
 static int64_t score_scratch(const ScoreParams& params) {

@@ -7,6 +7,7 @@
 #include "bsfa/cpu.h"
 #include "bsfa/geometry.h"
 #include "convert.h"
+#include "schedule.h"
 #include "schemas.h"
 
 namespace bsfa::torch_ops {
@@ -47,26 +48,13 @@ void check_kv_values(const KvLayout& kv, const Tensor& k, int32_t batch) {
   }
 }
 
-int32_t seqlen_k_of(const KvLayout& kv, int32_t b) {
-  if (kv.cu_seqlens != nullptr) return kv.cu_seqlens[b + 1] - kv.cu_seqlens[b];
-  return kv.seqlens != nullptr ? kv.seqlens[b] : kv.max_seqlen;
-}
-
 void check_problem_values(const Problem& p, const Tensor& q, int64_t num_rows) {
   if (p.query.cu_seqlens != nullptr) {
     check_cu_seqlens(p.query.cu_seqlens, p.batch, p.query.max_seqlen, q.size(0), "cu_seqlens_q");
   }
   if (num_rows < 0) return;
   int64_t rows = 0;
-  for (int32_t b = 0; b < p.batch; ++b) {
-    SequenceGeometry g;
-    g.seqlen_q = p.query.cu_seqlens ? p.query.cu_seqlens[b + 1] - p.query.cu_seqlens[b] : p.query.max_seqlen;
-    g.seqlen_k = seqlen_k_of(p.kv, b);
-    g.block_m = p.block_m;
-    g.block_n = p.block_n;
-    g.causal = p.causal;
-    rows += g.num_tiles();
-  }
+  for (int32_t b = 0; b < p.batch; ++b) rows += cpu::sequence_geometry(p, b).num_tiles();
   STD_TORCH_CHECK(rows <= num_rows, "the mask has ", num_rows, " rows, this problem needs ", rows);
 }
 
@@ -120,7 +108,7 @@ ScoreParams score_params(const Tensor& q, const Tensor& summary, const OptionalT
   s.max_blocks = ceil_div(kv.max_seqlen, s.problem.block_n);
   STD_TORCH_CHECK(summary.size(1) == s.max_blocks, "summary has ", summary.size(1), " blocks, expected ", s.max_blocks);
   for (int32_t b = 0; b < batch; ++b) {
-    const int32_t len = seqlen_k_of(kv, b);
+    const int32_t len = cpu::seqlen_k(kv, b);
     STD_TORCH_CHECK(len >= 0 && len <= kv.max_seqlen, "KV length ", len, " is not in 0 .. max_seqlen_k");
   }
   s.q = view_of(q, "q");

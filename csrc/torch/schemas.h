@@ -1,7 +1,8 @@
 // The one list of bsfa's torch operators. Shapes, with B sequences, T packed tokens, R mask rows (one per sequence and
 // query tile, geometry.h) and N = ceil(max_seqlen_k / block_n) KV blocks:
 //   q        [B, Sq, Hq, D], or [T, Hq, D] with cu_seqlens_q
-//   k, v     [B, Sk, Hkv, D], or [T, Hkv, D] with cu_seqlens_k, or [pages, page_size, Hkv, D] with block_table, seqlens_k
+//   k, v     [B, Sk, Hkv, D], or [T, Hkv, D] with cu_seqlens_k, or [pages, page_size, Hkv, D] with block_table and
+//            seqlens_k
 //   summary  [B, N, Hkv, D], contiguous, dtype of k
 //   words    [R, heads, ceil(N / 32)] int32, heads = Hq, Hkv or 1; counts [R, heads] int32
 //   lse      [B, Hq, Sq], or [Hq, T], float32

@@ -14,7 +14,7 @@ from bsfa.stages import (
     check_mask_heads,
     check_policy,
     make_selection,
-    pool_blocks,
+    pool,
     resolve_layout,
     resolve_scale,
 )
@@ -47,16 +47,7 @@ def _run(
         if reason is not None:
             warn_dense(reason)
         else:
-            summary = None
-            if policy.needs_summary:
-                summary = pool_blocks(
-                    k,
-                    block_n=policy.block_n,
-                    cu_seqlens_k=layout.cu_seqlens_k,
-                    max_seqlen_k=layout.max_seqlen_k,
-                    block_table=layout.block_table,
-                    seqlens_k=layout.seqlens_k,
-                )
+            summary = pool(k, layout, policy.block_n) if policy.needs_summary else None
             mask = policy.select(make_selection(q, summary, layout, scale, softcap, prompt_lens))
             if mask is not None:
                 check_mask_heads(mask, q, k)

@@ -139,6 +139,54 @@ def check_values(layout: Layout, total_k: int | None, num_pages: int | None, pag
                 raise ValueError(f"block_table row {b} names a page outside 0 .. {num_pages - 1} within its {n} tokens")
 
 
+def paged_length(k_cache: Tensor, block_table: Tensor, max_seqlen_k: int | None) -> int:
+    """The longest sequence to expect of a paged cache (default: what ``block_table`` can hold), checked."""
+    if k_cache.shape[1] < 1:
+        raise ValueError(f"page_size must be at least 1, got k_cache of shape {tuple(k_cache.shape)}")
+    capacity = block_table.shape[1] * k_cache.shape[1]
+    if max_seqlen_k is None:
+        return capacity
+    check_length("max_seqlen_k", max_seqlen_k)
+    if max_seqlen_k > capacity:
+        raise ValueError(f"max_seqlen_k = {max_seqlen_k} exceeds what block_table can hold ({capacity} tokens)")
+    return max_seqlen_k
+
+
+def key_layout(
+    k: Tensor,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_k: int | None,
+    block_table: Tensor | None,
+    seqlens_k: Tensor | None,
+) -> Layout:
+    """Layout of keys alone: batched, packed or paged, without queries."""
+    if block_table is not None:
+        if seqlens_k is None or cu_seqlens_k is not None or k.dim() != 4:
+            raise ValueError("paged keys are [num_pages, page_size, Hkv, D] with block_table and seqlens_k")
+        check_index("block_table", block_table, 2, k)
+        batch = block_table.shape[0]
+        check_index("seqlens_k", seqlens_k, 1, k, batch)
+        longest = paged_length(k, block_table, max_seqlen_k)
+        layout = Layout(batch, 0, longest, False, 0, block_table=block_table, seqlens_k=seqlens_k)
+        check_values(layout, None, k.shape[0], k.shape[1])
+        return layout
+    if cu_seqlens_k is not None:
+        if max_seqlen_k is None or k.dim() != 3 or seqlens_k is not None:
+            raise ValueError("packed keys are [total_k, Hkv, D] with cu_seqlens_k and max_seqlen_k, and no seqlens_k")
+        check_index("cu_seqlens_k", cu_seqlens_k, 1, k)
+        if cu_seqlens_k.shape[0] < 1:
+            raise ValueError("cu_seqlens_k must have at least one entry")
+        check_length("max_seqlen_k", max_seqlen_k)
+        layout = Layout(cu_seqlens_k.shape[0] - 1, 0, max_seqlen_k, False, 0, cu_seqlens_k=cu_seqlens_k)
+        check_values(layout, k.shape[0], None, None)
+        return layout
+    if k.dim() != 4 or seqlens_k is not None:
+        raise ValueError("batched keys are [B, Sk, Hkv, D] and take no seqlens_k")
+    if max_seqlen_k is not None and max_seqlen_k != k.shape[1]:
+        raise ValueError(f"max_seqlen_k = {max_seqlen_k} contradicts k of shape {tuple(k.shape)}")
+    return Layout(k.shape[0], 0, k.shape[1], False, 0)
+
+
 def batched_layout(q: Tensor, k: Tensor, causal: bool) -> Layout:
     """Layout of [B, Sq, Hq, D] against [B, Sk, Hkv, D]."""
     if q.shape[0] != k.shape[0]:
@@ -189,14 +237,7 @@ def paged_layout(
     check_index("block_table", block_table, 2, q)
     batch = block_table.shape[0]
     check_index("seqlens_k", seqlens_k, 1, q, batch)
-    if k_cache.shape[1] < 1:
-        raise ValueError(f"page_size must be at least 1, got k_cache of shape {tuple(k_cache.shape)}")
-    capacity = block_table.shape[1] * k_cache.shape[1]
-    if max_seqlen_k is None:
-        max_seqlen_k = capacity
-    check_length("max_seqlen_k", max_seqlen_k)
-    if max_seqlen_k > capacity:
-        raise ValueError(f"max_seqlen_k = {max_seqlen_k} exceeds what block_table can hold ({capacity} tokens)")
+    max_seqlen_k = paged_length(k_cache, block_table, max_seqlen_k)
     if cu_seqlens_q is not None:
         if q.dim() != 3:
             raise ValueError(f"with cu_seqlens_q, q must be packed [total_q, Hq, D], got shape {tuple(q.shape)}")

@@ -31,6 +31,7 @@ from bsfa.layout import (
     check_index,
     check_length,
     check_values,
+    key_layout,
     paged_layout,
     varlen_layout,
 )
@@ -117,29 +118,15 @@ def pool_blocks(
     """
     check_block_sizes(1, block_n)
     check_data("k", k, (3, 4))
-    if block_table is not None:
-        if seqlens_k is None or cu_seqlens_k is not None or k.dim() != 4:
-            raise ValueError("paged keys are [num_pages, page_size, Hkv, D] with block_table and seqlens_k")
-        check_index("block_table", block_table, 2, k)
-        check_index("seqlens_k", seqlens_k, 1, k, block_table.shape[0])
-        dummy = k.new_empty((block_table.shape[0], 0, k.shape[2], k.shape[3]))
-        layout = paged_layout(dummy, k, block_table, seqlens_k, None, None, max_seqlen_k, False)
-        longest = layout.max_seqlen_k
-    elif cu_seqlens_k is not None:
-        if max_seqlen_k is None or k.dim() != 3 or seqlens_k is not None:
-            raise ValueError("packed keys are [total_k, Hkv, D] with cu_seqlens_k and max_seqlen_k, and no seqlens_k")
-        check_index("cu_seqlens_k", cu_seqlens_k, 1, k)
-        dummy = k.new_empty((0, k.shape[1], k.shape[2]))
-        varlen_layout(dummy, k, torch.zeros_like(cu_seqlens_k), cu_seqlens_k, 0, max_seqlen_k, False)
-        longest = max_seqlen_k
-    else:
-        if k.dim() != 4 or seqlens_k is not None:
-            raise ValueError("batched keys are [B, Sk, Hkv, D] and take no seqlens_k")
-        if max_seqlen_k is not None and max_seqlen_k != k.shape[1]:
-            raise ValueError(f"max_seqlen_k = {max_seqlen_k} contradicts k of shape {tuple(k.shape)}")
-        longest = k.shape[1]
+    return pool(k, key_layout(k, cu_seqlens_k, max_seqlen_k, block_table, seqlens_k), block_n)
+
+
+def pool(k: Tensor, layout: Layout, block_n: int) -> Tensor:
+    """Run the pooling operator on inputs that have been checked."""
     require_kernel("pool_blocks", k.device)
-    summary: Tensor = torch.ops.bsfa.pool_blocks(k, cu_seqlens_k, block_table, seqlens_k, longest, block_n)
+    summary: Tensor = torch.ops.bsfa.pool_blocks(
+        k, layout.cu_seqlens_k, layout.block_table, layout.seqlens_k, layout.max_seqlen_k, block_n
+    )
     return summary
 
 

@@ -1,14 +1,12 @@
 // Block means of K: out[b, j, h, :] = (1 / n) * sum of k[t, h, :] over the n tokens t of KV block j, float32 sums.
 //
 // Tile      one CTA per (sequence b, block j, chunk of kChunk elements of the flattened (head, dim) axis): when heads
-// lie
-//           beside each other in memory the chunk is one contiguous piece of every token's row.
+//           lie beside each other in memory the chunk is one contiguous piece of every token's row.
 // Threads   kRows x kColumns. A thread owns one column (one load's width) and every kRows-th token; it issues
 //           kLoadsInFlight independent loads, adds them in float32, and so on. The kRows partial sums meet in shared
 //           memory, where one thread per element adds them in a fixed order: same inputs, same bits.
 // Paged     first the CTA's threads turn the trip's tokens into row offsets, one token each, in shared memory: one
-// division
-//           and one table read per token instead of one per load. Only entries below the sequence's end are read.
+//           division and one table read per token, not per load. Only entries below the sequence's end are read.
 // Memory    reads K once, writes the means once; 8 KB of shared memory for the sums, 1 KB for the offsets.
 // Waits     for nothing but its own loads. No tensor cores, no atomics, no workspace.
 #include <cuda_bf16.h>
@@ -125,8 +123,7 @@ __global__ void __launch_bounds__(kThreads, kMinCtasPerSm)
       }
       __syncthreads();
     }
-    // Rows beyond the block's end read its last token again and add nothing: a load without a branch can be issued
-    // early.
+    // Rows beyond the block's end read its last token again and add nothing: a load without a branch is issued early.
     Load<T, kVec> loads[kLoadsInFlight];
     const int32_t last = count - begin - 1;
 #pragma unroll

@@ -281,7 +281,7 @@ def _prefill(
 
     if recording:
         assert state is not None
-        state.density = info.density() if info.mask is not None else torch.ones((), device=q.device)
+        state.density = info.density()
     if callbacks:
         if reason:
             info = replace(info, policy=policy, dense_reason=reason)
