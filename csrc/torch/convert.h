@@ -6,11 +6,15 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <initializer_list>
 #include <limits>
 #include <optional>
 #include <string>
+#include <vector>
 
+#include "bsfa/geometry.h"
 #include "bsfa/params.h"
 
 namespace bsfa::torch_ops {
@@ -38,6 +42,15 @@ inline int32_t to_int32(int64_t value, const char* name) {
   return static_cast<int32_t>(value);
 }
 
+inline bool same_device(const Tensor& a, const Tensor& b) {
+  return a.is_cpu() == b.is_cpu() && a.get_device_index() == b.get_device_index();
+}
+
+inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
+  const std::vector<int64_t> s(sizes);
+  return torch::stable::new_empty(like, s, type);
+}
+
 // An int32 vector or matrix of indices; null when absent.
 inline const int32_t* index_ptr(const OptionalTensor& t, int64_t dim, int64_t size0, const Tensor& like,
                                 const char* name) {
@@ -45,8 +58,7 @@ inline const int32_t* index_ptr(const OptionalTensor& t, int64_t dim, int64_t si
   STD_TORCH_CHECK(t->scalar_type() == ScalarType::Int, name, " must be int32");
   STD_TORCH_CHECK(t->dim() == dim, name, " must have ", dim, " dimensions");
   STD_TORCH_CHECK(size0 < 0 || t->size(0) == size0, name, " must have size ", size0, " in dimension 0");
-  STD_TORCH_CHECK(t->is_cpu() == like.is_cpu() && t->get_device_index() == like.get_device_index(), name,
-                  " must be on the same device as the data");
+  STD_TORCH_CHECK(same_device(*t, like), name, " must be on the same device as the data");
   STD_TORCH_CHECK(t->size(dim - 1) <= 1 || t->stride(dim - 1) == 1, name, " must be contiguous in its last dimension");
   return static_cast<const int32_t*>(t->data_ptr());
 }
@@ -124,6 +136,84 @@ inline Problem make_problem(const Tensor& q, const OptionalTensor& cu_seqlens_q,
   p.softmax_scale = static_cast<float>(softmax_scale);
   p.softcap = static_cast<float>(softcap);
   return p;
+}
+
+// An LSE that lies like q: [B, Hq, Sq], or [Hq, T].
+inline Tensor new_lse(const Tensor& q) {
+  return q.dim() == 4 ? new_tensor(q, {q.size(0), q.size(2), q.size(1)}, ScalarType::Float)
+                      : new_tensor(q, {q.size(1), q.size(0)}, ScalarType::Float);
+}
+
+inline void set_lse_strides(const Tensor& q, int64_t* batch_stride, int64_t* head_stride) {
+  const bool batched = q.dim() == 4;
+  const int64_t tokens = batched ? q.size(1) : q.size(0);
+  *head_stride = tokens;
+  *batch_stride = batched ? q.size(2) * tokens : 0;
+}
+
+// What operator attention computes, without its outputs (set_attention_outputs). Values of index tensors are not read.
+inline AttentionParams attention_params(const Tensor& q, const Tensor& k, const Tensor& v,
+                                        const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+                                        const OptionalTensor& block_table, const OptionalTensor& seqlens_k,
+                                        int64_t max_seqlen_q, int64_t max_seqlen_k, const OptionalTensor& mask_words,
+                                        int64_t block_m, int64_t block_n, bool causal, double softmax_scale,
+                                        double softcap, int64_t window_left) {
+  AttentionParams p;
+  p.q = view_of(q, "q");
+  p.k = view_of(k, "k");
+  p.v = view_of(v, "v");
+  p.problem = make_problem(q, cu_seqlens_q, batch_of_kv(k, cu_seqlens_k, block_table), k.size(k.dim() - 2),
+                           max_seqlen_q, block_m, block_n, causal, softmax_scale, softcap);
+  p.problem.kv = kv_layout(k, cu_seqlens_k, block_table, seqlens_k, max_seqlen_k);
+  p.problem.head_dim_v = to_int32(v.size(v.dim() - 1), "head_dim of v");
+  STD_TORCH_CHECK(p.problem.head_dim_v >= 1 && p.problem.head_dim_v <= 256, "head_dim of v must be 1 .. 256");
+  STD_TORCH_CHECK(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(),
+                  "q, k and v must have one dtype");
+  STD_TORCH_CHECK(same_device(k, q) && same_device(v, q), "q, k and v must be on one device");
+  STD_TORCH_CHECK(k.size(k.dim() - 1) == p.problem.head_dim, "q and k differ in head_dim");
+  STD_TORCH_CHECK(v.dim() == k.dim(), "k and v differ in rank");
+  for (int64_t i = 0; i < k.dim() - 1; ++i) STD_TORCH_CHECK(v.size(i) == k.size(i), "k and v differ in shape");
+  STD_TORCH_CHECK(window_left >= -1, "window_left must be -1 (off) or more");
+  STD_TORCH_CHECK(window_left < 0 || causal, "window_left needs causal attention");
+  p.window_left = static_cast<int32_t>(std::min<int64_t>(window_left, std::numeric_limits<int32_t>::max()));
+  if (mask_words.has_value()) {
+    const Tensor& w = *mask_words;
+    STD_TORCH_CHECK(w.scalar_type() == ScalarType::Int && w.dim() == 3 && w.is_contiguous() && same_device(w, q),
+                    "mask_words must be contiguous int32 [rows, heads, words] on the device of q");
+    p.num_rows = w.size(0);
+    p.mask_heads = to_int32(w.size(1), "mask heads");
+    p.num_words = to_int32(w.size(2), "mask words");
+    STD_TORCH_CHECK(
+        p.mask_heads == p.problem.num_q_heads || p.mask_heads == p.problem.num_kv_heads || p.mask_heads == 1,
+        "the mask has ", p.mask_heads, " heads; it must have as many as q, as k, or 1");
+    STD_TORCH_CHECK(p.num_words == ceil_div(ceil_div(p.problem.kv.max_seqlen, p.problem.block_n), 32), "the mask has ",
+                    p.num_words, " words a row, not what max_seqlen_k and block_n need");
+    STD_TORCH_CHECK(p.num_rows > 0 || q.numel() == 0, "the mask has no rows");  // its null pointer would mean dense
+    p.words = static_cast<const int32_t*>(w.data_ptr());
+  }
+  return p;
+}
+
+// A contiguous tensor for what attention of `q` over `v` returns: q's shape with v's head_dim.
+inline Tensor new_attention_out(const Tensor& q, const Tensor& v) {
+  const int64_t dim = v.size(v.dim() - 1);
+  return q.dim() == 4 ? new_tensor(q, {q.size(0), q.size(1), q.size(2), dim}, q.scalar_type())
+                      : new_tensor(q, {q.size(0), q.size(1), dim}, q.scalar_type());
+}
+
+// Points `p`, made by attention_params, at `out` (any strides, last one 1) and `lse` (new_lse); checks `out`.
+inline void set_attention_outputs(AttentionParams& p, const Tensor& q, const Tensor& out, const Tensor& lse) {
+  STD_TORCH_CHECK(out.scalar_type() == q.scalar_type(), "out must have the dtype of q");
+  STD_TORCH_CHECK(same_device(out, q), "out must be on the device of q");
+  STD_TORCH_CHECK(out.dim() == q.dim() && out.size(q.dim() - 1) == p.problem.head_dim_v,
+                  "out must have the shape of q with v's head_dim");
+  for (int64_t i = 0; i < q.dim() - 1; ++i) {
+    STD_TORCH_CHECK(out.size(i) == q.size(i), "out must have the shape of q with v's head_dim");
+    STD_TORCH_CHECK(out.size(i) <= 1 || out.stride(i) != 0, "out must not overlap itself (it is expanded)");
+  }
+  p.out = view_of(out, "out");
+  p.lse = static_cast<float*>(lse.data_ptr());
+  set_lse_strides(q, &p.lse_batch_stride, &p.lse_head_stride);
 }
 
 inline ScoreRule to_rule(const std::string& rule) {

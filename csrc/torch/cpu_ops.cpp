@@ -1,8 +1,6 @@
 // The CPU half of the torch operators: checks, allocation, and the call into csrc/cpu.
-#include <algorithm>
 #include <functional>
 #include <tuple>
-#include <vector>
 
 #include "bsfa/cpu.h"
 #include "bsfa/geometry.h"
@@ -58,18 +56,6 @@ void check_problem_values(const Problem& p, const Tensor& q, int64_t num_rows) {
   STD_TORCH_CHECK(rows <= num_rows, "the mask has ", num_rows, " rows, this problem needs ", rows);
 }
 
-Tensor float_tensor(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type = ScalarType::Float) {
-  const std::vector<int64_t> s(sizes);
-  return torch::stable::new_empty(like, s, type);
-}
-
-void set_lse_strides(const Tensor& q, int64_t* batch_stride, int64_t* head_stride) {
-  const bool batched = q.dim() == 4;
-  const int64_t tokens = batched ? q.size(1) : q.size(0);
-  *head_stride = tokens;
-  *batch_stride = batched ? q.size(2) * tokens : 0;
-}
-
 Tensor pool_blocks(const Tensor& k, const OptionalTensor& cu_seqlens_k, const OptionalTensor& block_table,
                    const OptionalTensor& seqlens_k, int64_t max_seqlen_k, int64_t block_n) {
   PoolParams p;
@@ -83,7 +69,7 @@ Tensor pool_blocks(const Tensor& k, const OptionalTensor& cu_seqlens_k, const Op
   p.block_n = static_cast<int32_t>(block_n);
   p.max_blocks = ceil_div(p.kv.max_seqlen, p.block_n);
   check_kv_values(p.kv, k, p.batch);
-  Tensor out = float_tensor(k, {p.batch, p.max_blocks, p.num_kv_heads, p.head_dim}, k.scalar_type());
+  Tensor out = new_tensor(k, {p.batch, p.max_blocks, p.num_kv_heads, p.head_dim}, k.scalar_type());
   p.out = out.data_ptr();
   if (out.numel() > 0) cpu::pool_blocks(p, executor());
   return out;
@@ -125,7 +111,7 @@ Tensor score_blocks(const Tensor& q, const Tensor& summary, const OptionalTensor
                     double softmax_scale, double softcap, std::string rule) {
   ScoreParams s = score_params(q, summary, cu_seqlens_q, cu_seqlens_k, seqlens_k, max_seqlen_q, max_seqlen_k, num_rows,
                                block_m, block_n, causal, softmax_scale, softcap, rule);
-  Tensor scores = float_tensor(q, {num_rows, s.problem.num_q_heads, s.max_blocks});
+  Tensor scores = new_tensor(q, {num_rows, s.problem.num_q_heads, s.max_blocks}, ScalarType::Float);
   s.scores = static_cast<float*>(scores.data_ptr());
   if (scores.numel() > 0) cpu::score_blocks(s, executor());
   return scores;
@@ -151,12 +137,19 @@ std::tuple<Tensor, Tensor> select_blocks(const Tensor& q, const Tensor& summary,
   p.min_blocks = to_int32(min_blocks, "min_blocks");
   p.prompt_lens = index_ptr(prompt_lens, 1, p.score.problem.batch, q, "prompt_lens");
   p.num_words = ceil_div(p.score.max_blocks, 32);
-  Tensor words = float_tensor(q, {num_rows, p.score.problem.num_q_heads, p.num_words}, ScalarType::Int);
-  Tensor counts = float_tensor(q, {num_rows, p.score.problem.num_q_heads}, ScalarType::Int);
+  Tensor words = new_tensor(q, {num_rows, p.score.problem.num_q_heads, p.num_words}, ScalarType::Int);
+  Tensor counts = new_tensor(q, {num_rows, p.score.problem.num_q_heads}, ScalarType::Int);
   p.words = static_cast<int32_t*>(words.data_ptr());
   p.counts = static_cast<int32_t*>(counts.data_ptr());
   if (counts.numel() > 0) cpu::select_blocks(p, executor());
   return {words, counts};
+}
+
+// `p` with its outputs set.
+void run_attention(const AttentionParams& p, const Tensor& q, const Tensor& k) {
+  check_kv_values(p.problem.kv, k, p.problem.batch);
+  check_problem_values(p.problem, q, p.words != nullptr ? p.num_rows : -1);
+  if (q.numel() > 0) cpu::attention(p, executor());
 }
 
 std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v,
@@ -165,51 +158,28 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
                                      int64_t max_seqlen_q, int64_t max_seqlen_k, const OptionalTensor& mask_words,
                                      int64_t block_m, int64_t block_n, bool causal, double softmax_scale,
                                      double softcap, int64_t window_left) {
-  AttentionParams p;
-  const int64_t batch = batch_of_kv(k, cu_seqlens_k, block_table);
-  p.problem = make_problem(q, cu_seqlens_q, batch, k.size(k.dim() - 2), max_seqlen_q, block_m, block_n, causal,
-                           softmax_scale, softcap);
-  p.problem.kv = kv_layout(k, cu_seqlens_k, block_table, seqlens_k, max_seqlen_k);
-  p.problem.head_dim_v = to_int32(v.size(v.dim() - 1), "head_dim of v");
-  STD_TORCH_CHECK(p.problem.head_dim_v >= 1 && p.problem.head_dim_v <= 256, "head_dim of v must be 1 .. 256");
-  STD_TORCH_CHECK(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(),
-                  "q, k and v must have one dtype");
-  STD_TORCH_CHECK(k.size(k.dim() - 1) == p.problem.head_dim, "q and k differ in head_dim");
-  STD_TORCH_CHECK(v.dim() == k.dim(), "k and v differ in rank");
-  for (int64_t i = 0; i < k.dim() - 1; ++i) STD_TORCH_CHECK(v.size(i) == k.size(i), "k and v differ in shape");
-  check_kv_values(p.problem.kv, k, p.problem.batch);
-  p.q = view_of(q, "q");
-  p.k = view_of(k, "k");
-  p.v = view_of(v, "v");
-  STD_TORCH_CHECK(window_left >= -1, "window_left must be -1 (off) or more");
-  STD_TORCH_CHECK(window_left < 0 || causal, "window_left needs causal attention");
-  p.window_left = static_cast<int32_t>(std::min<int64_t>(window_left, std::numeric_limits<int32_t>::max()));
-  if (mask_words.has_value()) {
-    const Tensor& w = *mask_words;
-    STD_TORCH_CHECK(w.scalar_type() == ScalarType::Int && w.dim() == 3 && w.is_contiguous(),
-                    "mask_words must be contiguous int32 [rows, heads, words]");
-    p.num_rows = w.size(0);
-    p.mask_heads = to_int32(w.size(1), "mask heads");
-    p.num_words = to_int32(w.size(2), "mask words");
-    STD_TORCH_CHECK(
-        p.mask_heads == p.problem.num_q_heads || p.mask_heads == p.problem.num_kv_heads || p.mask_heads == 1,
-        "the mask has ", p.mask_heads, " heads; it must have as many as q, as k, or 1");
-    STD_TORCH_CHECK(p.num_words == ceil_div(ceil_div(p.problem.kv.max_seqlen, p.problem.block_n), 32), "the mask has ",
-                    p.num_words, " words a row, not what max_seqlen_k and block_n need");
-    p.words = static_cast<const int32_t*>(w.data_ptr());
-  }
-  check_problem_values(p.problem, q, mask_words.has_value() ? p.num_rows : -1);
-
-  const bool batched = q.dim() == 4;
-  const int64_t dv = p.problem.head_dim_v;
-  Tensor out = batched ? float_tensor(q, {q.size(0), q.size(1), q.size(2), dv}, q.scalar_type())
-                       : float_tensor(q, {q.size(0), q.size(1), dv}, q.scalar_type());
-  Tensor lse = batched ? float_tensor(q, {q.size(0), q.size(2), q.size(1)}) : float_tensor(q, {q.size(1), q.size(0)});
-  p.out = view_of(out, "out");
-  p.lse = static_cast<float*>(lse.data_ptr());
-  set_lse_strides(q, &p.lse_batch_stride, &p.lse_head_stride);
-  if (lse.numel() > 0) cpu::attention(p, executor());
+  AttentionParams p =
+      attention_params(q, k, v, cu_seqlens_q, cu_seqlens_k, block_table, seqlens_k, max_seqlen_q, max_seqlen_k,
+                       mask_words, block_m, block_n, causal, softmax_scale, softcap, window_left);
+  Tensor out = new_attention_out(q, v);
+  Tensor lse = new_lse(q);
+  set_attention_outputs(p, q, out, lse);
+  run_attention(p, q, k);
   return {out, lse};
+}
+
+Tensor attention_out(const Tensor& out, const Tensor& q, const Tensor& k, const Tensor& v,
+                     const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+                     const OptionalTensor& block_table, const OptionalTensor& seqlens_k, int64_t max_seqlen_q,
+                     int64_t max_seqlen_k, const OptionalTensor& mask_words, int64_t block_m, int64_t block_n,
+                     bool causal, double softmax_scale, double softcap, int64_t window_left) {
+  AttentionParams p =
+      attention_params(q, k, v, cu_seqlens_q, cu_seqlens_k, block_table, seqlens_k, max_seqlen_q, max_seqlen_k,
+                       mask_words, block_m, block_n, causal, softmax_scale, softcap, window_left);
+  Tensor lse = new_lse(q);
+  set_attention_outputs(p, q, out, lse);
+  run_attention(p, q, k);
+  return lse;
 }
 
 Tensor block_mass(const Tensor& q, const Tensor& k, const Tensor& lse, const OptionalTensor& cu_seqlens_q,
@@ -233,7 +203,7 @@ Tensor block_mass(const Tensor& q, const Tensor& k, const Tensor& lse, const Opt
   set_lse_strides(q, &p.lse_batch_stride, &p.lse_head_stride);
   p.num_rows = num_rows;
   p.max_blocks = ceil_div(p.problem.kv.max_seqlen, p.problem.block_n);
-  Tensor mass = float_tensor(q, {num_rows, p.problem.num_q_heads, p.max_blocks});
+  Tensor mass = new_tensor(q, {num_rows, p.problem.num_q_heads, p.max_blocks}, ScalarType::Float);
   p.mass = static_cast<float*>(mass.data_ptr());
   if (mass.numel() > 0) cpu::block_mass(p, executor());
   return mass;
@@ -252,6 +222,7 @@ STABLE_TORCH_LIBRARY_IMPL(bsfa, CPU, m) {
   m.impl("score_blocks", TORCH_BOX(&score_blocks));
   m.impl("select_blocks", TORCH_BOX(&select_blocks));
   m.impl("attention", TORCH_BOX(&attention));
+  m.impl("attention_out", TORCH_BOX(&attention_out));
   m.impl("block_mass", TORCH_BOX(&block_mass));
 }
 

@@ -6,6 +6,7 @@
 //   summary  [B, N, Hkv, D], contiguous, dtype of k
 //   words    [R, heads, ceil(N / 32)] int32, heads = Hq, Hkv or 1; counts [R, heads] int32
 //   lse      [B, Hq, Sq], or [Hq, T], float32
+//   out      q's shape with v's head_dim, dtype of q. attention_out writes into a given one: any strides, last one 1.
 // rule is "relative_max" or "cumulative_mass" (params.h).
 #pragma once
 
@@ -22,6 +23,9 @@
   DEF("attention(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? block_table, "     \
       "Tensor? seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? mask_words, int block_m, int block_n, "   \
       "bool causal, float softmax_scale, float softcap, int window_left) -> (Tensor out, Tensor lse)")                \
+  DEF("attention_out(Tensor(a!) out, Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "      \
+      "Tensor? block_table, Tensor? seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? mask_words, "        \
+      "int block_m, int block_n, bool causal, float softmax_scale, float softcap, int window_left) -> Tensor lse")    \
   DEF("block_mass(Tensor q, Tensor k, Tensor lse, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? block_table, "  \
       "Tensor? seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, SymInt num_rows, int block_m, int block_n, bool " \
       "causal, "                                                                                                      \

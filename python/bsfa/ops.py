@@ -84,6 +84,11 @@ def _select_blocks(
     )
 
 
+def _new_lse(q: Tensor) -> Tensor:
+    shape = (q.shape[0], q.shape[2], q.shape[1]) if q.dim() == 4 else (q.shape[1], q.shape[0])
+    return q.new_empty(shape, dtype=torch.float32)
+
+
 @torch.library.register_fake("bsfa::attention")
 def _attention(
     q: Tensor,
@@ -103,9 +108,30 @@ def _attention(
     softcap: float,
     window_left: int,
 ) -> tuple[Tensor, Tensor]:
-    out = q.new_empty((*q.shape[:-1], v.shape[-1]))
-    lse_shape = (q.shape[0], q.shape[2], q.shape[1]) if q.dim() == 4 else (q.shape[1], q.shape[0])
-    return out, q.new_empty(lse_shape, dtype=torch.float32)
+    return q.new_empty((*q.shape[:-1], v.shape[-1])), _new_lse(q)
+
+
+@torch.library.register_fake("bsfa::attention_out")
+def _attention_out(
+    out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    block_table: Tensor | None,
+    seqlens_k: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    mask_words: Tensor | None,
+    block_m: int,
+    block_n: int,
+    causal: bool,
+    softmax_scale: float,
+    softcap: float,
+    window_left: int,
+) -> Tensor:
+    return _new_lse(q)
 
 
 @torch.library.register_fake("bsfa::block_mass")
