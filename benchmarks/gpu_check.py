@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Everything that needs a GPU, in one go: build, tests, compute-sanitizer, benchmarks, one report.
 
-    python benchmarks/gpu_check.py [--output FILE]
+    python benchmarks/gpu_check.py [--output FILE] [--only STEP,...]
 
 Exits with 0 only if all of it passed; the report is written either way and says what failed. See benchmarks/README.md.
 """
@@ -19,15 +19,18 @@ import sysconfig
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from report import ROOT, SANITIZER_TOOLS, TREES, problems, tree_hash, write_json
 
-SUITES = ("pool",)  # modules of this folder with a run() that returns measurements
-BUILD_TIMEOUT_S, TEST_TIMEOUT_S, SANITIZER_TIMEOUT_S, SUITE_TIMEOUT_S = 900, 600, 300, 300
+SUITES = ("pool", "attention")  # modules of this folder with a run() that returns measurements
+BUILD_TIMEOUT_S, TEST_TIMEOUT_S, SANITIZER_TIMEOUT_S, SUITE_TIMEOUT_S = 900, 600, 300, 420
+STEPS = ("tests", "sanitizer", *SUITES)
 PACKAGE = ROOT / "python" / "bsfa"
+RESULT = ROOT / "benchmarks" / "results" / "h200.json"
 
 
 class Failed(Exception):
@@ -148,8 +151,8 @@ def run_suite(name: str, scratch: Path) -> list[dict[str, Any]]:
     return found
 
 
-def check() -> dict[str, Any]:
-    """Run all steps; one that fails is named in ``failures`` and does not stop the others where they can go on."""
+def check(steps: Collection[str]) -> dict[str, Any]:
+    """Build, then run ``steps``; one that fails is named in ``failures`` and does not stop the others."""
     report: dict[str, Any] = {
         "schema": 1,
         "tree": {folder: tree_hash(folder) for folder in TREES},
@@ -169,14 +172,16 @@ def check() -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        try:
-            report["tests"], names = run_tests(scratch)
-            failures += names
-        except Failed as error:
-            failures.append(str(error))
+        if "tests" in steps:
+            try:
+                report["tests"], names = run_tests(scratch)
+                failures += names
+            except Failed as error:
+                failures.append(str(error))
 
+        tools = SANITIZER_TOOLS if "sanitizer" in steps else ()
         with ThreadPoolExecutor(len(SANITIZER_TOOLS)) as pool:
-            runs = {tool: pool.submit(sanitize, tool) for tool in SANITIZER_TOOLS}
+            runs = {tool: pool.submit(sanitize, tool) for tool in tools}
         for tool, run in runs.items():
             try:
                 errors = run.result()
@@ -187,6 +192,8 @@ def check() -> dict[str, Any]:
                 failures.append(str(error))
 
         for name in SUITES:  # after everything else, alone on the device
+            if name not in steps:
+                continue
             try:
                 report["measurements"] += run_suite(name, scratch)
             except Failed as error:
@@ -197,12 +204,19 @@ def check() -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "h200.json", metavar="FILE")
-    output = parser.parse_args().output
-    report = check()
+    parser.add_argument("--output", type=Path, metavar="FILE", help=f"default: {RESULT.relative_to(ROOT)}")
+    parser.add_argument("--only", metavar="STEP,...", help=f"of {', '.join(STEPS)}; such a report needs --output")
+    arguments = parser.parse_args()
+    steps = STEPS if arguments.only is None else arguments.only.split(",")
+    if not set(steps) <= set(STEPS):
+        parser.error(f"--only takes {', '.join(STEPS)}")
+    if arguments.only is not None and arguments.output is None:
+        parser.error("--only makes a partial report: say with --output where it goes")
+    output = arguments.output or RESULT
+    report = check(steps)
     write_json(output, report)
     for m in report["measurements"]:
-        print(f"{m['id']:32s} {m['value']:10.5g} {m['unit']}")
+        print(f"{m['id']:42s} {m['value']:10.5g} {m['unit']}")
     print(f"tests {report['tests']}  sanitizer {report['sanitizer']}  report {output}")
     for failure in report["failures"]:
         print(f"FAILED {failure}")

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -124,3 +125,52 @@ def test_tree_hash_of_this_checkout(folder: str) -> None:
     if git(ROOT, "status", "--porcelain", "--", folder):
         pytest.skip(f"{folder} has uncommitted changes")
     assert reports.tree_hash(folder) == git(ROOT, "rev-parse", f"HEAD:{folder}")
+
+
+def test_attention_suite_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiny shapes, no clock: every section runs, what it times is right, and every demanded id is there."""
+    suite = importlib.import_module("attention")
+    timing = importlib.import_module("timing")
+    compared: list[int] = []
+
+    def interleaved(peers, rounds=15, warmup=3):
+        for work in peers.values():
+            work.body()
+        return {name: timing.Timing(1.0, [1.0] * rounds) for name in peers}, 1980
+
+    def flex_attention(q, k, v, block_mask, enable_gqa):
+        kept = block_mask.to_dense().bool()
+        compared.append(int(kept.sum()))
+        for dim in (-1, -2):
+            kept = kept.repeat_interleave(suite.BLOCK, dim)
+        return torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, kept.tril(), scale=q.shape[-1] ** -0.5, enable_gqa=enable_gqa
+        )
+
+    for name, value in {
+        "DEVICE": "cpu",
+        "K": 8,
+        "BLOCK": 16,
+        "HEADS_Q": 4,
+        "HEADS_KV": 2,
+        "L2_BYTES": 1 << 16,
+        "SDPA": dict.fromkeys(suite.SDPA, torch.nn.attention.SDPBackend.MATH),
+        "interleaved": interleaved,
+        "compiled_flex": lambda: flex_attention,
+    }.items():
+        assert hasattr(suite, name)
+        monkeypatch.setattr(suite, name, value)
+    rows = suite.run()
+    assert reports.problems({**GOOD, "measurements": rows}) == []
+    assert compared and all("flex_ms" in row["peers"] for row in rows if ".density." in row["id"])
+    assert set(suite.DEMANDED) <= {row["id"] for row in rows}
+
+
+def test_missed_demands_are_named() -> None:
+    suite = importlib.import_module("attention")
+    exact = [reports.measurement(id_, limit, "x", 10, None) for id_, (_, limit) in suite.DEMANDED.items()]
+    assert suite.missed(exact) == []
+    exact[0]["value"] -= 0.01
+    exact[-1]["value"] += 0.01
+    assert len(suite.missed(exact)) == 2
+    assert len(suite.missed(exact[1:])) == 2
