@@ -33,6 +33,12 @@ $(VENV)/.lint: pyproject.toml | $(VENV)/.built
 	$(BIN)/pip install -q ruff mypy clang-format
 	@touch $@
 
+# CUTLASS's headers, which only the CUDA kernels need: those that find_cutlass.py finds, else from PyPI.
+$(VENV)/.cutlass: third_party/find_cutlass.py $(VENV)/.tools
+	$(BIN)/python third_party/find_cutlass.py || \
+	  $(BIN)/pip install -q --no-deps "$$($(BIN)/python third_party/find_cutlass.py --requirement)"
+	@touch $@
+
 setup: $(VENV)/.built
 
 demo: $(VENV)/.built
@@ -60,7 +66,7 @@ format: $(VENV)/.lint
 	$(CLANG_FORMAT) -i $(CSRC)
 
 # Compiles the CUDA library for sm_90a; needs nvcc, but no GPU and no CUDA build of torch.
-cuda: $(VENV)/.built
+cuda: $(VENV)/.built $(VENV)/.cutlass
 	cmake -S . -B build -DBSFA_PYTHON=$(abspath $(BIN)/python)
 	cmake --build build -j2 --target bsfa_cuda
 

@@ -2,7 +2,8 @@
 """Where the CUTLASS headers are: one answer for setup.py and CMake.
 
 Looks, in this order, at $CUTLASS_PATH, at third_party/cutlass, and at the installed PyPI package nvidia-cutlass.
-As a program it prints the include directory, or says how to get one and exits with status 1.
+As a program it prints the include directory, or says how to get one and exits with status 1. With --requirement it
+prints what pip would have to install.
 """
 
 from __future__ import annotations
@@ -60,6 +61,6 @@ def find() -> Path:
 
 if __name__ == "__main__":
     try:
-        print(find())
+        print(PYPI_REQUIREMENT if "--requirement" in sys.argv[1:] else find())
     except RuntimeError as error:
         sys.exit(f"find_cutlass: {error}")

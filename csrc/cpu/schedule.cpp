@@ -20,22 +20,6 @@ int64_t kept_blocks(const int32_t* words, int32_t visible) {
 
 }  // namespace
 
-int32_t seqlen_k(const KvLayout& kv, int32_t sequence) {
-  if (kv.cu_seqlens != nullptr) return kv.cu_seqlens[sequence + 1] - kv.cu_seqlens[sequence];
-  return kv.seqlens != nullptr ? kv.seqlens[sequence] : kv.max_seqlen;
-}
-
-SequenceGeometry sequence_geometry(const Problem& problem, int32_t sequence) {
-  const int32_t* starts = problem.query.cu_seqlens;
-  SequenceGeometry geometry;
-  geometry.seqlen_q = starts != nullptr ? starts[sequence + 1] - starts[sequence] : problem.query.max_seqlen;
-  geometry.seqlen_k = seqlen_k(problem.kv, sequence);
-  geometry.block_m = problem.block_m;
-  geometry.block_n = problem.block_n;
-  geometry.causal = problem.causal;
-  return geometry;
-}
-
 Schedule make_schedule(const Problem& problem, int64_t num_rows, const int32_t* words, int32_t mask_heads,
                        int32_t num_words) {
   Schedule schedule;

@@ -13,8 +13,8 @@
 
 namespace bsfa::cpu {
 
-int32_t seqlen_k(const KvLayout& kv, int32_t sequence);
-SequenceGeometry sequence_geometry(const Problem& problem, int32_t sequence);
+using bsfa::seqlen_k;
+using bsfa::sequence_geometry;
 
 struct Schedule {
   std::vector<TileItem> items;

@@ -73,6 +73,8 @@ inline TensorView view_of(const Tensor& t, const char* name) {
   v.batch_stride = d == 4 ? t.stride(0) : 0;
   v.token_stride = t.stride(d - 3);
   v.head_stride = t.stride(d - 2);
+  v.batch_size = d == 4 ? t.size(0) : 1;
+  v.tokens = t.size(d - 3);
   return v;
 }
 

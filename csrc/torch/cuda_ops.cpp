@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "bsfa/cuda.h"
@@ -64,10 +65,59 @@ Tensor pool_blocks(const Tensor& k, const OptionalTensor& cu_seqlens_k, const Op
   return out;
 }
 
+// Runs attention on parameters that have their outputs.
+void run_attention(AttentionParams& p, const Tensor& q) {
+  check_half_precision(q, "q");
+  STD_TORCH_CHECK((p.problem.head_dim == 64 || p.problem.head_dim == 128) && p.problem.head_dim_v == p.problem.head_dim,
+                  "on CUDA head_dim must be 64 or 128, and that of v the same");
+  STD_TORCH_CHECK(p.problem.block_m == 128 && p.problem.block_n == 128, "on CUDA block_m and block_n must be 128");
+  const int64_t rows = max_mask_rows(p.problem, p.q.tokens);
+  STD_TORCH_CHECK(p.words == nullptr || p.num_rows >= rows, "the mask has ", p.num_rows, " rows, this problem needs ",
+                  rows);
+  p.num_rows = rows;
+  if (q.numel() == 0) return;
+  const Launch launch(q);
+  const std::vector<int64_t> shape = {cuda::attention_workspace_bytes(p)};
+  Tensor workspace = torch::stable::new_empty(q, shape, ScalarType::Byte);
+  check_launch(cuda::attention(p, workspace.data_ptr(), launch.stream()), "attention");
+}
+
+std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v,
+                                     const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+                                     const OptionalTensor& block_table, const OptionalTensor& seqlens_k,
+                                     int64_t max_seqlen_q, int64_t max_seqlen_k, const OptionalTensor& mask_words,
+                                     int64_t block_m, int64_t block_n, bool causal, double softmax_scale,
+                                     double softcap, int64_t window_left) {
+  AttentionParams p =
+      attention_params(q, k, v, cu_seqlens_q, cu_seqlens_k, block_table, seqlens_k, max_seqlen_q, max_seqlen_k,
+                       mask_words, block_m, block_n, causal, softmax_scale, softcap, window_left);
+  Tensor out = new_attention_out(q, v);
+  Tensor lse = new_lse(q);
+  set_attention_outputs(p, q, out, lse);
+  run_attention(p, q);
+  return {out, lse};
+}
+
+Tensor attention_out(const Tensor& out, const Tensor& q, const Tensor& k, const Tensor& v,
+                     const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+                     const OptionalTensor& block_table, const OptionalTensor& seqlens_k, int64_t max_seqlen_q,
+                     int64_t max_seqlen_k, const OptionalTensor& mask_words, int64_t block_m, int64_t block_n,
+                     bool causal, double softmax_scale, double softcap, int64_t window_left) {
+  AttentionParams p =
+      attention_params(q, k, v, cu_seqlens_q, cu_seqlens_k, block_table, seqlens_k, max_seqlen_q, max_seqlen_k,
+                       mask_words, block_m, block_n, causal, softmax_scale, softcap, window_left);
+  Tensor lse = new_lse(q);
+  set_attention_outputs(p, q, out, lse);
+  run_attention(p, q);
+  return lse;
+}
+
 // JSON: one row per compiled CUDA kernel, with the keys of bsfa._C.kernels().
 std::string cuda_kernels() {
   return R"([
-    {"op": "pool_blocks", "device": "cuda", "arch": "sm_90a", "dtypes": "bfloat16, float16", "head_dim": "any"}
+    {"op": "pool_blocks", "device": "cuda", "arch": "sm_90a", "dtypes": "bfloat16, float16", "head_dim": "any"},
+    {"op": "attention", "device": "cuda", "arch": "sm_90a", "dtypes": "bfloat16, float16", "head_dim": "64, 128",
+     "blocks": "128x128"}
   ])";
 }
 
@@ -77,6 +127,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bsfa, m) { m.def("cuda_kernels() -> str"); }
 
 STABLE_TORCH_LIBRARY_IMPL(bsfa, CompositeExplicitAutograd, m) { m.impl("cuda_kernels", TORCH_BOX(&cuda_kernels)); }
 
-STABLE_TORCH_LIBRARY_IMPL(bsfa, CUDA, m) { m.impl("pool_blocks", TORCH_BOX(&pool_blocks)); }
+STABLE_TORCH_LIBRARY_IMPL(bsfa, CUDA, m) {
+  m.impl("pool_blocks", TORCH_BOX(&pool_blocks));
+  m.impl("attention", TORCH_BOX(&attention));
+  m.impl("attention_out", TORCH_BOX(&attention_out));
+}
 
 }  // namespace bsfa::torch_ops

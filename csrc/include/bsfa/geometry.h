@@ -8,6 +8,8 @@
 
 #include <cstdint>
 
+#include "bsfa/params.h"
+
 #if defined(__CUDACC__)
 #define BSFA_HOST_DEVICE __host__ __device__
 #else
@@ -54,5 +56,35 @@ struct SequenceGeometry {
     return last < 0 ? 0 : last / block_n + 1;
   }
 };
+
+BSFA_HOST_DEVICE inline int32_t seqlen_q(const QueryLayout& query, int32_t sequence) {
+  return query.cu_seqlens != nullptr ? query.cu_seqlens[sequence + 1] - query.cu_seqlens[sequence] : query.max_seqlen;
+}
+
+BSFA_HOST_DEVICE inline int32_t seqlen_k(const KvLayout& kv, int32_t sequence) {
+  if (kv.cu_seqlens != nullptr) return kv.cu_seqlens[sequence + 1] - kv.cu_seqlens[sequence];
+  return kv.seqlens != nullptr ? kv.seqlens[sequence] : kv.max_seqlen;
+}
+
+BSFA_HOST_DEVICE inline SequenceGeometry sequence_geometry(const Problem& problem, int32_t sequence) {
+  SequenceGeometry geometry;
+  geometry.seqlen_q = seqlen_q(problem.query, sequence);
+  geometry.seqlen_k = seqlen_k(problem.kv, sequence);
+  geometry.block_m = problem.block_m;
+  geometry.block_n = problem.block_n;
+  geometry.causal = problem.causal;
+  return geometry;
+}
+
+// Rows that a mask needs: exact where all sequences are alike, else an upper bound that no device value goes into.
+// `tokens` of all sequences together, for packed queries. The same as Layout.num_mask_rows in Python.
+inline int64_t max_mask_rows(const Problem& problem, int64_t tokens) {
+  if (problem.query.cu_seqlens != nullptr) return tokens / problem.block_m + int64_t{2} * problem.batch;
+  if (problem.query.max_seqlen == 0 || problem.batch == 0) return 0;
+  const bool alike = problem.kv.cu_seqlens == nullptr && problem.kv.seqlens == nullptr;
+  const int64_t tiles = alike ? sequence_geometry(problem, 0).num_tiles()
+                              : (int64_t{problem.query.max_seqlen} + problem.block_m - 2) / problem.block_m + 1;
+  return problem.batch * tiles;
+}
 
 }  // namespace bsfa

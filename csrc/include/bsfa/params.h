@@ -17,6 +17,8 @@ struct TensorView {
   int64_t batch_stride = 0;
   int64_t token_stride = 0;
   int64_t head_stride = 0;
+  int64_t batch_size = 0;  // sequences or pages; 1 when packed
+  int64_t tokens = 0;      // of a sequence, of a page, or of all sequences when packed
 };
 
 // Where the query tokens of each sequence lie.
@@ -108,8 +110,8 @@ struct AttentionParams {
   int64_t lse_batch_stride = 0;    // batched: Hq * seqlen_q; packed: unused
   int64_t lse_head_stride = 0;     // batched: seqlen_q; packed: total_q
   const int32_t* words = nullptr;  // [num_rows, mask_heads, num_words]; null: dense
-  int64_t num_rows = 0;
-  int32_t mask_heads = 0;  // Hq, Hkv or 1
+  int64_t num_rows = 0;            // of words; on CUDA also without: at least max_mask_rows (geometry.h)
+  int32_t mask_heads = 0;          // Hq, Hkv or 1
   int32_t num_words = 0;
   int32_t window_left = -1;  // >= 0: a query at position p sees keys p - window_left .. p only
 };

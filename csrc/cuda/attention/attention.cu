@@ -1,0 +1,118 @@
+// Attention on CUDA: from AttentionParams to the kernel that fits.
+#include <numeric>
+
+#include "bsfa/cuda.h"
+#include "schedule.h"
+#include "sm90/config.h"
+#include "sm90/launch.h"
+
+namespace bsfa::cuda {
+namespace {
+
+using attn::kBlockKeys;
+using attn::kTileRows;
+using attn::Workspace;
+using attn::sm90::KernelParams;
+using attn::sm90::kStoreRows;
+
+constexpr float kLog2e = 1.4426950408889634f;
+
+bool supported(const Problem& p) {
+  return (p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16) && (p.head_dim == 64 || p.head_dim == 128) &&
+         p.head_dim_v == p.head_dim && p.block_m == kTileRows && p.block_n == kBlockKeys;
+}
+
+TensorExtent extent_of(const TensorView& view, int64_t dim, int64_t heads) {
+  return {dim, view.tokens, heads, view.batch_size};
+}
+
+// How the scores become exponents of two.
+void set_scales(const Problem& problem, KernelParams& k) {
+  // The maximum of the scores is that of the exponents only if the scale is positive; else they are scaled first.
+  k.transform = problem.softcap != 0.0f || !(problem.softmax_scale > 0.0f);
+  k.scale_log2 = (k.transform ? 1.0f : problem.softmax_scale) * kLog2e;
+  k.softcap = problem.softcap;
+  k.inner_scale = problem.softcap != 0.0f ? problem.softmax_scale / problem.softcap : problem.softmax_scale;
+}
+
+void set_keys(const AttentionParams& params, KernelParams& k) {
+  const KvLayout& kv = params.problem.kv;
+  k.block_table = kv.block_table;
+  k.block_table_stride = kv.block_table_stride;
+  k.page_size = kv.page_size;
+  k.box_rows = kv.block_table != nullptr ? std::gcd(kv.page_size, kBlockKeys) : kBlockKeys;
+  k.keys_packed = kv.cu_seqlens != nullptr;
+  k.tails_are_zero = kv.block_table == nullptr && kv.cu_seqlens == nullptr;
+}
+
+cudaError_t make_maps(const AttentionParams& params, KernelParams& k) {
+  const Problem& p = params.problem;
+  const TensorExtent q = extent_of(params.q, p.head_dim, p.num_q_heads);
+  const TensorExtent out = extent_of(params.out, p.head_dim_v, p.num_q_heads);
+  cudaError_t error = make_tensor_map(&k.q, params.q, q, p.dtype, kTileRows);
+  k.store_by_tma = tensor_map_fits(params.out, out);
+  if (error == cudaSuccess) {
+    error = k.store_by_tma ? make_tensor_map(&k.out, params.out, out, p.dtype, kStoreRows) : cudaSuccess;
+  }
+  if (!k.store_by_tma) k.out = k.q;  // never used, but prefetched
+  // Without keys nothing is fetched; the descriptors still have to be valid.
+  const bool no_keys = params.k.tokens == 0 || params.k.batch_size == 0;
+  const TensorView& key = no_keys ? params.q : params.k;
+  const TensorView& value = no_keys ? params.q : params.v;
+  const TensorExtent extent = no_keys ? q : extent_of(params.k, p.head_dim, p.num_kv_heads);
+  if (error == cudaSuccess) error = make_tensor_map(&k.k, key, extent, p.dtype, k.box_rows);
+  if (error == cudaSuccess) error = make_tensor_map(&k.v, value, extent, p.dtype, k.box_rows);
+  return error;
+}
+
+cudaError_t num_sms(int* count) {
+  int device = 0;
+  const cudaError_t error = cudaGetDevice(&device);
+  return error == cudaSuccess ? cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device) : error;
+}
+
+}  // namespace
+
+int64_t attention_workspace_bytes(const AttentionParams& params) {
+  return Workspace::bytes(params.num_rows, params.problem.num_q_heads);
+}
+
+cudaError_t attention(const AttentionParams& params, void* workspace, cudaStream_t stream) {
+  const Problem& p = params.problem;
+  const int64_t pairs = params.num_rows * p.num_q_heads;
+  if (pairs == 0) return cudaSuccess;
+  if (!supported(p) || params.num_rows > INT32_MAX || pairs > INT32_MAX) return cudaErrorInvalidValue;
+
+  KernelParams k{};
+  k.workspace = Workspace::in(workspace, params.num_rows, p.num_q_heads);
+  k.words = params.words;
+  k.num_words = params.num_words;
+  k.mask_heads = params.mask_heads;
+  k.heads_per_mask_head = params.words != nullptr ? p.num_q_heads / params.mask_heads : 1;
+  k.heads_per_kv_head = p.num_q_heads / p.num_kv_heads;
+  k.causal = p.causal;
+  k.window_left = params.window_left;
+  set_keys(params, k);
+  set_scales(p, k);
+  k.out_data = params.out.data;
+  k.out_batch_stride = params.out.batch_stride;
+  k.out_token_stride = params.out.token_stride;
+  k.out_head_stride = params.out.head_stride;
+  k.lse = params.lse;
+  k.lse_batch_stride = params.lse_batch_stride;
+  k.lse_head_stride = params.lse_head_stride;
+
+  int sms = 0;
+  cudaError_t error = num_sms(&sms);
+  if (error == cudaSuccess) error = make_maps(params, k);
+  if (error == cudaSuccess) error = make_order(params, k.workspace, stream);
+  if (error != cudaSuccess) return error;
+  const int ctas = static_cast<int>(std::min<int64_t>(sms, pairs));
+  const bool bf16 = p.dtype == DType::kBFloat16;
+  if (p.head_dim == 64) {
+    return bf16 ? attn::sm90::launch_bf16_d64(k, ctas, stream) : attn::sm90::launch_fp16_d64(k, ctas, stream);
+  }
+  return bf16 ? attn::sm90::launch_bf16_d128(k, ctas, stream) : attn::sm90::launch_fp16_d128(k, ctas, stream);
+}
+
+}  // namespace bsfa::cuda

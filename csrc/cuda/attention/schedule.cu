@@ -1,0 +1,219 @@
+// Orders the (query tile, head) pairs of a call by the number of KV blocks that each will visit (schedule.h).
+//
+// count    one CTA per mask row. Finds the row's sequence and tile (by division where all sequences are alike, else by a
+//          scan over the sequences' tile counts), writes its TileRow, and counts, one warp per head, the mask's bits
+//          within the visible range; without a mask the range itself.
+// order    one CTA. Keys are logarithmic buckets of the count, a quarter of an octave wide: exact order does not matter,
+//          and pairs of like length stay in their natural order, which runs through one KV head's rows (last tile first,
+//          the group's query heads side by side) before the next KV head's, so that tiles at work together read the same
+//          keys. Each warp owns one contiguous piece: count, scan, scatter. Stable, so the same inputs give the same order.
+// Memory   the words of the mask once; 4 bytes written and twice read per pair, 8 bytes written.
+// Waits    for nothing but the kernel before.
+#include "schedule.h"
+
+#include <utility>
+
+namespace bsfa::cuda::attn {
+namespace {
+
+constexpr int kCountThreads = 128;
+constexpr int kOrderThreads = 1024;
+constexpr int kOrderWarps = kOrderThreads / 32;
+constexpr int kSubBits = 2;                       // buckets per octave: 2^kSubBits
+constexpr int kBuckets = (32 - kSubBits) << kSubBits;  // of any count that fits in 31 bits
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+static_assert(kBuckets <= kOrderThreads, "one thread per bucket in the scan");
+
+// 0 for the longest. A tile without blocks costs about as much as one with a block.
+__device__ int bucket_of(int32_t count) {
+  const int32_t cost = max(count, 1) << kSubBits;
+  const int octave = 31 - __clz(cost);
+  const int sub = (cost >> (octave - kSubBits)) & ((1 << kSubBits) - 1);
+  return kBuckets - 1 - (((octave - kSubBits) << kSubBits) | sub);
+}
+
+// Inclusive sum over the CTA's threads. `scratch` has one entry per warp; all threads must call.
+template <int kThreads>
+__device__ int32_t inclusive_sum(int32_t value, int32_t* scratch) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll
+  for (int d = 1; d < 32; d *= 2) {
+    const int32_t below = __shfl_up_sync(kAllLanes, value, d);
+    if (lane >= d) value += below;
+  }
+  __syncthreads();
+  if (lane == 31) scratch[warp] = value;
+  __syncthreads();
+  for (int w = 0; w < warp; ++w) value += scratch[w];
+  return value;
+}
+
+struct Place {
+  int32_t sequence;  // -1: the row belongs to none
+  int32_t tile;
+};
+
+// Which sequence and local tile a mask row is.
+__device__ Place find_place(const Problem& problem, int32_t row) {
+  const bool alike = problem.query.cu_seqlens == nullptr && problem.kv.cu_seqlens == nullptr &&
+                     problem.kv.seqlens == nullptr;
+  if (alike) {
+    const int32_t tiles = sequence_geometry(problem, 0).num_tiles();
+    const int32_t sequence = row / tiles;
+    return {sequence < problem.batch ? sequence : -1, row - sequence * tiles};
+  }
+  __shared__ int32_t scratch[kCountThreads / 32];
+  __shared__ Place found;
+  __shared__ int32_t passed;  // tiles of the sequences of all trips so far
+  if (threadIdx.x == 0) {
+    found = {-1, 0};
+    passed = 0;
+  }
+  __syncthreads();
+  for (int32_t first = 0; first < problem.batch; first += kCountThreads) {
+    const int32_t sequence = first + static_cast<int32_t>(threadIdx.x);
+    const int32_t tiles = sequence < problem.batch ? sequence_geometry(problem, sequence).num_tiles() : 0;
+    const int32_t before = passed;
+    const int32_t end = before + inclusive_sum<kCountThreads>(tiles, scratch);
+    if (row >= end - tiles && row < end) found = {sequence, row - (end - tiles)};
+    __syncthreads();
+    if (threadIdx.x == kCountThreads - 1) passed = end;
+    __syncthreads();
+    if (passed > row) break;
+  }
+  return found;
+}
+
+__global__ void __launch_bounds__(kCountThreads) count_kernel(const __grid_constant__ AttentionParams params,
+                                                              const Workspace workspace) {
+  const Problem& problem = params.problem;
+  const int32_t row = blockIdx.x;
+  const int32_t heads = problem.num_q_heads;
+  const int32_t group = heads / problem.num_kv_heads;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  // Natural order: KV head, rows from the last to the first, query head within the group.
+  const int64_t from_last = params.num_rows - 1 - row;
+  const auto natural = [&](int32_t head) {
+    return (head / group * params.num_rows + from_last) * group + head % group;
+  };
+
+  const Place place = find_place(problem, row);
+  if (place.sequence < 0) {
+    for (int32_t head = threadIdx.x; head < heads; head += kCountThreads) workspace.counts[natural(head)] = -1;
+    return;
+  }
+  const SequenceGeometry geometry = sequence_geometry(problem, place.sequence);
+  TileRow tile;
+  const int32_t first_row = (geometry.first_tile() + place.tile) * kTileRows - geometry.offset();
+  const bool packed = problem.query.cu_seqlens != nullptr;
+  tile.query_token = first_row + (packed ? problem.query.cu_seqlens[place.sequence] : 0);
+  tile.query_batch = packed ? 0 : place.sequence;
+  tile.sequence = place.sequence;
+  tile.key_token = problem.kv.cu_seqlens != nullptr ? problem.kv.cu_seqlens[place.sequence] : 0;
+  tile.position = first_row + geometry.offset();
+  tile.row_begin = geometry.row_begin(place.tile) - first_row;
+  tile.row_end = geometry.row_end(place.tile) - first_row;
+  tile.seqlen_k = geometry.seqlen_k;
+  if (threadIdx.x == 0) workspace.rows[row] = tile;
+
+  const BlockRange range = visible_range(tile, problem.causal, params.window_left);
+  for (int32_t head = warp; head < heads; head += kCountThreads / 32) {
+    int32_t count = max(range.end - range.begin, 0);
+    if (params.words != nullptr) {
+      const int32_t mask_head = head / (heads / params.mask_heads);
+      const int32_t* words =
+          params.words + (static_cast<int64_t>(row) * params.mask_heads + mask_head) * params.num_words;
+      count = 0;
+      for (int32_t w = range.begin / 32 + lane; w * 32 < range.end; w += 32) {
+        count += __popc(static_cast<uint32_t>(words[w]) & range.bits_of_word(w));
+      }
+      count = __reduce_add_sync(kAllLanes, count);
+    }
+    if (lane == 0) workspace.counts[natural(head)] = count;
+  }
+}
+
+__global__ void __launch_bounds__(kOrderThreads)
+    order_kernel(const Workspace workspace, const int64_t num_rows, const int32_t heads, const int32_t group) {
+  __shared__ int32_t offsets[kBuckets][kOrderWarps];
+  __shared__ int32_t scratch[kOrderWarps];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int64_t total = num_rows * heads;
+  const int64_t piece = (total + kOrderThreads - 1) / kOrderThreads * 32;
+  const int64_t begin = min(warp * piece, total), end = min(begin + piece, total);
+
+  for (int i = threadIdx.x; i < kBuckets * kOrderWarps; i += kOrderThreads) (&offsets[0][0])[i] = 0;
+  __syncthreads();
+  // Lanes with the same bucket find each other; the first of them counts for all.
+  const auto bucket_at = [&](int64_t i) {
+    const int32_t count = i < end ? workspace.counts[i] : -1;
+    return count < 0 ? -1 : bucket_of(count);
+  };
+  for (int64_t i = begin + lane; i - lane < end; i += 32) {
+    const int bucket = bucket_at(i);
+    const unsigned peers = __match_any_sync(kAllLanes, bucket);
+    if (bucket >= 0 && lane == __ffs(peers) - 1) offsets[bucket][warp] += __popc(peers);
+    __syncwarp();
+  }
+  __syncthreads();
+  int32_t size = 0;
+  if (threadIdx.x < kBuckets) {
+    for (int w = 0; w < kOrderWarps; ++w) size += offsets[threadIdx.x][w];
+  }
+  int32_t here = inclusive_sum<kOrderThreads>(size, scratch) - size;
+  if (threadIdx.x == kOrderThreads - 1) *workspace.queue = {0, here + size};
+  if (threadIdx.x < kBuckets) {
+    for (int w = 0; w < kOrderWarps; ++w) {
+      const int32_t n = offsets[threadIdx.x][w];
+      offsets[threadIdx.x][w] = here;
+      here += n;
+    }
+  }
+  __syncthreads();
+  for (int64_t i = begin + lane; i - lane < end; i += 32) {
+    const int bucket = bucket_at(i);
+    const unsigned peers = __match_any_sync(kAllLanes, bucket);
+    int32_t at = 0;
+    if (bucket >= 0) at = offsets[bucket][warp] + __popc(peers & ((1u << lane) - 1));
+    __syncwarp();
+    if (bucket >= 0) {
+      if (lane == __ffs(peers) - 1) offsets[bucket][warp] += __popc(peers);
+      const int64_t row_of_group = i / group;
+      const auto kv_head = static_cast<int32_t>(row_of_group / num_rows);
+      const auto row = static_cast<int32_t>(num_rows - 1 - (row_of_group - kv_head * num_rows));
+      workspace.order[at] = {row, kv_head * group + static_cast<int32_t>(i - row_of_group * group)};
+    }
+    __syncwarp();
+  }
+}
+
+constexpr int64_t aligned(int64_t bytes) { return (bytes + 127) / 128 * 128; }
+
+}  // namespace
+
+int64_t Workspace::bytes(int64_t num_rows, int64_t num_heads) {
+  return aligned(sizeof(Queue)) + aligned(num_rows * sizeof(TileRow)) + aligned(num_rows * num_heads * sizeof(Pair)) +
+         aligned(num_rows * num_heads * sizeof(int32_t));
+}
+
+Workspace Workspace::in(void* memory, int64_t num_rows, int64_t num_heads) {
+  char* at = static_cast<char*>(memory);
+  const auto take = [&at](int64_t bytes) { return std::exchange(at, at + aligned(bytes)); };
+  Workspace w;
+  w.queue = reinterpret_cast<Queue*>(take(sizeof(Queue)));
+  w.rows = reinterpret_cast<TileRow*>(take(num_rows * sizeof(TileRow)));
+  w.order = reinterpret_cast<Pair*>(take(num_rows * num_heads * sizeof(Pair)));
+  w.counts = reinterpret_cast<int32_t*>(take(num_rows * num_heads * sizeof(int32_t)));
+  return w;
+}
+
+cudaError_t make_order(const AttentionParams& params, const Workspace& workspace, cudaStream_t stream) {
+  const Problem& problem = params.problem;
+  count_kernel<<<static_cast<unsigned>(params.num_rows), kCountThreads, 0, stream>>>(params, workspace);
+  order_kernel<<<1, kOrderThreads, 0, stream>>>(workspace, params.num_rows, problem.num_q_heads,
+                                                problem.num_q_heads / problem.num_kv_heads);
+  return cudaGetLastError();
+}
+
+}  // namespace bsfa::cuda::attn

@@ -1,0 +1,82 @@
+// The order in which query tiles are worked on: longest first by their real number of KV blocks.
+//
+// Two small kernels prepare it on the device, so that no length and no mask is ever read by the host:
+//   count   one CTA per mask row: where the tile lies (TileRow), and how many blocks each of its heads will visit
+//   order   one CTA: a stable counting sort of all (tile, head) pairs by that number, descending
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "bsfa/geometry.h"
+#include "bsfa/params.h"
+
+namespace bsfa::cuda::attn {
+
+constexpr int32_t kTileRows = 128;   // query rows of a tile
+constexpr int32_t kBlockKeys = 128;  // tokens of a KV block
+
+// Where one query tile lies. Only rows [row_begin, row_end) of its 128 belong to the sequence.
+struct alignas(32) TileRow {
+  int32_t query_token;  // token coordinate of row 0 in q (may be negative, or in the sequence before)
+  int32_t query_batch;  // batch coordinate in q: 0 when the queries are packed
+  int32_t sequence;
+  int32_t key_token;  // token coordinate of the sequence's first key: 0 unless the keys are packed
+  int32_t position;   // of row 0, may be negative
+  int32_t row_begin;
+  int32_t row_end;
+  int32_t seqlen_k;
+};
+
+struct BlockRange {
+  int32_t begin;
+  int32_t end;
+
+  // The bits of mask word w whose blocks lie in the range.
+  __device__ uint32_t bits_of_word(int32_t w) const {
+    const int32_t low = begin - w * 32, high = end - w * 32;
+    if (low >= 32 || high <= 0) return 0;
+    return (low > 0 ? ~0u << low : ~0u) & (high < 32 ? ~(~0u << high) : ~0u);
+  }
+};
+
+// KV blocks that hold a key which some row of the tile may see.
+__host__ __device__ inline BlockRange visible_range(const TileRow& tile, bool causal, int32_t window_left) {
+  BlockRange range{0, ceil_div(tile.seqlen_k, kBlockKeys)};
+  if (!causal) return range;
+  const int32_t last = tile.position + tile.row_end - 1;
+  range.end = last < 0 ? 0 : last / kBlockKeys + 1;
+  if (window_left >= 0) {
+    const int32_t first = tile.position + tile.row_begin - window_left;
+    range.begin = first > 0 ? first / kBlockKeys : 0;
+  }
+  return range;
+}
+
+// What the attention kernel reads and advances.
+struct Queue {
+  int32_t next;   // tiles handed out beyond the first one of each CTA
+  int32_t total;  // pairs in `order`
+};
+
+struct Pair {
+  int32_t row;
+  int32_t head;
+};
+
+// One allocation, cut up.
+struct Workspace {
+  Queue* queue = nullptr;
+  TileRow* rows = nullptr;    // [num_rows]
+  Pair* order = nullptr;      // [num_rows * Hq]
+  int32_t* counts = nullptr;  // [num_rows * Hq], -1 for rows that belong to no sequence
+
+  static int64_t bytes(int64_t num_rows, int64_t num_heads);
+  static Workspace in(void* memory, int64_t num_rows, int64_t num_heads);
+};
+
+// Fills the workspace; params.num_rows must cover all tiles.
+cudaError_t make_order(const AttentionParams& params, const Workspace& workspace, cudaStream_t stream);
+
+}  // namespace bsfa::cuda::attn

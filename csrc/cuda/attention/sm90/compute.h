@@ -1,0 +1,186 @@
+// The consumers: two warpgroups, 64 query rows each, over one stream of steps (a step is one KV block of one tile).
+//
+// The stream does not stop between tiles. While the product P V of a step is under way, the scores of the next step are
+// made and turned into exponentials, also when that next step begins another tile; the finished tile is stored in between.
+//
+//   issue S' = Q K'      scores of the next step          (tensor cores)
+//   issue O += P V       of the current step              (tensor cores)
+//   softmax of S'        while P V is under way
+//   current step was its tile's last: store O; else O *= rescale
+//   P = S' in 16 bits
+//
+// The warpgroups take turns to issue (named barriers), so that one's products run under the other's softmax.
+#pragma once
+
+#include <cutlass/numeric_conversion.h>
+
+#include "softmax.h"
+#include "store.h"
+
+namespace bsfa::cuda::attn::sm90 {
+
+// Issues c = a b (+ c) as one group of warpgroup products; c may not be touched before the group was waited for.
+template <class Mma, class A, class B, class C>
+__device__ __forceinline__ void issue(Mma& mma, const A& a, const B& b, C& c, bool accumulate) {
+  cute::warpgroup_fence_operand(c);
+  cute::warpgroup_arrive();
+  mma.accumulate_ = accumulate ? cute::SM90::GMMA::ScaleOut::One : cute::SM90::GMMA::ScaleOut::Zero;
+#pragma unroll
+  for (int k = 0; k < cute::size<2>(a); ++k) {
+    cute::gemm(mma, a(cute::_, cute::_, k), b(cute::_, cute::_, k), c);
+    mma.accumulate_ = cute::SM90::GMMA::ScaleOut::One;
+  }
+  cute::warpgroup_commit_batch();
+}
+
+// Turns of the two warpgroups: named barrier kTurn + w lets warpgroup w issue.
+constexpr int kTurn = 1;
+__device__ __forceinline__ void await_turn(int warpgroup) {
+  asm volatile("bar.sync %0, %1;" ::"r"(kTurn + warpgroup), "n"(kConsumers * kWarpgroup) : "memory");
+}
+__device__ __forceinline__ void give_turn(int warpgroup) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(kTurn + warpgroup), "n"(kConsumers * kWarpgroup) : "memory");
+}
+
+template <class Config>
+class Consumer {
+  using Element = typename Config::Element;
+
+ public:
+  __device__ Consumer(SharedStorage<Config>& shared, const KernelParams& p)
+      : shared_(shared),
+        p_(p),
+        thread_(threadIdx.x - kWarpgroup),
+        warp_(__shfl_sync(0xffffffffu, thread_ / 32, 0)),
+        lane_(threadIdx.x % 32) {}
+
+  __device__ void run() {
+    using namespace cute;
+    typename Config::ScoreMma score_mma;
+    typename Config::OutputMma output_mma;
+    const auto tile_of = [](char* p, auto layout) {
+      return make_tensor(make_smem_ptr(reinterpret_cast<Element*>(p)), layout);
+    };
+    const auto staged = [](auto layout, auto stages) {
+      return tile_to_shape(layout, make_shape(size<0>(layout), size<1>(layout), stages));
+    };
+    using Stages = Int<Config::kStages>;
+    const auto query = tile_of(shared_.query[0], staged(typename Config::RowsLayout{}, Int<kQuerySlots>{}));
+    const auto key = tile_of(shared_.key[0], staged(typename Config::RowsLayout{}, Stages{}));
+    const auto value = tile_of(shared_.value[0], staged(typename Config::ColumnsLayout{}, Stages{}));
+    const auto score_slice = score_mma.get_thread_slice(thread_);
+    const auto output_slice = output_mma.get_thread_slice(thread_);
+    const auto query_part = score_slice.partition_fragment_A(query);
+    const auto key_part = score_slice.partition_fragment_B(key);
+    const auto value_part = output_slice.partition_fragment_B(value);
+
+    auto s = partition_fragment_C(score_mma, Shape<Int<kTileRows>, Int<kBlockKeys>>{});
+    auto o = partition_fragment_C(output_mma, Shape<Int<kTileRows>, Int<Config::kHeadDim>>{});
+    // The scores' registers, in their order, are the left operand of the second product.
+    auto probabilities = make_tensor<Element>(Layout<Shape<Shape<_2, _2, _2>, _1, Int<kBlockKeys / 16>>>{});
+    static_assert(size(decltype(s){}) == kScores && size(decltype(probabilities){}) == kScores);
+
+    const int warpgroup = warp_ / 4;
+    SoftmaxRows rows{};
+    float rescale[2];
+
+    // The first step of all.
+    Step current = await_step();
+    if (current.flags & kEnd) return;
+    if (warpgroup == 1) give_turn(0);
+    await_query();
+    await_turn(warpgroup);
+    issue(score_mma, query_part(_, _, _, query_.slot), key_part(_, _, _, key_.slot), s, false);
+    give_turn(1 - warpgroup);
+    warpgroup_wait<0>();
+    warpgroup_fence_operand(s);
+    release(shared_.key_empty[key_.slot]);
+    key_.advance();
+    softmax(s, rows, rescale, current, query_.slot);
+    convert(s, probabilities);
+
+    for (;;) {
+      const Step next = await_step();
+      if (next.flags & kEnd) break;
+      const int tile_slot = query_.slot;  // of the current step
+      if (next.flags & kFirst) {
+        query_.advance();
+        await_query();
+      }
+      await_turn(warpgroup);
+      issue(score_mma, query_part(_, _, _, query_.slot), key_part(_, _, _, key_.slot), s, false);
+      shared_.value_full[value_.slot].wait(value_.parity);
+      issue(output_mma, probabilities, value_part(_, _, _, value_.slot), o, !(current.flags & kFirst));
+      give_turn(1 - warpgroup);
+      warpgroup_wait<1>();
+      warpgroup_fence_operand(s);
+      release(shared_.key_empty[key_.slot]);
+      key_.advance();
+
+      const SoftmaxRows before = rows;
+      softmax(s, rows, rescale, next, query_.slot);
+      warpgroup_wait<0>();
+      warpgroup_fence_operand(o);
+      release(shared_.value_empty[value_.slot]);
+      value_.advance();
+      convert(s, probabilities);
+      if (current.flags & kLast) {
+        finish_tile(o, before, tile_slot);
+      } else {
+#pragma unroll
+        for (int i = 0; i < size(o); ++i) o(i) *= rescale[i / 2 % 2];
+      }
+      current = next;
+    }
+    shared_.value_full[value_.slot].wait(value_.parity);
+    issue(output_mma, probabilities, value_part(_, _, _, value_.slot), o, !(current.flags & kFirst));
+    warpgroup_wait<0>();
+    warpgroup_fence_operand(o);
+    finish_tile(o, rows, query_.slot);
+    if (lane_ == 0) tma_store_wait<0>();  // shared memory must outlive the stores
+  }
+
+ private:
+  __device__ Step await_step() const {
+    shared_.key_full[key_.slot].wait(key_.parity);
+    return shared_.steps[key_.slot];
+  }
+  __device__ void await_query() const { shared_.query_full[query_.slot].wait(query_.parity); }
+
+  __device__ void release(Mbarrier& empty) const {
+    if (lane_ == 0) empty.arrive();
+  }
+
+  template <class Tensor>
+  __device__ void softmax(Tensor& s, SoftmaxRows& rows, float (&rescale)[2], const Step& step, int slot) const {
+    if (p_.transform) transform_scores(s, p_.inner_scale, p_.softcap);
+    if (step.flags & kMasked) {
+      mask_scores(s, shared_.tiles[slot].tile, step.first_key, warp_ * kStoreRows + lane_ / 4, p_.causal, p_.window_left);
+    }
+    softmax_step(s, rows, rescale, step.flags & kFirst, p_.scale_log2);
+  }
+
+  template <class Scores, class Probabilities>
+  static __device__ void convert(const Scores& s, Probabilities& probabilities) {
+    auto pairs = cute::recast<uint32_t>(probabilities);
+#pragma unroll
+    for (int i = 0; i < kScores / 2; ++i) pairs(i) = pack<Element>(s(2 * i), s(2 * i + 1));
+  }
+
+  template <class Tensor>
+  __device__ void finish_tile(const Tensor& o, const SoftmaxRows& rows, int slot) {
+    store_tile(shared_, p_, shared_.tiles[slot], warp_, o, rows);
+    __syncwarp();
+    release(shared_.query_empty[slot]);  // the queries themselves were done with long ago
+  }
+
+  SharedStorage<Config>& shared_;
+  const KernelParams& p_;
+  const int thread_;
+  const int warp_;
+  const int lane_;
+  RingPosition<kQuerySlots> query_;
+  RingPosition<Config::kStages> key_, value_;
+};
+
+}  // namespace bsfa::cuda::attn::sm90

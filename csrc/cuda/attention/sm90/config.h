@@ -1,0 +1,131 @@
+// Tiles, rings, shared memory and registers of the Hopper attention kernel, for one element type and head_dim.
+#pragma once
+
+#include <cute/tensor.hpp>
+
+#include "../../common/mbarrier.h"
+#include "../../common/tensor_map.h"
+#include "../schedule.h"
+
+namespace bsfa::cuda::attn::sm90 {
+
+constexpr int kWarpgroup = 128;
+constexpr int kConsumers = 2;  // warpgroups that compute, 64 query rows each
+constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
+constexpr int kConsumerWarps = kConsumers * 4;
+constexpr int kStoreRows = 16;  // rows that one warp owns, and stores at once
+
+// setmaxnreg, per thread: 40 * 128 + 232 * 256 registers of 65536.
+constexpr int kProducerRegisters = 40;
+constexpr int kConsumerRegisters = 232;
+static_assert((kProducerRegisters + kConsumers * kConsumerRegisters) * kWarpgroup <= 65536, "the register file");
+
+constexpr int kWorkSlots = 2;   // tiles that the scheduler warp is ahead of the load warp
+constexpr int kQuerySlots = 2;  // query tiles in shared memory
+constexpr int kMaskChunk = 32;  // mask words that a warp holds at once, one per lane
+
+template <typename Element_, int kHeadDim_>
+struct Config {
+  using Element = Element_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kHalves = kHeadDim / kBoxColumns;  // swizzle atoms side by side
+  static constexpr int kStages = kHeadDim == 64 ? 4 : 2;  // K blocks in flight, and V blocks
+  static constexpr int kBoxBytes = kTileRows * kBoxColumns * sizeof(Element);  // 128 rows of one half
+  static constexpr int kTileBytes = kHalves * kBoxBytes;
+  static_assert(kTileRows == 128 && kBlockKeys == 128 && sizeof(Element) == 2 && kHeadDim % kBoxColumns == 0);
+
+  // Every tile lies as [half][row][64 columns], each row of 128 bytes swizzled within its group of 8.
+  using RowsShape = cute::Shape<cute::Int<kTileRows>, cute::Int<kHeadDim>>;
+  using RowsLayout = decltype(cute::tile_to_shape(cute::SM90::GMMA::Layout_K_SW128_Atom<Element>{}, RowsShape{}));
+  // V as the second product sees it: [column, token] of the same bytes.
+  using ColumnsShape = cute::Shape<cute::Int<kHeadDim>, cute::Int<kBlockKeys>>;
+  using ColumnsLayout = decltype(cute::tile_to_shape(cute::SM90::GMMA::Layout_MN_SW128_Atom<Element>{}, ColumnsShape{},
+                                                     cute::Step<cute::_2, cute::_1>{}));
+
+  using Warpgroups = cute::Layout<cute::Shape<cute::Int<kConsumers>, cute::_1, cute::_1>>;
+  using ScoreMma = decltype(cute::make_tiled_mma(
+      cute::SM90::GMMA::ss_op_selector<Element, Element, float,
+                                       cute::Shape<cute::_64, cute::Int<kBlockKeys>, cute::Int<kHeadDim>>>(),
+      Warpgroups{}));
+  using OutputMma = decltype(cute::make_tiled_mma(
+      cute::SM90::GMMA::rs_op_selector<Element, Element, float,
+                                       cute::Shape<cute::_64, cute::Int<kHeadDim>, cute::Int<kBlockKeys>>,
+                                       cute::SM90::GMMA::Major::K, cute::SM90::GMMA::Major::MN>(),
+      Warpgroups{}));
+};
+
+// One (tile, head) pair, from the scheduler warp to the load warp.
+struct Work {
+  TileRow tile;
+  int32_t head;  // -1: no more work
+  BlockRange range;
+  const int32_t* words;        // the mask's row of this tile and head; null: dense
+  uint32_t chunk[kMaskChunk];  // its words that hold the last visible blocks
+};
+
+// What the consumers know about the tile whose queries lie in a slot.
+struct TileInfo {
+  TileRow tile;
+  int32_t head;
+};
+
+// One KV block of one tile, from the load warp to both consumers: both sides read one list.
+struct Step {
+  int32_t first_key;
+  uint32_t flags;
+};
+enum StepFlags : uint32_t {
+  kFirst = 1,   // of its tile
+  kLast = 2,    // of its tile
+  kMasked = 4,  // some row of the tile does not see the whole block
+  kEnd = 8,     // no block: there is no more work
+};
+
+template <class Config>
+struct SharedStorage {
+  alignas(1024) char query[kQuerySlots][Config::kTileBytes];
+  alignas(1024) char key[Config::kStages][Config::kTileBytes];
+  alignas(1024) char value[Config::kStages][Config::kTileBytes];
+  alignas(1024) char out[kConsumerWarps][Config::kHalves][kStoreRows][kBoxColumns * 2];
+  Mbarrier work_full[kWorkSlots], work_empty[kWorkSlots];
+  Mbarrier query_full[kQuerySlots], query_empty[kQuerySlots];
+  Mbarrier key_full[Config::kStages], key_empty[Config::kStages];
+  Mbarrier value_full[Config::kStages], value_empty[Config::kStages];
+  Mbarrier value_tail;  // a V block whose tail the load warp zeroes before it hands the block over
+  Step steps[Config::kStages];  // of the K blocks
+  TileInfo tiles[kQuerySlots];
+  Work work[kWorkSlots];
+};
+
+// What the launch passes to the kernel, by value: the descriptors must lie in parameter memory.
+struct KernelParams {
+  CUtensorMap q, k, v, out;
+  Workspace workspace;
+  const int32_t* words;  // null: dense
+  int64_t num_words;     // of a row and head
+  int32_t mask_heads;
+  int32_t heads_per_mask_head;
+  int32_t heads_per_kv_head;
+  bool causal;
+  int32_t window_left;
+  // Keys: pages of page_size tokens, fetched in boxes of box_rows tokens; or one box of kBlockKeys tokens.
+  const int32_t* block_table;  // null: not paged
+  int64_t block_table_stride;
+  int32_t page_size;
+  int32_t box_rows;
+  bool keys_packed;
+  bool tails_are_zero;  // TMA itself reads zeros past a sequence's end
+  // Output. Tiles that are not whole, and outputs that TMA cannot address, are stored by the threads.
+  void* out_data;
+  int64_t out_batch_stride, out_token_stride, out_head_stride;
+  bool store_by_tma;
+  float* lse;
+  int64_t lse_batch_stride, lse_head_stride;
+  // s -> exp2(scale_log2 * s). With `transform`, s is first made softcap * tanh(s * inner_scale) (or s * inner_scale).
+  float scale_log2;
+  bool transform;
+  float inner_scale;
+  float softcap;  // 0: none
+};
+
+}  // namespace bsfa::cuda::attn::sm90

@@ -1,0 +1,72 @@
+// Attention on Hopper: out[i] = sum_j softmax_j(scale * q_i . k_j) v_j over the keys j of the kept 128-token blocks.
+//
+// Tile      128 query rows x 128 keys; a CTA works on one (tile, query head) after the other until the queue is empty.
+// Roles     warpgroup 0: warp 0 fetches by TMA (load.h), warp 1 hands out tiles (schedule.h, load.h), warps 2 and 3 leave;
+//           warpgroups 1 and 2 compute 64 rows each (compute.h) and store them (store.h).
+// Memory    two query tiles, kStages K blocks and V blocks, one output tile (config.h).
+// Waits     each ring has full and empty mbarriers; a K slot's barrier also guards its Step, a query slot's its TileInfo.
+//           Consumers wait for K, V and queries; the load warp for free slots and for work; nobody for the host.
+#pragma once
+
+#include <cutlass/arch/reg_reconfig.h>
+
+#include <algorithm>
+
+#include "bsfa/cuda.h"
+#include "compute.h"
+#include "load.h"
+
+namespace bsfa::cuda::attn::sm90 {
+
+template <class Config>
+__global__ void __launch_bounds__(kThreads, 1) attention_kernel(const __grid_constant__ KernelParams p) {
+  extern __shared__ __align__(1024) char memory[];
+  auto& shared = *reinterpret_cast<SharedStorage<Config>*>(memory);
+  const int warp = __shfl_sync(kAllLanes, threadIdx.x / 32, 0);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kWorkSlots; ++i) {
+      shared.work_full[i].init(1);
+      shared.work_empty[i].init(1);
+    }
+    for (int i = 0; i < kQuerySlots; ++i) {
+      shared.query_full[i].init(1);
+      shared.query_empty[i].init(kConsumerWarps);
+    }
+    for (int i = 0; i < Config::kStages; ++i) {
+      shared.key_full[i].init(1);
+      shared.key_empty[i].init(kConsumerWarps);
+      shared.value_full[i].init(1);
+      shared.value_empty[i].init(kConsumerWarps);
+    }
+    shared.value_tail.init(1);
+    fence_barrier_init();
+    for (const CUtensorMap* map : {&p.q, &p.k, &p.v, &p.out}) {
+      cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(map));
+    }
+  }
+  __syncthreads();
+  if (warp < 4) {
+    cutlass::arch::warpgroup_reg_dealloc<kProducerRegisters>();
+    if (warp == 0) {
+      Loader<Config>(shared, p).run();
+    } else if (warp == 1) {
+      schedule(shared, p);
+    }
+  } else {
+    cutlass::arch::warpgroup_reg_alloc<kConsumerRegisters>();
+    Consumer<Config>(shared, p).run();
+  }
+}
+
+template <class Config>
+cudaError_t launch(const KernelParams& params, int num_ctas, cudaStream_t stream) {
+  constexpr int kBytes = sizeof(SharedStorage<Config>);
+  static_assert(kBytes <= 227 * 1024, "shared memory of one SM");
+  const auto kernel = attention_kernel<Config>;
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  if (error != cudaSuccess) return error;
+  kernel<<<num_ctas, kThreads, kBytes, stream>>>(params);
+  return cudaGetLastError();
+}
+
+}  // namespace bsfa::cuda::attn::sm90

@@ -1,0 +1,92 @@
+// Writes a finished tile: out = O / sum, lse = max * scale + log(sum). Each warp stores its own 16 rows and waits for no
+// other warp: through shared memory and TMA where all 16 belong to the sequence, else from registers, row by row.
+#pragma once
+
+#include "config.h"
+#include "softmax.h"
+
+namespace bsfa::cuda::attn::sm90 {
+
+// Four 8 x 8 matrices of 16-bit elements, from the accumulator layout to rows of 16 bytes; lane i gives the address of
+// row i % 8 of matrix i / 8.
+__device__ __forceinline__ void store_matrices(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c),
+               "r"(d)
+               : "memory");
+}
+
+template <class Element>
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+  cutlass::NumericArrayConverter<Element, float, 2> convert;
+  const cutlass::Array<float, 2> pair{low, high};
+  const cutlass::Array<Element, 2> packed = convert(pair);
+  return reinterpret_cast<const uint32_t&>(packed);
+}
+
+template <class Config, class Tensor>
+__device__ __forceinline__ void store_tile(SharedStorage<Config>& shared, const KernelParams& p, const TileInfo& info,
+                                           int warp, const Tensor& o, const SoftmaxRows& rows) {
+  using Element = typename Config::Element;
+  constexpr int kColumnTiles = Config::kHeadDim / 8;
+  const int lane = threadIdx.x % 32;
+  const int first_row = warp * kStoreRows;
+  const TileRow& tile = info.tile;
+  const int32_t head = info.head, batch = tile.query_batch, token = tile.query_token + first_row;
+
+  float inverse[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    float sum = rows.sum[r];
+    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+    sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+    inverse[r] = sum == 0.0f ? 0.0f : 1.0f / sum;
+    const int row = first_row + lane / 4 + 8 * r;
+    if (lane % 4 == 0 && row >= tile.row_begin && row < tile.row_end) {
+      const float natural = (rows.max[r] * p.scale_log2 + log2f(sum)) * 0.6931471805599453f;
+      p.lse[batch * p.lse_batch_stride + head * p.lse_head_stride + tile.query_token + row] =
+          sum == 0.0f ? -INFINITY : natural;
+    }
+  }
+
+  const auto packed = [&](int j, int r) {
+    return pack<Element>(o(4 * j + 2 * r) * inverse[r], o(4 * j + 2 * r + 1) * inverse[r]);
+  };
+  if (p.store_by_tma && first_row >= tile.row_begin && first_row + kStoreRows <= tile.row_end) {
+    auto& buffer = shared.out[warp];
+    if (lane == 0) cute::tma_store_wait<0>();  // the warp's last tile has left the buffer
+    __syncwarp();
+    // Lane i addresses rows 0-7 or 8-15 (i / 8 % 2) of column tiles j or j + 1 (i / 16), 16 bytes each, swizzled.
+    const int row = lane % 16;
+#pragma unroll
+    for (int j = 0; j < kColumnTiles; j += 2) {
+      const int half = j / 8, piece = (j % 8 + lane / 16) ^ (row % 8);
+      store_matrices(shared_address(&buffer[half][row][piece * 16]), packed(j, 0), packed(j, 1), packed(j + 1, 0),
+                     packed(j + 1, 1));
+    }
+    fence_async_proxy();
+    __syncwarp();
+    if (lane == 0) {
+      for (int half = 0; half < Config::kHalves; ++half) {
+        cute::SM90_TMA_STORE_4D::copy(&p.out, &buffer[half], half * kBoxColumns, token, head, batch);
+      }
+      cute::tma_store_arrive();
+    }
+    return;
+  }
+  auto* out = static_cast<Element*>(p.out_data) + batch * p.out_batch_stride + head * p.out_head_stride;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int row = first_row + lane / 4 + 8 * r;
+    if (row < tile.row_begin || row >= tile.row_end) continue;
+    Element* target = out + (tile.query_token + row) * p.out_token_stride + 2 * (lane % 4);
+#pragma unroll
+    for (int j = 0; j < kColumnTiles; ++j) {
+      const uint32_t pair = packed(j, r);
+      // An `out` of the caller's may start its rows on odd elements.
+      target[8 * j] = reinterpret_cast<const Element*>(&pair)[0];
+      target[8 * j + 1] = reinterpret_cast<const Element*>(&pair)[1];
+    }
+  }
+}
+
+}  // namespace bsfa::cuda::attn::sm90

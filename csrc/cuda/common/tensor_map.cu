@@ -1,0 +1,62 @@
+#include "tensor_map.h"
+
+#include <algorithm>
+#include <cstdint>
+
+namespace bsfa::cuda {
+namespace {
+
+constexpr int64_t kElementBytes = 2;
+constexpr int64_t kAlignment = 16;
+
+// cuTensorMapEncodeTiled lives in the driver, which this library does not link: asked for by name, once.
+decltype(&cuTensorMapEncodeTiled) encode_function() {
+  static const auto function = [] {
+    void* entry = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    const cudaError_t error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found);
+    return error == cudaSuccess && found == cudaDriverEntryPointSuccess ? entry : nullptr;
+  }();
+  return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
+}
+
+// Strides in bytes of {token, head, batch}. A dimension of one element is never stepped along: its stride may be odd.
+void strides_of(const TensorView& view, const TensorExtent& extent, int64_t (&bytes)[3]) {
+  const int64_t sizes[3] = {extent.tokens, extent.heads, extent.batch};
+  const int64_t strides[3] = {view.token_stride, view.head_stride, view.batch_stride};
+  for (int i = 0; i < 3; ++i) bytes[i] = sizes[i] > 1 ? strides[i] * kElementBytes : kAlignment;
+}
+
+}  // namespace
+
+bool tensor_map_fits(const TensorView& view, const TensorExtent& extent) {
+  int64_t bytes[3];
+  strides_of(view, extent, bytes);
+  return reinterpret_cast<uintptr_t>(view.data) % kAlignment == 0 &&
+         std::all_of(bytes, bytes + 3,
+                     [](int64_t s) { return s > 0 && s % kAlignment == 0 && s < (int64_t{1} << 40); });
+}
+
+cudaError_t make_tensor_map(CUtensorMap* map, const TensorView& view, const TensorExtent& extent, DType dtype,
+                            int32_t box_rows) {
+  const auto encode = encode_function();
+  if (encode == nullptr) return cudaErrorNotSupported;
+  if (!tensor_map_fits(view, extent)) return cudaErrorInvalidValue;
+  int64_t bytes[3];
+  strides_of(view, extent, bytes);
+  const auto at_least_one = [](int64_t n) { return static_cast<cuuint64_t>(std::max<int64_t>(n, 1)); };
+  const cuuint64_t sizes[4] = {at_least_one(extent.dim), at_least_one(extent.tokens), at_least_one(extent.heads),
+                               at_least_one(extent.batch)};
+  const cuuint64_t strides[3] = {static_cast<cuuint64_t>(bytes[0]), static_cast<cuuint64_t>(bytes[1]),
+                                 static_cast<cuuint64_t>(bytes[2])};
+  const cuuint32_t box[4] = {kBoxColumns, static_cast<cuuint32_t>(box_rows), 1, 1};
+  const cuuint32_t steps[4] = {1, 1, 1, 1};
+  const CUresult result =
+      encode(map, dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4,
+             view.data, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+}  // namespace bsfa::cuda

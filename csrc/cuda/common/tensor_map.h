@@ -1,0 +1,30 @@
+// TMA descriptors of bsfa's [batch or page, token, head, dim] views.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime_api.h>
+
+#include "bsfa/params.h"
+
+namespace bsfa::cuda {
+
+// Columns (16-bit elements) of one box: the width of a 128-byte swizzle atom.
+constexpr int kBoxColumns = 64;
+
+// Dimensions of a view, in tokens, heads and sequences (or pages). Coordinates of a box are {column, token, head, batch}.
+struct TensorExtent {
+  int64_t dim = 0;
+  int64_t tokens = 0;
+  int64_t heads = 0;
+  int64_t batch = 0;
+};
+
+// Whether TMA can address the view: 16-byte aligned base and strides.
+bool tensor_map_fits(const TensorView& view, const TensorExtent& extent);
+
+// Describes boxes of `box_rows` tokens x kBoxColumns columns with the 128-byte swizzle; tokens outside the extent read as
+// zeros and are not written. cudaErrorInvalidValue if the view does not fit.
+cudaError_t make_tensor_map(CUtensorMap* map, const TensorView& view, const TensorExtent& extent, DType dtype,
+                            int32_t box_rows);
+
+}  // namespace bsfa::cuda
