@@ -3,7 +3,8 @@
     python benchmarks/readme.py            # rewrite README.md
     python benchmarks/readme.py --check    # exit with 1 if README.md is not what the results say
 
-Sources: benchmarks/results/demo.txt (printed by examples/demo.py), cpu.json and h200.json.
+Sources: benchmarks/results/demo.txt (printed by examples/demo.py), cpu.json and h200.json. The part on attention is
+empty until h200.json holds the suite 'attention'; draw its image first: python benchmarks/plot_attention.py.
 """
 
 from __future__ import annotations
@@ -62,11 +63,71 @@ def benchmarks() -> str:
     return "\n".join(rows)
 
 
+def attention() -> str:
+    """Attention on the GPU, as a section; empty if the report has no such measurements."""
+    report, rows = _load("h200.json")
+    value = {id_.removeprefix("attn."): row["value"] for id_, row in rows.items() if id_.startswith("attn.")}
+    if not value:
+        return ""
+    clocks = [row["clock_mhz"] for id_, row in rows.items() if id_.startswith("attn.") and row["clock_mhz"]]
+    lines = [
+        f"## Attention on one {report['device']['name']}",
+        "",
+        "bfloat16, batch 1, 32 query and 8 KV heads, head_dim 128, causal, random data; calls that are compared took "
+        f"turns in one process (torch {report['device']['torch']}, SM clock {min(clocks)} to {max(clocks)} MHz). "
+        "Definitions: [benchmarks/README.md](benchmarks/README.md).",
+        "",
+        "![TFLOP/s of dense attention against sequence length, and efficiency against density]"
+        "(docs/images/attention_h200.png)",
+        "",
+        "| dense | bsfa | | against cuDNN | against FlashAttention-2 |",
+        "|---|---|---|---|---|",
+    ]
+    for size in ("4k", "16k", "64k", "128k"):
+        name = f"dense.d128.{size}"
+        lines.append(
+            f"| {size.upper()} tokens | {value[f'{name}.ms']:.3g} ms | {value[f'{name}.tflops']:.0f} TFLOP/s | "
+            f"{value[f'{name}.x_cudnn']:.2f}x as fast | {value[f'{name}.x_fa2']:.2f}x as fast |"
+        )
+    lines += [
+        "",
+        "Random 128 x 128 blocks kept per query head; efficiency is density x dense time / sparse time:",
+        "",
+        "| block-sparse | bsfa | against bsfa dense | efficiency | compiled flex_attention |",
+        "|---|---|---|---|---|",
+    ]
+    for percent, size in ((10, "16k"), (10, "64k"), (10, "128k"), (5, "128k"), (5, "256k")):
+        row = rows[f"attn.sparse{percent}.{size}.efficiency"]
+        taken, peers = value[f"sparse{percent}.{size}.ms"], row["peers"]
+        flex = f"{peers['flex_ms']:.3g} ms" if "flex_ms" in peers else ""
+        lines.append(
+            f"| {percent} %, {size.upper()} tokens | {taken:.3g} ms | {peers['dense_ms'] / taken:.1f}x as fast | "
+            f"{row['value']:.0%} | {flex} |"
+        )
+    lines += [
+        "",
+        "| 64K tokens, pages in random order: time over contiguous | page 16 | page 64 | page 128 |",
+        "|---|---|---|---|",
+    ]
+    for kind, name in (("dense", "dense"), ("sparse10", "10 % of the blocks")):
+        ratios = [f"{value[f'paged{page_size}.{kind}.x_contiguous']:.3f}" for page_size in (16, 64, 128)]
+        lines.append(f"| {name} | {' | '.join(ratios)} |")
+    lines += [
+        "",
+        "Against the same work spread evenly over the heads, a mask with half of them at 2 % and half at 40 % takes "
+        f"{value['skew.half.x_uniform']:.3f} times as long, one with one head at 100 % and the others at 3 % "
+        f"{value['skew.one.x_uniform']:.3f}. An eager dense call of 1K tokens takes {value['launch.1k.us']:.1f} us "
+        "beyond its kernels.",
+    ]
+    return "\n".join(lines)
+
+
 def filled(text: str) -> str:
-    """README.md with both marked places replaced."""
-    for name, content in (("demo", demo()), ("benchmarks", benchmarks())):
+    """README.md with all marked places replaced."""
+    for name, content in (("demo", demo()), ("benchmarks", benchmarks()), ("attention", attention())):
+        content += "\n" if content else ""
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        text, count = pattern.subn(lambda m, c=content: f"{m[1]}{c}\n{m[2]}", text)
+        text, count = pattern.subn(lambda m, c=content: f"{m[1]}{c}{m[2]}", text)
         if count != 1:
             raise ValueError(f"README.md must have exactly one place marked '{name}', it has {count}")
     return text

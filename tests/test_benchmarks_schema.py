@@ -128,7 +128,7 @@ def test_tree_hash_of_this_checkout(folder: str) -> None:
 
 
 def test_attention_suite_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiny shapes, no clock: every section runs, what it times is right, and every demanded id is there."""
+    """Tiny shapes, no clock: every section runs on right outputs, and its ids are those that others read."""
     suite = importlib.import_module("attention")
     timing = importlib.import_module("timing")
     compared: list[int] = []
@@ -163,7 +163,14 @@ def test_attention_suite_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = suite.run()
     assert reports.problems({**GOOD, "measurements": rows}) == []
     assert compared and all("flex_ms" in row["peers"] for row in rows if ".density." in row["id"])
-    assert set(suite.DEMANDED) <= {row["id"] for row in rows}
+    by_id = {row["id"]: row for row in rows}
+    assert set(suite.DEMANDED) <= set(by_id)
+
+    readme = importlib.import_module("readme")
+    monkeypatch.setattr(readme, "_load", lambda name: (GOOD, by_id))
+    assert readme.attention().count("\n| ") == 4 + 5 + 2 + 3  # tables of 4, 5 and 2 rows with their heads
+    panels = importlib.import_module("plot_attention").draw({**GOOD, "measurements": rows}).axes
+    assert [len(line.get_xdata()) for panel in panels for line in panel.get_lines()] == [8, 8, 8, 7, 7]
 
 
 def test_missed_demands_are_named() -> None:
