@@ -84,6 +84,15 @@ def test_opcheck_attention(case: Case, masked: bool) -> None:
 
 
 @pytest.mark.parametrize("case", SAMPLES, ids=str)
+def test_opcheck_attention_out(case: Case) -> None:
+    inputs = finite(case.make())
+    lengths = (inputs.cu_q, *kv(inputs), inputs.max_q, inputs.max_k)
+    out = torch.zeros((*inputs.q.shape[:-1], inputs.v.shape[-1] + 3), dtype=case.dtype)[..., :-3]
+    shared = (inputs.q, inputs.k, inputs.v, *lengths, None, case.block_m, case.block_n, case.causal, 0.25, 2.0, -1)
+    torch.library.opcheck(torch.ops.bsfa.attention_out.default, (out, *shared))
+
+
+@pytest.mark.parametrize("case", SAMPLES, ids=str)
 def test_opcheck_block_mass(case: Case) -> None:
     inputs = finite(case.make())
     lse = inputs.attend(None)[1]

@@ -19,6 +19,7 @@ except ImportError as error:  # pragma: no cover - depends on the installation
         f"({torch.__version__}). Cause: {error}"
     ) from error
 
+# The operations. attention_out is no further one but attention into a given tensor; a device has both or none.
 OPERATORS = ("pool_blocks", "score_blocks", "select_blocks", "attention", "block_mass")
 
 #: Why the CUDA library is not in use; None if it is.
@@ -57,7 +58,7 @@ KERNELS: dict[str, frozenset[str]] = {
 
 
 def kernel_table() -> list[dict[str, Any]]:
-    """The compiled kernels: one row per kernel with op, device, arch, dtypes and head_dim."""
+    """The compiled kernels: one row each with op, device, arch, dtypes, head_dim, and blocks where not all will do."""
     rows: list[dict[str, Any]] = list(_C.kernels())
     if cuda_missing is None:
         rows += json.loads(torch.ops.bsfa.cuda_kernels())

@@ -7,10 +7,11 @@ from torch import Tensor
 from bsfa.block_mask import BlockMask
 from bsfa.errors import warn_dense
 from bsfa.info import AttentionInfo
-from bsfa.layout import Layout
+from bsfa.layout import Layout, check_out
 from bsfa.policies import Dense, Policy
 from bsfa.stages import (
     attend,
+    check_attention_kernel,
     check_mask_heads,
     check_policy,
     make_selection,
@@ -32,26 +33,33 @@ def _run(
     softcap: float,
     window_left: int | None,
     prompt_lens: Tensor | None,
+    out: Tensor | None,
     return_lse: bool,
     return_info: bool,
 ) -> Result:
     check_policy(policy)
     scale = resolve_scale(softmax_scale, q.shape[-1], softcap)
-    mask: BlockMask | None = None
+    if out is not None:
+        check_out(out, q, k, v)
     reason: str | None = None
+    selects: Policy | None = None
     if policy is not None and not isinstance(policy, Dense):
         if layout.max_seqlen_q == 1 and layout.max_seqlen_k > 1:
             reason = "a decode step (one query token per sequence) is dense by design"
         elif window_left is not None:
             reason = "a token-level sliding window (window_left) bounds the work already"
-        if reason is not None:
-            warn_dense(reason)
         else:
-            summary = pool(k, layout, policy.block_n) if policy.needs_summary else None
-            mask = policy.select(make_selection(q, summary, layout, scale, softcap, prompt_lens))
-            if mask is not None:
-                check_mask_heads(mask, q, k)
-    out, lse = attend(q, k, v, mask, layout, scale, softcap, window_left)
+            selects = policy
+    check_attention_kernel(q, k, v, None if selects is None else (selects.block_m, selects.block_n))
+    if reason is not None:
+        warn_dense(reason)
+    mask: BlockMask | None = None
+    if selects is not None:
+        summary = pool(k, layout, selects.block_n) if selects.needs_summary else None
+        mask = selects.select(make_selection(q, summary, layout, scale, softcap, prompt_lens))
+        if mask is not None:
+            check_mask_heads(mask, q, k)
+    out, lse = attend(q, k, v, mask, layout, scale, softcap, window_left, out)
     if not return_lse and not return_info:
         return out
     extra: tuple[Tensor | AttentionInfo, ...] = (lse,) if return_lse else ()
@@ -71,6 +79,7 @@ def attention(
     softcap: float = 0.0,
     window_left: int | None = None,
     prompt_lens: Tensor | None = None,
+    out: Tensor | None = None,
     return_lse: bool = False,
     return_info: bool = False,
 ) -> Result:
@@ -84,15 +93,20 @@ def attention(
     softmax_scale: default ``1 / sqrt(D)``. softcap: logits become ``softcap * tanh(logit / softcap)``; 0 is off.
     window_left: a query sees at most that many tokens before its own; such calls are dense inside the window.
     prompt_lens: int32 [B], see :func:`bsfa.select_blocks`.
+    out: write the result into this tensor and return it: shape, dtype and device as returned, any strides (the last
+    dimension contiguous), no memory shared with q, k, v or within itself. What lies between its rows stays as it is.
+    A graph of torch.compile computes the result first and copies it.
 
     Returns ``out [B, Sq, Hq, Dv]``; with ``return_lse`` also ``lse`` float32 [B, Hq, Sq] (natural log, over the kept
     blocks); with ``return_info`` also an :class:`bsfa.AttentionInfo` (mask, density, reason if it ran dense). A query
     that sees no key gives out = 0, lse = -inf.
 
-    Raises ``ValueError``/``TypeError`` for bad input and :class:`bsfa.UnsupportedError` for what this build cannot run.
+    Raises ``ValueError``/``TypeError`` for bad input and :class:`bsfa.UnsupportedError` for what this build cannot run:
+    on CUDA, dtypes, head dims and block sizes outside of the kernel table (:func:`bsfa.doctor`), and q, k or v whose
+    rows do not start at multiples of 16 bytes.
     """
     layout = resolve_layout(q, k, v, causal, None, None, None, None, None, None)
-    return _run(q, k, v, layout, policy, softmax_scale, softcap, window_left, prompt_lens, return_lse, return_info)
+    return _run(q, k, v, layout, policy, softmax_scale, softcap, window_left, prompt_lens, out, return_lse, return_info)
 
 
 def attention_varlen(
@@ -110,6 +124,7 @@ def attention_varlen(
     softcap: float = 0.0,
     window_left: int | None = None,
     prompt_lens: Tensor | None = None,
+    out: Tensor | None = None,
     return_lse: bool = False,
     return_info: bool = False,
 ) -> Result:
@@ -119,7 +134,7 @@ def attention_varlen(
     empty. LSE is ``[Hq, total_q]``.
     """
     layout = resolve_layout(q, k, v, causal, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, None, None)
-    return _run(q, k, v, layout, policy, softmax_scale, softcap, window_left, prompt_lens, return_lse, return_info)
+    return _run(q, k, v, layout, policy, softmax_scale, softcap, window_left, prompt_lens, out, return_lse, return_info)
 
 
 def attention_paged(
@@ -138,6 +153,7 @@ def attention_paged(
     softcap: float = 0.0,
     window_left: int | None = None,
     prompt_lens: Tensor | None = None,
+    out: Tensor | None = None,
     return_lse: bool = False,
     return_info: bool = False,
 ) -> Result:
@@ -151,6 +167,5 @@ def attention_paged(
     layout = resolve_layout(
         q, k_cache, v_cache, causal, cu_seqlens_q, None, max_seqlen_q, max_seqlen_k, block_table, seqlens_k
     )
-    return _run(
-        q, k_cache, v_cache, layout, policy, softmax_scale, softcap, window_left, prompt_lens, return_lse, return_info
-    )
+    options = (softmax_scale, softcap, window_left, prompt_lens, out, return_lse, return_info)
+    return _run(q, k_cache, v_cache, layout, policy, *options)

@@ -86,6 +86,50 @@ def check_data(name: str, t: Tensor, dims: tuple[int, ...], like: Tensor | None 
         raise ValueError(f"{name} requires grad: bsfa is forward only. Call it under torch.no_grad() or detach {name}")
 
 
+def _extent(t: Tensor) -> tuple[int, int]:
+    """The first element of its storage that ``t`` touches, and the last."""
+    first = int(t.storage_offset())
+    return first, first + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether the stretches of memory from the first to the last element of each overlap."""
+    if a.numel() == 0 or b.numel() == 0 or a.untyped_storage()._cdata != b.untyped_storage()._cdata:
+        return False
+    (a_first, a_last), (b_first, b_last) = _extent(a), _extent(b)
+    return a_first <= b_last and b_first <= a_last
+
+
+def check_out(out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Check the tensor that the result of attention is to be written into."""
+    if not isinstance(out, Tensor):
+        raise TypeError(f"out must be a torch.Tensor or None, got {type(out).__name__}")
+    if out.dtype != q.dtype:
+        raise TypeError(f"out is {out.dtype} but q is {q.dtype}")
+    if out.device != q.device:
+        raise ValueError(f"out is on {out.device} but q is on {q.device}")
+    shape = (*q.shape[:-1], v.shape[-1])
+    if tuple(out.shape) != shape:
+        raise ValueError(f"out must have shape {tuple(shape)} (q's, with v's head_dim), got {tuple(out.shape)}")
+    if out.shape[-1] > 1 and out.stride(-1) != 1:
+        raise ValueError(f"out must have unit stride in its last dimension, got strides {out.stride()}")
+    if out.requires_grad:
+        raise ValueError("out requires grad: bsfa is forward only and writes into it. Give a tensor without, or detach")
+    steps = [(out.stride(i), n) for i, n in enumerate(out.shape) if n > 1]
+    if any(stride == 0 for stride, _ in steps):
+        raise ValueError(f"out overlaps itself in memory: shape {tuple(out.shape)} with strides {out.stride()}")
+    if torch.compiler.is_compiling():
+        return  # strides may be symbols there, and the result is complete before it is copied to out
+    reach = 0  # of the smaller steps together: a step within it may lead to an element twice
+    for stride, size in sorted(steps):
+        if stride <= reach and out.numel() > 0:
+            raise ValueError(f"out overlaps itself in memory: shape {tuple(out.shape)} with strides {out.stride()}")
+        reach += stride * (size - 1)
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if _overlap(out, t):
+            raise ValueError(f"out overlaps {name} in memory, which is read while out is written")
+
+
 def check_index(name: str, t: Tensor, dim: int, data: Tensor, size: int | None = None) -> None:
     """Check an int32 index tensor (cu_seqlens, seqlens, block_table)."""
     if not isinstance(t, Tensor):

@@ -22,6 +22,7 @@ from torch import Tensor
 import bsfa.ops  # noqa: F401  fake kernels
 from bsfa._library import require_kernel
 from bsfa.block_mask import BlockMask, MaskGeometry
+from bsfa.errors import UnsupportedError
 from bsfa.layout import (
     Layout,
     batched_layout,
@@ -30,11 +31,13 @@ from bsfa.layout import (
     check_heads,
     check_index,
     check_length,
+    check_out,
     check_values,
     key_layout,
     paged_layout,
     varlen_layout,
 )
+from bsfa.limits import check_limits, check_tma
 from bsfa.policies import Policy, Selection
 from bsfa.policies.fixed import check_geometry
 
@@ -123,7 +126,7 @@ def pool_blocks(
 
 def pool(k: Tensor, layout: Layout, block_n: int) -> Tensor:
     """Run the pooling operator on inputs that have been checked."""
-    require_kernel("pool_blocks", k.device)
+    check_limits("pool_blocks", k.device, k.dtype, k.shape[-1])
     summary: Tensor = torch.ops.bsfa.pool_blocks(
         k, layout.cu_seqlens_k, layout.block_table, layout.seqlens_k, layout.max_seqlen_k, block_n
     )
@@ -243,12 +246,14 @@ def block_sparse_attention(
     max_seqlen_k: int | None = None,
     block_table: Tensor | None = None,
     seqlens_k: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Exact softmax attention over the kept blocks (None: all of them).
 
     Returns ``out`` (q's shape with v's head_dim, q's dtype) and ``lse`` (float32, natural log; ``[B, Hq, Sq]`` or
     ``[Hq, total_q]``). A query that sees no key gives out = 0 and lse = -inf. ``window_left``: a query sees at most
-    that many tokens before its own (needs ``causal``).
+    that many tokens before its own (needs ``causal``). ``out``: write into this tensor and return it, see
+    :func:`bsfa.attention`.
     """
     layout = resolve_layout(
         q, k, v, causal, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table, seqlens_k
@@ -259,7 +264,23 @@ def block_sparse_attention(
             raise TypeError(f"mask must be a bsfa.BlockMask or None, got {type(mask).__name__}")
         check_geometry(mask, MaskGeometry.of(layout, mask.block_m, mask.block_n, q.device))
         check_mask_heads(mask, q, k)
-    return attend(q, k, v, mask, layout, scale, softcap, window_left)
+    if out is not None:
+        check_out(out, q, k, v)
+    check_attention_kernel(q, k, v, None if mask is None else (mask.block_m, mask.block_n))
+    return attend(q, k, v, mask, layout, scale, softcap, window_left, out)
+
+
+def check_attention_kernel(q: Tensor, k: Tensor, v: Tensor, blocks: tuple[int, int] | None) -> None:
+    """Raise ``UnsupportedError`` unless the attention kernel of q's device can run this; blocks: those of the mask."""
+    check_limits("attention", q.device, q.dtype, q.shape[-1], blocks)
+    if q.device.type == "cpu":
+        return
+    if v.shape[-1] != q.shape[-1]:
+        raise UnsupportedError(
+            f"bsfa operation 'attention' cannot run on {q.device} with head_dim {q.shape[-1]} of q and k and "
+            f"{v.shape[-1]} of v: its kernels need one. Pad with zeros, or move the tensors to the CPU."
+        )
+    check_tma("attention", q=q, k=k, v=v)
 
 
 def check_mask_heads(mask: BlockMask, q: Tensor, k: Tensor) -> None:
@@ -279,15 +300,15 @@ def attend(
     softmax_scale: float,
     softcap: float,
     window_left: int | None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Run the attention operator on inputs that have been checked."""
-    require_kernel("attention", q.device)
+    """Run the attention operator on inputs that have been checked; ``out``: where to write, None for a new tensor."""
     if window_left is not None:
         if not isinstance(window_left, int) or isinstance(window_left, bool):
             raise TypeError(f"window_left must be an int (tokens) or None, got {type(window_left).__name__}")
         if window_left < 0 or not layout.causal:
             raise ValueError("window_left must be 0 or more and needs causal=True")
-    out, lse = torch.ops.bsfa.attention(
+    arguments = (
         q,
         k,
         v,
@@ -305,6 +326,14 @@ def attend(
         softcap,
         -1 if window_left is None else window_left,
     )
+    if out is None or torch.compiler.is_compiling():
+        result, lse = torch.ops.bsfa.attention(*arguments)
+        # A compiled graph copies: inductor loses the offset of a view that an operator writes into when the offset is
+        # a symbol (https://github.com/pytorch/pytorch/issues/198068).
+        return (result if out is None else out.copy_(result)), lse
+    lse = torch.ops.bsfa.attention_out(out, *arguments)
+    if not out.is_inference():
+        torch.autograd.graph.increment_version(out)  # a backward pass that saved it would use what is no longer there
     return out, lse
 
 

@@ -1,0 +1,158 @@
+"""What the compiled GPU kernels can run: the kernel table, read once, and calls held against it.
+
+The CPU kernels run whatever passes the argument checks. A call that no kernel of its GPU can run raises
+:class:`bsfa.UnsupportedError` before any kernel starts. torch.compile traces the checks and leaves nothing of them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bsfa._library import kernel_table, require_kernel
+from bsfa.errors import UnsupportedError
+
+Range = tuple[int, int]  # first and last
+Blocks = tuple[int, int]  # block_m, block_n
+
+#: Kernels that read through TMA descriptors need addresses and strides of this many bytes.
+TMA_BYTES = 16
+
+
+@dataclass(frozen=True)
+class Limits:
+    """One row of the kernel table. None: anything goes."""
+
+    arch: str
+    capabilities: tuple[tuple[int, int], tuple[int, int]]  #: first and last compute capability that runs ``arch``
+    dtypes: tuple[torch.dtype, ...]
+    head_dims: tuple[Range, ...] | None
+    blocks: tuple[Blocks, ...] | None
+
+
+def _capabilities(arch: str) -> tuple[tuple[int, int], tuple[int, int]]:
+    """sm_90a runs on 9.0 alone, sm_80 on 8.0 and later 8.x."""
+    found = re.fullmatch(r"sm_(\d+)(\d)([a-z]?)", arch)
+    if found is None:
+        raise ValueError(f"unknown arch {arch!r} in the kernel table")
+    major, minor = int(found[1]), int(found[2])
+    return (major, minor), (major, minor if found[3] else 9)
+
+
+def _ranges(text: str) -> tuple[Range, ...] | None:
+    """``any``, or numbers and ranges of them: ``64, 128``, ``1..256``."""
+    if text == "any":
+        return None
+    ends = [part.split("..") for part in text.split(",")]
+    return tuple((int(e[0]), int(e[-1])) for e in ends)
+
+
+def _blocks(text: str) -> tuple[Blocks, ...] | None:
+    """``any``, or pairs: ``128x128, 128x64``."""
+    if text == "any":
+        return None
+    pairs = [part.split("x") for part in text.split(",")]
+    return tuple((int(m), int(n)) for m, n in pairs)
+
+
+def parse(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str], tuple[Limits, ...]]:
+    """The GPU rows of a kernel table (:func:`bsfa.doctor`), by operation and device type."""
+    table: dict[tuple[str, str], tuple[Limits, ...]] = {}
+    for row in rows:
+        if row["device"] == "cpu":
+            continue
+        limits = Limits(
+            row["arch"],
+            _capabilities(row["arch"]),
+            tuple(getattr(torch, name.strip()) for name in row["dtypes"].split(",")),
+            _ranges(row["head_dim"]),
+            _blocks(row.get("blocks", "any")),
+        )
+        key = (row["op"], row["device"])
+        table[key] = (*table.get(key, ()), limits)
+    return table
+
+
+LIMITS = parse(kernel_table())
+
+_capability_of: dict[int, tuple[int, int]] = {}
+
+
+@torch.compiler.assume_constant_result
+def device_capability(index: int) -> tuple[int, int]:
+    """Compute capability of a CUDA device, asked once."""
+    if index not in _capability_of:
+        _capability_of[index] = torch.cuda.get_device_capability(index)
+    return _capability_of[index]
+
+
+def _in_ranges(value: int, ranges: Iterable[Range] | None) -> bool:
+    return ranges is None or any(first <= value <= last for first, last in ranges)
+
+
+def _numbers(ranges: Iterable[Range]) -> str:
+    return ", ".join(str(first) if first == last else f"{first}..{last}" for first, last in ranges)
+
+
+def check_limits(
+    op: str, device: torch.device, dtype: torch.dtype, head_dim: int, blocks: Blocks | None = None
+) -> None:
+    """Raise :class:`UnsupportedError` unless a kernel of ``op`` can run this on ``device``.
+
+    blocks: block_m and block_n of the mask; None where there is none.
+    """
+    require_kernel(op, device)
+    rows = LIMITS.get((op, device.type))
+    if rows is None:
+        return
+    cannot = f"bsfa operation '{op}' cannot run on {device}"
+    has = device_capability(device.index)
+    fit = [r for r in rows if r.capabilities[0] <= has <= r.capabilities[1]]
+    if not fit:
+        raise UnsupportedError(
+            f"{cannot}: its kernels are compiled for {', '.join(r.arch for r in rows)}, this device has compute "
+            f"capability {has[0]}.{has[1]}. Move the tensors to the CPU."
+        )
+    rows, fit = tuple(fit), [r for r in fit if dtype in r.dtypes]
+    if not fit:
+        takes = ", ".join(str(t).removeprefix("torch.") for r in rows for t in r.dtypes)
+        raise UnsupportedError(
+            f"{cannot} in {str(dtype).removeprefix('torch.')}: its kernels take {takes}. Convert the tensors, or move "
+            "them to the CPU."
+        )
+    rows, fit = tuple(fit), [r for r in fit if _in_ranges(head_dim, r.head_dims)]
+    if not fit:
+        takes = _numbers(x for r in rows for x in r.head_dims or ())
+        raise UnsupportedError(
+            f"{cannot} with head_dim {head_dim}: its kernels take {takes}. Pad the head_dim with zeros (and keep the "
+            "softmax_scale of the true one), or move the tensors to the CPU."
+        )
+    if blocks is not None and not any(r.blocks is None or blocks in r.blocks for r in fit):
+        takes = ", ".join(f"{m} x {n}" for r in fit for m, n in r.blocks or ())
+        raise UnsupportedError(
+            f"{cannot} with a mask of {blocks[0]} x {blocks[1]} tokens (block_m x block_n): its kernels take {takes}. "
+            "Give the policy or the mask these block sizes, or move the tensors to the CPU."
+        )
+
+
+def check_tma(op: str, **tensors: Tensor) -> None:
+    """Raise :class:`UnsupportedError` unless TMA descriptors can describe the tensors: rows on 16 bytes, none expanded.
+
+    Where the data begins is judged by the storage offset (torch allocates on far more than 16 bytes), which
+    torch.compile cannot see: there it is left to the operator.
+    """
+    for name, t in tensors.items():
+        step = TMA_BYTES // t.element_size()
+        offset = 0 if torch.compiler.is_compiling() else t.storage_offset()
+        strides = [t.stride(i) for i in range(t.dim() - 1) if t.shape[i] > 1]
+        if offset % step != 0 or any(s % step != 0 or s == 0 for s in strides):
+            raise UnsupportedError(
+                f"bsfa operation '{op}' cannot run on {t.device} with {name} of strides {t.stride()} and storage "
+                f"offset {offset}: its kernels need multiples of {step} elements ({TMA_BYTES} bytes), and no stride of "
+                f"0 (expand). Call {name}.contiguous()."
+            )

@@ -1,0 +1,176 @@
+"""The kernel table is parsed once, and a call that no kernel of its GPU can run is refused by name, without a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+
+import bsfa
+from bsfa import _library, limits
+from bsfa.policies import Dense, RelativeMax, StaticPattern
+
+POOL = {"op": "pool_blocks", "device": "cuda", "arch": "sm_90a", "dtypes": "bfloat16, float16", "head_dim": "any"}
+ATTENTION = {**POOL, "op": "attention", "head_dim": "64, 128", "blocks": "128x128"}
+CPU = {**POOL, "device": "cpu", "dtypes": "float32", "head_dim": "1..256"}
+
+
+def test_parse() -> None:
+    older = {**ATTENTION, "arch": "sm_80", "dtypes": "float16", "head_dim": "1..96, 128", "blocks": "128x64, 64x64"}
+    table = limits.parse([CPU, POOL, ATTENTION, older])
+    assert set(table) == {("pool_blocks", "cuda"), ("attention", "cuda")}
+    half = (torch.bfloat16, torch.float16)
+    assert table["pool_blocks", "cuda"] == (limits.Limits("sm_90a", ((9, 0), (9, 0)), half, None, None),)
+    first, second = table["attention", "cuda"]
+    assert first == limits.Limits("sm_90a", ((9, 0), (9, 0)), half, ((64, 64), (128, 128)), ((128, 128),))
+    assert second == limits.Limits(
+        "sm_80", ((8, 0), (8, 9)), (torch.float16,), ((1, 96), (128, 128)), ((128, 64), (64, 64))
+    )
+
+
+@pytest.mark.parametrize(
+    ("arch", "capabilities"),
+    [("sm_90a", ((9, 0), (9, 0))), ("sm_86", ((8, 6), (8, 9))), ("sm_100f", ((10, 0), (10, 0)))],
+)
+def test_architectures(arch: str, capabilities: tuple[tuple[int, int], tuple[int, int]]) -> None:
+    assert limits.parse([{**POOL, "arch": arch}])["pool_blocks", "cuda"][0].capabilities == capabilities
+
+
+@pytest.mark.parametrize("row", [{"arch": "hopper"}, {"dtypes": "float7"}, {"head_dim": "some"}, {"blocks": "128"}])
+def test_rows_that_make_no_sense(row: dict[str, str]) -> None:
+    with pytest.raises((ValueError, AttributeError)):
+        limits.parse([{**ATTENTION, **row}])
+
+
+def test_this_build() -> None:
+    assert all(key[1] != "cpu" for key in limits.LIMITS)
+    assert {op for op, _ in limits.LIMITS} <= set(_library.OPERATORS)
+
+
+# --- calls on a GPU that is not there ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fake tensors on a device 0 of capability 9.0, with the kernels of the table above."""
+    monkeypatch.setitem(_library.KERNELS, "cuda", frozenset({"pool_blocks", "select_blocks", "attention"}))
+    monkeypatch.setattr(limits, "LIMITS", limits.parse([POOL, ATTENTION]))
+    monkeypatch.setattr(limits, "_capability_of", {0: (9, 0)})
+    torch.compiler.reset()
+    with FakeTensorMode():
+        yield
+    torch.compiler.reset()
+
+
+def make(*shape: int, strides: tuple[int, ...] | None = None, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    strides = torch.empty(shape, device="meta").stride() if strides is None else strides
+    return torch.empty_strided(shape, strides, device="cuda:0", dtype=dtype)
+
+
+def attend(q: Tensor | None = None, k: Tensor | None = None, v: Tensor | None = None, **options: Any) -> Any:
+    q = make(2, 300, 4, 64) if q is None else q
+    k = make(2, 300, 2, q.shape[-1], dtype=q.dtype) if k is None else k
+    return bsfa.attention(q, k, k if v is None else v, **options)
+
+
+SUPPORTED: list[Callable[[], Any]] = [
+    lambda: attend(),
+    lambda: attend(make(2, 300, 4, 128, dtype=torch.float16)),
+    lambda: attend(policy=Dense(block_m=64)),
+    lambda: attend(policy=RelativeMax()),
+    lambda: attend(policy=RelativeMax(block_n=64), window_left=5),  # dense by its window
+    lambda: attend(k=make(2, 300, 2, 64, strides=(300 * 256, 256, 64, 1))),
+    lambda: attend(q=make(2, 300, 1, 64, strides=(300 * 64, 64, 3, 1)), k=make(2, 300, 1, 64)),  # one head: no stride
+    lambda: attend(k=make(1, 300, 1, 64, strides=(0, 64, 0, 1)), q=make(1, 300, 2, 64)),
+    lambda: attend(out=make(2, 300, 4, 64, strides=(300 * 280, 280, 67, 1))),
+    lambda: attend(q=make(2, 0, 4, 64)),
+    lambda: bsfa.pool_blocks(make(2, 300, 2, 33)),
+]
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.filterwarnings("ignore::bsfa.DenseFallbackWarning")
+@pytest.mark.parametrize("call", SUPPORTED, ids=range(len(SUPPORTED)))
+def test_supported(call: Callable[[], Any]) -> None:
+    assert call().device == torch.device("cuda:0")
+
+
+REFUSED: list[tuple[Callable[[], Any], str]] = [
+    (lambda: attend(make(2, 300, 4, 64, dtype=torch.float32)), "'attention'.*float32.*take bfloat16, float16.*Convert"),
+    (lambda: attend(make(2, 300, 4, 80)), "head_dim 80: its kernels take 64, 128.*Pad"),
+    (lambda: attend(make(2, 300, 4, 96), policy=RelativeMax()), "head_dim 96"),
+    (lambda: attend(v=make(2, 300, 2, 128)), "head_dim 64 of q and k and 128 of v"),
+    (lambda: attend(policy=StaticPattern(block_m=64)), "mask of 64 x 128 .*take 128 x 128.*Give the policy"),
+    (lambda: attend(policy=RelativeMax(block_n=64)), "mask of 128 x 64"),
+    (lambda: attend(make(2, 300, 4, 64, strides=(300 * 260, 260, 65, 1))), r"q of strides .*q\.contiguous\(\)"),
+    (lambda: attend(make(2, 300, 4, 64, strides=(300 * 257, 257, 64, 1))), r"q\.contiguous"),
+    (lambda: attend(k=make(2, 300, 2, 64, strides=(0, 128, 64, 1))), r"k\.contiguous"),
+    (lambda: attend(k=make(2, 300, 2, 64, strides=(19200, 64, 0, 1))), r"no stride of 0 \(expand\).*k\.contiguous"),
+    (lambda: attend(v=make(2, 300, 2, 64, strides=(300 * 128 + 4, 128, 64, 1))), r"v\.contiguous"),
+    (lambda: bsfa.pool_blocks(make(2, 300, 2, 64, dtype=torch.float32)), "'pool_blocks'.*float32"),
+    (lambda: bsfa.block_mass(*[make(2, 300, 2, 64)] * 2, make(2, 2, 300, dtype=torch.float32)), "'block_mass'"),
+]
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize(("call", "message"), REFUSED, ids=range(len(REFUSED)))
+def test_refused(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(bsfa.UnsupportedError, match=message):
+        call()
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("has", [(8, 0), (8, 9), (9, 1), (10, 0), (12, 0)])
+def test_other_gpus(has: tuple[int, int]) -> None:
+    limits._capability_of[0] = has
+    with pytest.raises(bsfa.UnsupportedError, match=rf"compiled for sm_90a.*capability {has[0]}\.{has[1]}\. Move"):
+        attend()
+    with pytest.raises(bsfa.UnsupportedError, match=r"'pool_blocks'.*sm_90a"):
+        bsfa.pool_blocks(make(2, 300, 2, 64))
+
+
+@pytest.mark.usefixtures("hopper")
+def test_any_row_may_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = {**ATTENTION, "dtypes": "bfloat16", "head_dim": "256", "blocks": "128x64"}
+    monkeypatch.setattr(limits, "LIMITS", limits.parse([ATTENTION, wide]))
+    attend(make(2, 300, 4, 256), policy=RelativeMax(block_n=64))
+    attend(make(2, 300, 4, 128), policy=RelativeMax())
+    with pytest.raises(bsfa.UnsupportedError, match=r"128 x 64 .*take 128 x 128"):
+        attend(make(2, 300, 4, 128), policy=RelativeMax(block_n=64))
+    with pytest.raises(bsfa.UnsupportedError, match="head_dim 256: its kernels take 64, 128"):
+        attend(make(2, 300, 4, 256, dtype=torch.float16))
+    with pytest.raises(bsfa.UnsupportedError, match="head_dim 32: its kernels take 64, 128, 256"):
+        attend(make(2, 300, 4, 32))
+
+
+def test_storage_offset() -> None:
+    """On the CPU: fake tensors of a torch without CUDA cannot be sliced."""
+    flat = torch.zeros(2 * 300 * 128 + 8, dtype=torch.bfloat16)
+    limits.check_tma("attention", k=flat[8:].view(2, 300, 2, 64))
+    with pytest.raises(bsfa.UnsupportedError, match=r"storage offset 4.*k\.contiguous"):
+        limits.check_tma("attention", k=flat[4:-4].view(2, 300, 2, 64))
+    limits.check_tma("attention", k=flat.float()[4:-4].view(2, 300, 2, 64))
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compile_fullgraph(dynamic: bool | None) -> None:
+    """The checks leave nothing in the graph, hold for lengths that change, and refuse while tracing."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(lambda q, k: bsfa.attention(q, k, k), fullgraph=True, backend=backend, dynamic=dynamic)
+    for length in (300, 200, 100):
+        q = make(2, length, 4, 64)
+        assert compiled(q, make(2, length, 2, 64)).shape == q.shape
+    calls = [node.target for graph in graphs for node in graph.graph.nodes if node.op == "call_function"]
+    assert torch.ops.bsfa.attention.default in calls or torch.ops.bsfa.attention in calls
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        compiled(make(2, 300, 4, 64, strides=(300 * 260, 260, 65, 1)), make(2, 300, 2, 64))
