@@ -127,7 +127,7 @@ def check_out(out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
         reach += stride * (size - 1)
     for name, t in (("q", q), ("k", k), ("v", v)):
         if _overlap(out, t):
-            raise ValueError(f"out overlaps {name} in memory, which is read while out is written")
+            raise ValueError(f"out may overlap {name} in memory, which is read while out is written: give it its own")
 
 
 def check_index(name: str, t: Tensor, dim: int, data: Tensor, size: int | None = None) -> None:

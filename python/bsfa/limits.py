@@ -151,8 +151,9 @@ def check_tma(op: str, **tensors: Tensor) -> None:
         offset = 0 if torch.compiler.is_compiling() else t.storage_offset()
         strides = [t.stride(i) for i in range(t.dim() - 1) if t.shape[i] > 1]
         if offset % step != 0 or any(s % step != 0 or s == 0 for s in strides):
+            remedy = "clone" if offset % step else "contiguous"  # contiguous() does not move what is contiguous
             raise UnsupportedError(
                 f"bsfa operation '{op}' cannot run on {t.device} with {name} of strides {t.stride()} and storage "
                 f"offset {offset}: its kernels need multiples of {step} elements ({TMA_BYTES} bytes), and no stride of "
-                f"0 (expand). Call {name}.contiguous()."
+                f"0 (expand). Call {name}.{remedy}()."
             )

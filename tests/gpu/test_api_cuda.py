@@ -1,4 +1,4 @@
-"""What the Python API does with CUDA tensors today: what has a kernel runs, the rest is refused by name."""
+"""What the Python API does with CUDA tensors: what has a kernel runs (see the other files), the rest is refused."""
 
 from __future__ import annotations
 
@@ -40,8 +40,6 @@ def test_fixed_mask_of_another_device_is_refused() -> None:
 @pytest.mark.parametrize(
     ("policy", "operation"),
     [
-        (None, "attention"),
-        (bsfa.policies.StaticPattern(), "attention"),
         (bsfa.policies.RelativeMax(), "select_blocks"),
         (bsfa.policies.CumulativeMass(), "select_blocks"),
     ],
@@ -57,5 +55,6 @@ def test_missing_kernels_are_named(policy: bsfa.policies.Policy | None, operatio
 def test_doctor_names_the_gpu() -> None:
     report = bsfa.doctor()
     assert report["machine"]["gpus"][0]["name"]
-    assert report["operations"]["pool_blocks"]["cuda"] == "ok"
-    assert any(row["op"] == "pool_blocks" and row["device"] == "cuda" for row in report["kernels"])
+    for operation in ("pool_blocks", "attention"):
+        assert report["operations"][operation]["cuda"] == "ok"
+        assert any(row["op"] == operation and row["device"] == "cuda" for row in report["kernels"])

@@ -33,7 +33,8 @@ class StaticPattern(Policy):
         g = MaskGeometry.of(selection.layout, self.block_m, self.block_n, selection.q.device)
         blocks = torch.arange(g.num_blocks, device=selection.q.device)
         if g.num_rows == 0 or g.seqlens_q.shape[0] == 0:
-            return BlockMask.from_rows(torch.zeros((g.num_rows, 1, g.num_blocks), dtype=torch.bool), g)
+            nothing = torch.zeros((g.num_rows, 1, g.num_blocks), dtype=torch.bool, device=blocks.device)
+            return BlockMask.from_rows(nothing, g)
         first, last = (torch.div(p, self.block_n, rounding_mode="floor").unsqueeze(-1) for p in g.positions())
         if not g.causal:  # tiles beyond the keys have the last block for their own
             limit = g.visible_blocks().unsqueeze(-1) - 1
