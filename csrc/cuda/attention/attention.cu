@@ -1,4 +1,5 @@
 // Attention on CUDA: from AttentionParams to the kernel that fits.
+#include <algorithm>
 #include <numeric>
 
 #include "bsfa/cuda.h"
@@ -14,6 +15,7 @@ using attn::kTileRows;
 using attn::Workspace;
 using attn::sm90::KernelParams;
 using attn::sm90::kStoreRows;
+using attn::sm90::Transform;
 
 constexpr float kLog2e = 1.4426950408889634f;
 
@@ -29,18 +31,20 @@ TensorExtent extent_of(const TensorView& view, int64_t dim, int64_t heads) {
 // How the scores become exponents of two.
 void set_scales(const Problem& problem, KernelParams& k) {
   // The maximum of the scores is that of the exponents only if the scale is positive; else they are scaled first.
-  k.transform = problem.softcap != 0.0f || !(problem.softmax_scale > 0.0f);
-  k.scale_log2 = (k.transform ? 1.0f : problem.softmax_scale) * kLog2e;
+  const bool capped = problem.softcap != 0.0f;
+  k.transform = capped ? Transform::kCap : problem.softmax_scale > 0.0f ? Transform::kNone : Transform::kScale;
+  k.scale_log2 = (k.transform == Transform::kNone ? problem.softmax_scale : 1.0f) * kLog2e;
+  k.inner_scale = capped ? problem.softmax_scale / problem.softcap : problem.softmax_scale;
   k.softcap = problem.softcap;
-  k.inner_scale = problem.softcap != 0.0f ? problem.softmax_scale / problem.softcap : problem.softmax_scale;
 }
 
 void set_keys(const AttentionParams& params, KernelParams& k) {
   const KvLayout& kv = params.problem.kv;
   k.block_table = kv.block_table;
   k.block_table_stride = kv.block_table_stride;
-  k.page_size = kv.page_size;
+  k.page_size = cutlass::FastDivmod(std::max(kv.page_size, 1));
   k.box_rows = kv.block_table != nullptr ? std::gcd(kv.page_size, kBlockKeys) : kBlockKeys;
+  while (1 << k.box_shift < k.box_rows) ++k.box_shift;
   k.keys_packed = kv.cu_seqlens != nullptr;
   k.tails_are_zero = kv.block_table == nullptr && kv.cu_seqlens == nullptr;
 }
@@ -49,10 +53,12 @@ cudaError_t make_maps(const AttentionParams& params, KernelParams& k) {
   const Problem& p = params.problem;
   const TensorExtent q = extent_of(params.q, p.head_dim, p.num_q_heads);
   const TensorExtent out = extent_of(params.out, p.head_dim_v, p.num_q_heads);
-  cudaError_t error = make_tensor_map(&k.q, params.q, q, p.dtype, kTileRows);
+  const int halves = p.head_dim / kBoxColumns;
+  const int key_halves = k.box_rows == kBlockKeys ? halves : 1;
+  cudaError_t error = make_tensor_map(&k.q, params.q, q, p.dtype, kTileRows, halves);
   k.store_by_tma = tensor_map_fits(params.out, out);
   if (error == cudaSuccess) {
-    error = k.store_by_tma ? make_tensor_map(&k.out, params.out, out, p.dtype, kStoreRows) : cudaSuccess;
+    error = k.store_by_tma ? make_tensor_map(&k.out, params.out, out, p.dtype, kStoreRows, 1) : cudaSuccess;
   }
   if (!k.store_by_tma) k.out = k.q;  // never used, but prefetched
   // Without keys nothing is fetched; the descriptors still have to be valid.
@@ -60,8 +66,8 @@ cudaError_t make_maps(const AttentionParams& params, KernelParams& k) {
   const TensorView& key = no_keys ? params.q : params.k;
   const TensorView& value = no_keys ? params.q : params.v;
   const TensorExtent extent = no_keys ? q : extent_of(params.k, p.head_dim, p.num_kv_heads);
-  if (error == cudaSuccess) error = make_tensor_map(&k.k, key, extent, p.dtype, k.box_rows);
-  if (error == cudaSuccess) error = make_tensor_map(&k.v, value, extent, p.dtype, k.box_rows);
+  if (error == cudaSuccess) error = make_tensor_map(&k.k, key, extent, p.dtype, k.box_rows, key_halves);
+  if (error == cudaSuccess) error = make_tensor_map(&k.v, value, extent, p.dtype, k.box_rows, key_halves);
   return error;
 }
 
@@ -105,7 +111,7 @@ cudaError_t attention(const AttentionParams& params, void* workspace, cudaStream
   int sms = 0;
   cudaError_t error = num_sms(&sms);
   if (error == cudaSuccess) error = make_maps(params, k);
-  if (error == cudaSuccess) error = make_order(params, k.workspace, stream);
+  if (error == cudaSuccess) error = make_order(params, k.workspace, sms, stream);
   if (error != cudaSuccess) return error;
   const int ctas = static_cast<int>(std::min<int64_t>(sms, pairs));
   const bool bf16 = p.dtype == DType::kBFloat16;

@@ -3,10 +3,11 @@
 // count    one CTA per mask row. Finds the row's sequence and tile (by division where all sequences are alike, else by a
 //          scan over the sequences' tile counts), writes its TileRow, and counts, one warp per head, the mask's bits
 //          within the visible range; without a mask the range itself.
-// order    one CTA. Keys are logarithmic buckets of the count, a quarter of an octave wide: exact order does not matter,
-//          and pairs of like length stay in their natural order, which runs through one KV head's rows (last tile first,
-//          the group's query heads side by side) before the next KV head's, so that tiles at work together read the same
-//          keys. Each warp owns one contiguous piece: count, scan, scatter. Stable, so the same inputs give the same order.
+// order    one CTA. Natural order runs through one KV head's rows, last tile first, the group's query heads side by side,
+//          before the next KV head's: tiles at work together then read the same keys, from L2. Only tiles so long that
+//          they could keep one SM busy when the others are done (more than 1 / kLongShare of an SM's share of all work)
+//          leave that order and go first, in logarithmic buckets of their length, longest first.
+//          Each warp owns one contiguous piece: count, scan, scatter. Stable, so the same inputs give the same order.
 // Memory   the words of the mask once; 4 bytes written and twice read per pair, 8 bytes written.
 // Waits    for nothing but the kernel before.
 #include "schedule.h"
@@ -19,7 +20,8 @@ namespace {
 constexpr int kCountThreads = 128;
 constexpr int kOrderThreads = 1024;
 constexpr int kOrderWarps = kOrderThreads / 32;
-constexpr int kSubBits = 2;                       // buckets per octave: 2^kSubBits
+constexpr int kLongShare = 16;
+constexpr int kSubBits = 2;                            // buckets per octave: 2^kSubBits
 constexpr int kBuckets = (32 - kSubBits) << kSubBits;  // of any count that fits in 31 bits
 constexpr unsigned kAllLanes = 0xffffffffu;
 
@@ -135,8 +137,10 @@ __global__ void __launch_bounds__(kCountThreads) count_kernel(const __grid_const
 }
 
 __global__ void __launch_bounds__(kOrderThreads)
-    order_kernel(const Workspace workspace, const int64_t num_rows, const int32_t heads, const int32_t group) {
+    order_kernel(const Workspace workspace, const int64_t num_rows, const int32_t heads, const int32_t group,
+                 const int32_t num_sms) {
   __shared__ int32_t offsets[kBuckets][kOrderWarps];
+  __shared__ unsigned long long all_work;
   __shared__ int32_t scratch[kOrderWarps];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t total = num_rows * heads;
@@ -144,11 +148,18 @@ __global__ void __launch_bounds__(kOrderThreads)
   const int64_t begin = min(warp * piece, total), end = min(begin + piece, total);
 
   for (int i = threadIdx.x; i < kBuckets * kOrderWarps; i += kOrderThreads) (&offsets[0][0])[i] = 0;
+  if (threadIdx.x == 0) all_work = 0;
   __syncthreads();
+  int64_t work = 0;
+  for (int64_t i = begin + lane; i < end; i += 32) work += max(workspace.counts[i], 0);
+  for (int d = 16; d > 0; d /= 2) work += __shfl_xor_sync(kAllLanes, work, d);
+  if (lane == 0) atomicAdd(&all_work, static_cast<unsigned long long>(work));
+  __syncthreads();
+  const auto longest_short = static_cast<int64_t>(all_work / (static_cast<unsigned>(num_sms) * kLongShare));
   // Lanes with the same bucket find each other; the first of them counts for all.
   const auto bucket_at = [&](int64_t i) {
     const int32_t count = i < end ? workspace.counts[i] : -1;
-    return count < 0 ? -1 : bucket_of(count);
+    return count < 0 ? -1 : count > longest_short ? bucket_of(count) : kBuckets - 1;
   };
   for (int64_t i = begin + lane; i - lane < end; i += 32) {
     const int bucket = bucket_at(i);
@@ -208,11 +219,11 @@ Workspace Workspace::in(void* memory, int64_t num_rows, int64_t num_heads) {
   return w;
 }
 
-cudaError_t make_order(const AttentionParams& params, const Workspace& workspace, cudaStream_t stream) {
+cudaError_t make_order(const AttentionParams& params, const Workspace& workspace, int num_sms, cudaStream_t stream) {
   const Problem& problem = params.problem;
   count_kernel<<<static_cast<unsigned>(params.num_rows), kCountThreads, 0, stream>>>(params, workspace);
   order_kernel<<<1, kOrderThreads, 0, stream>>>(workspace, params.num_rows, problem.num_q_heads,
-                                                problem.num_q_heads / problem.num_kv_heads);
+                                                problem.num_q_heads / problem.num_kv_heads, num_sms);
   return cudaGetLastError();
 }
 

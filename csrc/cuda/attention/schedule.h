@@ -1,8 +1,8 @@
-// The order in which query tiles are worked on: longest first by their real number of KV blocks.
+// The order in which query tiles are worked on: long ones first, by their real number of KV blocks.
 //
 // Two small kernels prepare it on the device, so that no length and no mask is ever read by the host:
 //   count   one CTA per mask row: where the tile lies (TileRow), and how many blocks each of its heads will visit
-//   order   one CTA: a stable counting sort of all (tile, head) pairs by that number, descending
+//   order   one CTA: a stable counting sort of all (tile, head) pairs
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -77,6 +77,6 @@ struct Workspace {
 };
 
 // Fills the workspace; params.num_rows must cover all tiles.
-cudaError_t make_order(const AttentionParams& params, const Workspace& workspace, cudaStream_t stream);
+cudaError_t make_order(const AttentionParams& params, const Workspace& workspace, int num_sms, cudaStream_t stream);
 
 }  // namespace bsfa::cuda::attn

@@ -39,21 +39,21 @@ bool tensor_map_fits(const TensorView& view, const TensorExtent& extent) {
 }
 
 cudaError_t make_tensor_map(CUtensorMap* map, const TensorView& view, const TensorExtent& extent, DType dtype,
-                            int32_t box_rows) {
+                            int32_t tokens, int32_t pieces) {
   const auto encode = encode_function();
   if (encode == nullptr) return cudaErrorNotSupported;
   if (!tensor_map_fits(view, extent)) return cudaErrorInvalidValue;
   int64_t bytes[3];
   strides_of(view, extent, bytes);
   const auto at_least_one = [](int64_t n) { return static_cast<cuuint64_t>(std::max<int64_t>(n, 1)); };
-  const cuuint64_t sizes[4] = {at_least_one(extent.dim), at_least_one(extent.tokens), at_least_one(extent.heads),
-                               at_least_one(extent.batch)};
-  const cuuint64_t strides[3] = {static_cast<cuuint64_t>(bytes[0]), static_cast<cuuint64_t>(bytes[1]),
-                                 static_cast<cuuint64_t>(bytes[2])};
-  const cuuint32_t box[4] = {kBoxColumns, static_cast<cuuint32_t>(box_rows), 1, 1};
-  const cuuint32_t steps[4] = {1, 1, 1, 1};
+  const auto stride = [](int64_t n) { return static_cast<cuuint64_t>(n); };
+  const cuuint64_t sizes[5] = {kBoxColumns, at_least_one(extent.tokens), at_least_one(extent.dim / kBoxColumns),
+                               at_least_one(extent.heads), at_least_one(extent.batch)};
+  const cuuint64_t strides[4] = {stride(bytes[0]), kBoxColumns * kElementBytes, stride(bytes[1]), stride(bytes[2])};
+  const cuuint32_t box[5] = {kBoxColumns, static_cast<cuuint32_t>(tokens), static_cast<cuuint32_t>(pieces), 1, 1};
+  const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
   const CUresult result =
-      encode(map, dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4,
+      encode(map, dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 5,
              view.data, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;

@@ -8,12 +8,12 @@
 
 namespace bsfa::cuda {
 
-// Columns (16-bit elements) of one box: the width of a 128-byte swizzle atom.
+// Columns (16-bit elements) of one box: the width of a 128-byte swizzle atom. Wider rows are cut into pieces of that width.
 constexpr int kBoxColumns = 64;
 
-// Dimensions of a view, in tokens, heads and sequences (or pages). Coordinates of a box are {column, token, head, batch}.
+// Dimensions of a view, in elements, tokens, heads and sequences (or pages).
 struct TensorExtent {
-  int64_t dim = 0;
+  int64_t dim = 0;  // a multiple of kBoxColumns
   int64_t tokens = 0;
   int64_t heads = 0;
   int64_t batch = 0;
@@ -22,9 +22,10 @@ struct TensorExtent {
 // Whether TMA can address the view: 16-byte aligned base and strides.
 bool tensor_map_fits(const TensorView& view, const TensorExtent& extent);
 
-// Describes boxes of `box_rows` tokens x kBoxColumns columns with the 128-byte swizzle; tokens outside the extent read as
-// zeros and are not written. cudaErrorInvalidValue if the view does not fit.
+// Describes boxes of `pieces` x `tokens` x kBoxColumns elements, in that order in shared memory, with the 128-byte swizzle.
+// Coordinates of a box are {column in the piece, token, piece, head, batch}; tokens outside the extent read as zeros and
+// are not written. cudaErrorInvalidValue if the view does not fit.
 cudaError_t make_tensor_map(CUtensorMap* map, const TensorView& view, const TensorExtent& extent, DType dtype,
-                            int32_t box_rows);
+                            int32_t tokens, int32_t pieces);
 
 }  // namespace bsfa::cuda

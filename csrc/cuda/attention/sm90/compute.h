@@ -64,10 +64,9 @@ class Consumer {
     const auto staged = [](auto layout, auto stages) {
       return tile_to_shape(layout, make_shape(size<0>(layout), size<1>(layout), stages));
     };
-    using Stages = Int<Config::kStages>;
     const auto query = tile_of(shared_.query[0], staged(typename Config::RowsLayout{}, Int<kQuerySlots>{}));
-    const auto key = tile_of(shared_.key[0], staged(typename Config::RowsLayout{}, Stages{}));
-    const auto value = tile_of(shared_.value[0], staged(typename Config::ColumnsLayout{}, Stages{}));
+    const auto key = tile_of(shared_.key[0], staged(typename Config::RowsLayout{}, Int<Config::kKeySlots>{}));
+    const auto value = tile_of(shared_.value[0], staged(typename Config::ColumnsLayout{}, Int<Config::kValueSlots>{}));
     const auto score_slice = score_mma.get_thread_slice(thread_);
     const auto output_slice = output_mma.get_thread_slice(thread_);
     const auto query_part = score_slice.partition_fragment_A(query);
@@ -81,12 +80,11 @@ class Consumer {
     static_assert(size(decltype(s){}) == kScores && size(decltype(probabilities){}) == kScores);
 
     const int warpgroup = warp_ / 4;
-    SoftmaxRows rows{};
     float rescale[2];
 
     // The first step of all.
-    Step current = await_step();
-    if (current.flags & kEnd) return;
+    Step step = await_step();
+    if (step.flags & kEnd) return;
     if (warpgroup == 1) give_turn(0);
     await_query();
     await_turn(warpgroup);
@@ -96,54 +94,66 @@ class Consumer {
     warpgroup_fence_operand(s);
     release(shared_.key_empty[key_.slot]);
     key_.advance();
-    softmax(s, rows, rescale, current, query_.slot);
+    softmax(s, step, rescale);
     convert(s, probabilities);
 
-    for (;;) {
-      const Step next = await_step();
-      if (next.flags & kEnd) break;
-      const int tile_slot = query_.slot;  // of the current step
-      if (next.flags & kFirst) {
-        query_.advance();
-        await_query();
-      }
+    // Scores and exponentials of step `next`, beside the product of the step before, which was its tile's first or not.
+    const auto advance = [&](const Step& next, bool before_was_first) __attribute__((always_inline)) {
+      shared_.value_full[value_.slot].wait(value_.parity);
       await_turn(warpgroup);
       issue(score_mma, query_part(_, _, _, query_.slot), key_part(_, _, _, key_.slot), s, false);
-      shared_.value_full[value_.slot].wait(value_.parity);
-      issue(output_mma, probabilities, value_part(_, _, _, value_.slot), o, !(current.flags & kFirst));
+      issue(output_mma, probabilities, value_part(_, _, _, value_.slot), o, !before_was_first);
       give_turn(1 - warpgroup);
       warpgroup_wait<1>();
       warpgroup_fence_operand(s);
       release(shared_.key_empty[key_.slot]);
-      key_.advance();
-
-      const SoftmaxRows before = rows;
-      softmax(s, rows, rescale, next, query_.slot);
+      const bool rescaled = softmax(s, next, rescale);
+      warpgroup_fence_operand(s);
       warpgroup_wait<0>();
       warpgroup_fence_operand(o);
       release(shared_.value_empty[value_.slot]);
+      key_.advance();
       value_.advance();
       convert(s, probabilities);
-      if (current.flags & kLast) {
-        finish_tile(o, before, tile_slot);
-      } else {
+      return rescaled;
+    };
+
+    for (;;) {
+      bool first = true;
+      while (!(step.flags & kLast)) {
+        step = await_step();
+        if (advance(step, first)) {
 #pragma unroll
-        for (int i = 0; i < size(o); ++i) o(i) *= rescale[i / 2 % 2];
+          for (int i = 0; i < size(o); ++i) o(i) *= rescale[i / 2 % 2];
+        }
+        first = false;
       }
-      current = next;
+      // On to the next tile, whose queries may want the slot of the tile that was stored last.
+      give_back_stored();
+      step = await_step();
+      if (step.flags & kEnd) {
+        shared_.value_full[value_.slot].wait(value_.parity);
+        issue(output_mma, probabilities, value_part(_, _, _, value_.slot), o, !first);
+        warpgroup_wait<0>();
+        warpgroup_fence_operand(o);
+        finish_tile(o, rows_, query_.slot);
+        if (lane_ == 0) tma_store_wait<0>();  // shared memory must outlive the stores
+        return;
+      }
+      const int finished_slot = query_.slot;
+      const SoftmaxRows finished = rows_;
+      query_.advance();
+      await_query();
+      advance(step, first);
+      finish_tile(o, finished, finished_slot);
     }
-    shared_.value_full[value_.slot].wait(value_.parity);
-    issue(output_mma, probabilities, value_part(_, _, _, value_.slot), o, !(current.flags & kFirst));
-    warpgroup_wait<0>();
-    warpgroup_fence_operand(o);
-    finish_tile(o, rows, query_.slot);
-    if (lane_ == 0) tma_store_wait<0>();  // shared memory must outlive the stores
   }
 
  private:
   __device__ Step await_step() const {
     shared_.key_full[key_.slot].wait(key_.parity);
-    return shared_.steps[key_.slot];
+    const Step step = shared_.steps[key_.slot];
+    return {step.first_key, __shfl_sync(0xffffffffu, step.flags, 0)};  // makes branches on it uniform
   }
   __device__ void await_query() const { shared_.query_full[query_.slot].wait(query_.parity); }
 
@@ -151,13 +161,22 @@ class Consumer {
     if (lane_ == 0) empty.arrive();
   }
 
+  // True if what was summed before must be multiplied by `rescale`.
   template <class Tensor>
-  __device__ void softmax(Tensor& s, SoftmaxRows& rows, float (&rescale)[2], const Step& step, int slot) const {
-    if (p_.transform) transform_scores(s, p_.inner_scale, p_.softcap);
-    if (step.flags & kMasked) {
-      mask_scores(s, shared_.tiles[slot].tile, step.first_key, warp_ * kStoreRows + lane_ / 4, p_.causal, p_.window_left);
+  __device__ bool softmax(Tensor& s, const Step& step, float (&rescale)[2]) {
+    if constexpr (Config::kTransform) {
+      scale_scores(s, p_.inner_scale);
+      if (p_.transform == Transform::kCap) cap_scores(s, p_.softcap);
     }
-    softmax_step(s, rows, rescale, step.flags & kFirst, p_.scale_log2);
+    if (!(step.flags & (kFirst | kMasked)) && rows_complete_) {
+      return softmax_plain(s, rows_, rescale, p_.scale_log2);
+    }
+    if (step.flags & kMasked) {
+      mask_scores(s, shared_.tiles[query_.slot].tile, step.first_key, warp_ * kStoreRows + lane_ / 4, p_.causal,
+                  p_.window_left);
+    }
+    rows_complete_ = softmax_any(s, rows_, rescale, step.flags & kFirst, p_.scale_log2);
+    return true;
   }
 
   template <class Scores, class Probabilities>
@@ -169,9 +188,19 @@ class Consumer {
 
   template <class Tensor>
   __device__ void finish_tile(const Tensor& o, const SoftmaxRows& rows, int slot) {
-    store_tile(shared_, p_, shared_.tiles[slot], warp_, o, rows);
+    store_tile<Config>(shared_.query[slot], p_, shared_.tiles[slot], warp_, o, rows);
+    stored_slot_ = slot;
+  }
+
+  // Gives the slot of the last stored tile back, one step later: TMA has long read it.
+  __device__ void give_back_stored() {
+    if (stored_slot_ < 0) return;
+    if (lane_ == 0) {
+      cute::tma_store_wait<0>();
+      shared_.query_empty[stored_slot_].arrive();
+    }
     __syncwarp();
-    release(shared_.query_empty[slot]);  // the queries themselves were done with long ago
+    stored_slot_ = -1;
   }
 
   SharedStorage<Config>& shared_;
@@ -180,7 +209,11 @@ class Consumer {
   const int warp_;
   const int lane_;
   RingPosition<kQuerySlots> query_;
-  RingPosition<Config::kStages> key_, value_;
+  RingPosition<Config::kKeySlots> key_;
+  RingPosition<Config::kValueSlots> value_;
+  SoftmaxRows rows_{};
+  bool rows_complete_ = false;  // every row of this warp has seen a key
+  int stored_slot_ = -1;  // query slot of the tile that was stored last, until it is given back
 };
 
 }  // namespace bsfa::cuda::attn::sm90

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cute/tensor.hpp>
+#include <cutlass/fast_math.h>
 
 #include "../../common/mbarrier.h"
 #include "../../common/tensor_map.h"
@@ -24,12 +25,17 @@ constexpr int kWorkSlots = 2;   // tiles that the scheduler warp is ahead of the
 constexpr int kQuerySlots = 2;  // query tiles in shared memory
 constexpr int kMaskChunk = 32;  // mask words that a warp holds at once, one per lane
 
-template <typename Element_, int kHeadDim_>
+// kTransform: scores are transformed before their maximum is sought (Transform below is not kNone).
+template <typename Element_, int kHeadDim_, bool kTransform_>
 struct Config {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
+  static constexpr bool kTransform = kTransform_;
   static constexpr int kHalves = kHeadDim / kBoxColumns;  // swizzle atoms side by side
-  static constexpr int kStages = kHeadDim == 64 ? 4 : 2;  // K blocks in flight, and V blocks
+  // Blocks in flight. A slot of K is free once its scores are made, one of V only after the softmax that runs beside its
+  // product: V needs the third.
+  static constexpr int kKeySlots = kHeadDim == 64 ? 5 : 2;
+  static constexpr int kValueSlots = kHeadDim == 64 ? 5 : 3;
   static constexpr int kBoxBytes = kTileRows * kBoxColumns * sizeof(Element);  // 128 rows of one half
   static constexpr int kTileBytes = kHalves * kBoxBytes;
   static_assert(kTileRows == 128 && kBlockKeys == 128 && sizeof(Element) == 2 && kHeadDim % kBoxColumns == 0);
@@ -83,18 +89,24 @@ enum StepFlags : uint32_t {
 
 template <class Config>
 struct SharedStorage {
-  alignas(1024) char query[kQuerySlots][Config::kTileBytes];
-  alignas(1024) char key[Config::kStages][Config::kTileBytes];
-  alignas(1024) char value[Config::kStages][Config::kTileBytes];
-  alignas(1024) char out[kConsumerWarps][Config::kHalves][kStoreRows][kBoxColumns * 2];
+  alignas(1024) char query[kQuerySlots][Config::kTileBytes];  // and, at the end of a tile, its output
+  alignas(1024) char key[Config::kKeySlots][Config::kTileBytes];
+  alignas(1024) char value[Config::kValueSlots][Config::kTileBytes];
   Mbarrier work_full[kWorkSlots], work_empty[kWorkSlots];
   Mbarrier query_full[kQuerySlots], query_empty[kQuerySlots];
-  Mbarrier key_full[Config::kStages], key_empty[Config::kStages];
-  Mbarrier value_full[Config::kStages], value_empty[Config::kStages];
+  Mbarrier key_full[Config::kKeySlots], key_empty[Config::kKeySlots];
+  Mbarrier value_full[Config::kValueSlots], value_empty[Config::kValueSlots];
   Mbarrier value_tail;  // a V block whose tail the load warp zeroes before it hands the block over
-  Step steps[Config::kStages];  // of the K blocks
+  Step steps[Config::kKeySlots];  // of the K blocks
   TileInfo tiles[kQuerySlots];
   Work work[kWorkSlots];
+};
+
+// What happens to a score before its maximum is sought.
+enum class Transform : int32_t {
+  kNone = 0,
+  kScale = 1,  // f(s) = s * inner_scale, which need not be positive
+  kCap = 2,    // f(s) = softcap * tanh(s * inner_scale)
 };
 
 // What the launch passes to the kernel, by value: the descriptors must lie in parameter memory.
@@ -111,8 +123,9 @@ struct KernelParams {
   // Keys: pages of page_size tokens, fetched in boxes of box_rows tokens; or one box of kBlockKeys tokens.
   const int32_t* block_table;  // null: not paged
   int64_t block_table_stride;
-  int32_t page_size;
-  int32_t box_rows;
+  cutlass::FastDivmod page_size;
+  int32_t box_rows;  // 1 << box_shift
+  int32_t box_shift;
   bool keys_packed;
   bool tails_are_zero;  // TMA itself reads zeros past a sequence's end
   // Output. Tiles that are not whole, and outputs that TMA cannot address, are stored by the threads.
@@ -121,11 +134,11 @@ struct KernelParams {
   bool store_by_tma;
   float* lse;
   int64_t lse_batch_stride, lse_head_stride;
-  // s -> exp2(scale_log2 * s). With `transform`, s is first made softcap * tanh(s * inner_scale) (or s * inner_scale).
+  // A score s counts exp2(scale_log2 * f(s)).
+  Transform transform;
   float scale_log2;
-  bool transform;
   float inner_scale;
-  float softcap;  // 0: none
+  float softcap;
 };
 
 }  // namespace bsfa::cuda::attn::sm90

@@ -3,7 +3,7 @@
 // Tile      128 query rows x 128 keys; a CTA works on one (tile, query head) after the other until the queue is empty.
 // Roles     warpgroup 0: warp 0 fetches by TMA (load.h), warp 1 hands out tiles (schedule.h, load.h), warps 2 and 3 leave;
 //           warpgroups 1 and 2 compute 64 rows each (compute.h) and store them (store.h).
-// Memory    two query tiles, kStages K blocks and V blocks, one output tile (config.h).
+// Memory    two query tiles, whose slots also stage the output; rings of K and of V blocks (config.h).
 // Waits     each ring has full and empty mbarriers; a K slot's barrier also guards its Step, a query slot's its TileInfo.
 //           Consumers wait for K, V and queries; the load warp for free slots and for work; nobody for the host.
 #pragma once
@@ -32,9 +32,11 @@ __global__ void __launch_bounds__(kThreads, 1) attention_kernel(const __grid_con
       shared.query_full[i].init(1);
       shared.query_empty[i].init(kConsumerWarps);
     }
-    for (int i = 0; i < Config::kStages; ++i) {
+    for (int i = 0; i < Config::kKeySlots; ++i) {
       shared.key_full[i].init(1);
       shared.key_empty[i].init(kConsumerWarps);
+    }
+    for (int i = 0; i < Config::kValueSlots; ++i) {
       shared.value_full[i].init(1);
       shared.value_empty[i].init(kConsumerWarps);
     }
@@ -59,7 +61,7 @@ __global__ void __launch_bounds__(kThreads, 1) attention_kernel(const __grid_con
 }
 
 template <class Config>
-cudaError_t launch(const KernelParams& params, int num_ctas, cudaStream_t stream) {
+cudaError_t launch_kernel(const KernelParams& params, int num_ctas, cudaStream_t stream) {
   constexpr int kBytes = sizeof(SharedStorage<Config>);
   static_assert(kBytes <= 227 * 1024, "shared memory of one SM");
   const auto kernel = attention_kernel<Config>;
@@ -67,6 +69,12 @@ cudaError_t launch(const KernelParams& params, int num_ctas, cudaStream_t stream
   if (error != cudaSuccess) return error;
   kernel<<<num_ctas, kThreads, kBytes, stream>>>(params);
   return cudaGetLastError();
+}
+
+template <typename Element, int kHeadDim>
+cudaError_t launch(const KernelParams& params, int num_ctas, cudaStream_t stream) {
+  return params.transform == Transform::kNone ? launch_kernel<Config<Element, kHeadDim, false>>(params, num_ctas, stream)
+                                              : launch_kernel<Config<Element, kHeadDim, true>>(params, num_ctas, stream);
 }
 
 }  // namespace bsfa::cuda::attn::sm90

@@ -88,12 +88,12 @@ __device__ void schedule(SharedStorage<Config>& shared, const KernelParams& p) {
 }
 
 // Fetches one tile after the other. V runs one block behind K, also from one tile to the next, which is the order in
-// which the consumers want them.
+// which the consumers want them. All that can be is computed before a slot is waited for: what follows the wait is latency.
 template <class Config>
 class Loader {
  public:
   __device__ Loader(SharedStorage<Config>& shared, const KernelParams& p)
-      : shared_(shared), p_(p), lane_(threadIdx.x % 32) {}
+      : shared_(shared), p_(p), lane_(threadIdx.x % 32), first_copy_(copy(lane_)) {}
 
   __device__ void run() {
     RingPosition<kWorkSlots> work_slot;
@@ -120,143 +120,175 @@ class Loader {
  private:
   // Where the keys of one sequence and KV head lie.
   struct Keys {
-    int32_t first_token;  // coordinate of key 0 (not paged)
-    int32_t batch;
-    int32_t head;
-    int32_t seqlen;
     const int32_t* pages;
+    int32_t first_token;  // coordinate of key 0, if not paged
+    int32_t batch;        // likewise
+    int32_t head;
   };
-  struct PendingValue {
+  // One TMA copy of a block: a box of rows, of one half of the columns unless the box is the whole block.
+  struct Copy {
+    int32_t row;
+    int32_t half;
+    int32_t offset;  // in the slot, bytes
+  };
+  struct Place {
+    int32_t token;
+    int32_t batch;
+  };
+  struct Block {
     Keys keys;
-    int32_t first_key = -1;
+    int32_t first_key;
+    int32_t valid;   // keys of the sequence in it; none: nothing is fetched
+    int32_t copies;  // 0: there is no block
+    uint32_t bytes;
+    Place place;  // of this lane's first copy
   };
 
+  __device__ Copy copy(int32_t i) const {
+    if (p_.box_rows == kBlockKeys) return {0, 0, 0};
+    const int32_t row = i / Config::kHalves << p_.box_shift, half = i % Config::kHalves;
+    return {row, half, half * Config::kBoxBytes + row * kBoxColumns * 2};
+  }
+
+  __device__ Place place_of(const Keys& keys, int32_t token) const {
+    if (p_.block_table == nullptr) return {keys.first_token + token, keys.batch};
+    int page, slot;
+    p_.page_size(page, slot, token);
+    return {slot, __ldg(keys.pages + page)};
+  }
+
+  __device__ Block block_at(const Keys& keys, int32_t first_key, int32_t seqlen) const {
+    Block block{keys, first_key, seqlen - first_key, 0, 0, {}};
+    if (p_.box_rows == kBlockKeys) {
+      block.copies = block.valid > 0;
+      block.bytes = block.valid > 0 ? Config::kTileBytes : 0;
+    } else {
+      const int32_t boxes = (max(min(block.valid, kBlockKeys), 0) + p_.box_rows - 1) >> p_.box_shift;
+      block.copies = boxes * Config::kHalves;
+      block.bytes = (boxes << p_.box_shift) * (Config::kHeadDim * 2);
+    }
+    if (lane_ < block.copies) block.place = place_of(keys, first_key + first_copy_.row);
+    return block;
+  }
+
   __device__ void load_tile(const TileRow& tile, int32_t head, BlockWalk& walk) {
-    const Keys keys{tile.key_token, p_.keys_packed ? 0 : tile.sequence, head / p_.heads_per_kv_head, tile.seqlen_k,
-                    p_.block_table + tile.sequence * p_.block_table_stride};
-    int32_t block = walk.next();
-    prefetch_pages(keys, block);
+    const Keys keys{p_.block_table + tile.sequence * p_.block_table_stride, tile.key_token,
+                    p_.keys_packed ? 0 : tile.sequence, head / p_.heads_per_kv_head};
+    int32_t index = walk.next();
+    prefetch_pages(keys, index, tile.seqlen_k);
 
     shared_.query_empty[query_.slot].wait(query_.parity ^ 1);
     if (lane_ == 0) {
       shared_.tiles[query_.slot] = {tile, head};
       Mbarrier& full = shared_.query_full[query_.slot];
       full.arrive_expect(Config::kTileBytes);
-      for (int half = 0; half < Config::kHalves; ++half) {
-        load_box(p_.q, full, shared_.query[query_.slot] + half * Config::kBoxBytes, cute::TMA::CacheHintSm90::EVICT_FIRST,
-                 half, tile.query_token, head, tile.query_batch);
-      }
+      load_box(p_.q, full, shared_.query[query_.slot], cute::TMA::CacheHintSm90::EVICT_FIRST, 0, tile.query_token, head,
+               tile.query_batch);
     }
     query_.advance();
 
     // A tile that keeps nothing visits one block of which no key is seen: its output is written like any other.
     uint32_t flags = kFirst;
     do {
-      const int32_t first_key = block < 0 ? tile.seqlen_k : block * kBlockKeys;
-      const int32_t following = block < 0 ? -1 : walk.next();
-      prefetch_pages(keys, following);
-      if (following < 0) flags |= kLast;
-      if (is_masked(tile, first_key)) flags |= kMasked;
+      const Block block = block_at(keys, index < 0 ? tile.seqlen_k : index * kBlockKeys, tile.seqlen_k);
+      index = index < 0 ? -1 : walk.next();
+      prefetch_pages(keys, index, tile.seqlen_k);
+      flags |= (index < 0 ? kLast : 0) | (is_masked(tile, block) ? kMasked : 0);
 
       shared_.key_empty[key_.slot].wait(key_.parity ^ 1);
       Mbarrier& full = shared_.key_full[key_.slot];
       if (lane_ == 0) {
-        shared_.steps[key_.slot] = {first_key, flags};
-        full.arrive_expect(block_bytes(keys, first_key));
+        shared_.steps[key_.slot] = {block.first_key, flags};
+        full.arrive_expect(block.bytes);
       }
       __syncwarp();
-      load_block(p_.k, keys, first_key, full, shared_.key[key_.slot]);
+      load_block(p_.k, block, full, shared_.key[key_.slot]);
       key_.advance();
 
       load_pending_value();
-      pending_.keys = keys;
-      pending_.first_key = first_key;
-      block = following;
+      pending_ = block;
+      pending_is_owed_ = true;
       flags = 0;
-    } while (block >= 0);
+    } while (index >= 0);
   }
 
-  __device__ bool is_masked(const TileRow& tile, int32_t first_key) const {
-    if (first_key + kBlockKeys > tile.seqlen_k) return true;
-    if (!p_.causal) return false;
-    return first_key + kBlockKeys - 1 > tile.position + tile.row_begin ||
-           (p_.window_left >= 0 && first_key < tile.position + tile.row_end - 1 - p_.window_left);
+  __device__ bool is_masked(const TileRow& tile, const Block& block) const {
+    const int32_t last = block.first_key + kBlockKeys - 1;
+    return block.valid < kBlockKeys || (p_.causal && last > tile.position + tile.row_begin) ||
+           (p_.window_left >= 0 && block.first_key < tile.position + tile.row_end - 1 - p_.window_left);
   }
 
   __device__ void load_pending_value() {
-    const int32_t first_key = pending_.first_key;
-    if (first_key < 0) return;
+    if (!pending_is_owed_) return;
+    const Block& block = pending_;
     shared_.value_empty[value_.slot].wait(value_.parity ^ 1);
     Mbarrier& full = shared_.value_full[value_.slot];
     char* target = shared_.value[value_.slot];
-    const int32_t valid = pending_.keys.seqlen - first_key;
     // Rows past the sequence's end meet probabilities of zero, but zero times NaN is NaN: they must be zeros.
-    const bool zero_tail = valid < kBlockKeys && (valid <= 0 || !p_.tails_are_zero);
-    Mbarrier& arrived = zero_tail ? shared_.value_tail : full;
-    if (lane_ == 0) arrived.arrive_expect(block_bytes(pending_.keys, first_key));
-    __syncwarp();
-    load_block(p_.v, pending_.keys, first_key, arrived, target);
-    if (zero_tail) {
-      arrived.wait(tail_parity_);
-      tail_parity_ ^= 1;
-      constexpr int kPieces = kBoxColumns * 2 / 16;  // of 16 bytes in a row
-      for (int i = max(valid, 0) * kPieces + lane_; i < kBlockKeys * kPieces; i += 32) {
-        for (int half = 0; half < Config::kHalves; ++half) {
-          *reinterpret_cast<uint4*>(target + half * Config::kBoxBytes + i * 16) = make_uint4(0, 0, 0, 0);
-        }
-      }
-      fence_async_proxy();
+    if (block.valid < kBlockKeys && (block.valid <= 0 || !p_.tails_are_zero)) {
+      load_tail(block, full, target);
+    } else {
+      if (lane_ == 0) full.arrive_expect(block.bytes);
       __syncwarp();
-      if (lane_ == 0) full.arrive();
+      load_block(p_.v, block, full, target);
     }
     value_.advance();
   }
 
-  // Boxes (of all tokens' rows) that a block is fetched in.
-  __device__ int32_t num_boxes(const Keys& keys, int32_t first_key) const {
-    return ceil_div(max(min(keys.seqlen - first_key, kBlockKeys), 0), p_.box_rows);
-  }
-  __device__ uint32_t block_bytes(const Keys& keys, int32_t first_key) const {
-    return num_boxes(keys, first_key) * p_.box_rows * (Config::kHeadDim * 2);
+  // Fetches a V block, zeroes the rows past the end, and only then hands it over.
+  __device__ void load_tail(const Block& block, Mbarrier& full, char* target) {
+    if (lane_ == 0) shared_.value_tail.arrive_expect(block.bytes);
+    __syncwarp();
+    load_block(p_.v, block, shared_.value_tail, target);
+    shared_.value_tail.wait(tail_parity_);
+    tail_parity_ ^= 1;
+    constexpr int kPieces = kBoxColumns * 2 / 16;  // of 16 bytes in a row
+    for (int i = max(block.valid, 0) * kPieces + lane_; i < kBlockKeys * kPieces; i += 32) {
+      for (int half = 0; half < Config::kHalves; ++half) {
+        *reinterpret_cast<uint4*>(target + half * Config::kBoxBytes + i * 16) = make_uint4(0, 0, 0, 0);
+      }
+    }
+    fence_async_proxy();
+    __syncwarp();
+    if (lane_ == 0) full.arrive();
   }
 
-  __device__ void load_block(const CUtensorMap& map, const Keys& keys, int32_t first_key, Mbarrier& full, char* target) {
-    const int32_t copies = num_boxes(keys, first_key) * Config::kHalves;
-    for (int32_t i = lane_; i < copies; i += 32) {
-      const int32_t row = i / Config::kHalves * p_.box_rows, half = i % Config::kHalves;
-      int32_t token = first_key + row, batch = keys.batch;
-      if (p_.block_table != nullptr) {
-        const int32_t page = token / p_.page_size;
-        token -= page * p_.page_size;
-        batch = __ldg(keys.pages + page);
-      } else {
-        token += keys.first_token;
-      }
-      load_box(map, full, target + half * Config::kBoxBytes + row * (kBoxColumns * 2), cute::TMA::CacheHintSm90::EVICT_LAST,
-               half, token, keys.head, batch);
+  // Each lane issues its share of a block's copies.
+  __device__ void load_block(const CUtensorMap& map, const Block& block, Mbarrier& full, char* target) {
+    constexpr auto kHint = cute::TMA::CacheHintSm90::EVICT_LAST;
+    if (lane_ < block.copies) {
+      load_box(map, full, target + first_copy_.offset, kHint, first_copy_.half, block.place.token, block.keys.head,
+               block.place.batch);
+    }
+#pragma unroll 1
+    for (int32_t i = lane_ + 32; i < block.copies; i += 32) {  // boxes of few rows
+      const Copy next = copy(i);
+      const Place place = place_of(block.keys, block.first_key + next.row);
+      load_box(map, full, target + next.offset, kHint, next.half, place.token, block.keys.head, place.batch);
     }
   }
 
   // Brings the page numbers of a block near, one block before they are needed.
-  __device__ void prefetch_pages(const Keys& keys, int32_t block) const {
-    if (p_.block_table == nullptr || block < 0) return;
-    const int32_t token = block * kBlockKeys + lane_ * (kBlockKeys / 32);
-    if (token >= keys.seqlen) return;
-    asm volatile("prefetch.global.L1 [%0];" ::"l"(keys.pages + token / p_.page_size));
+  __device__ void prefetch_pages(const Keys& keys, int32_t index, int32_t seqlen) const {
+    if (p_.block_table == nullptr || index < 0) return;
+    const int32_t token = index * kBlockKeys + lane_ * (kBlockKeys / 32);
+    if (token < seqlen) asm volatile("prefetch.global.L1 [%0];" ::"l"(keys.pages + p_.page_size.div(token)));
   }
 
   static __device__ void load_box(const CUtensorMap& map, Mbarrier& full, char* target, cute::TMA::CacheHintSm90 hint,
                                   int32_t half, int32_t token, int32_t head, int32_t batch) {
-    cute::SM90_TMA_LOAD_4D::copy(&map, &full.state, static_cast<uint64_t>(hint), target, half * kBoxColumns, token, head,
-                                 batch);
+    cute::SM90_TMA_LOAD_5D::copy(&map, &full.state, static_cast<uint64_t>(hint), target, 0, token, half, head, batch);
   }
 
   SharedStorage<Config>& shared_;
   const KernelParams& p_;
   const int lane_;
+  const Copy first_copy_;  // of this lane, in every block
   RingPosition<kQuerySlots> query_;
-  RingPosition<Config::kStages> key_, value_;
-  PendingValue pending_;
+  RingPosition<Config::kKeySlots> key_;
+  RingPosition<Config::kValueSlots> value_;
+  Block pending_;  // whose V is still owed
+  bool pending_is_owed_ = false;
   uint32_t tail_parity_ = 0;
 };
 

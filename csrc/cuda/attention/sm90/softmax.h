@@ -11,9 +11,14 @@ namespace bsfa::cuda::attn::sm90 {
 constexpr int kScores = kBlockKeys / 2;  // per thread
 constexpr int kColumnTiles = kBlockKeys / 8;
 
+// Both in units of log2: a score counts 2^(scale * score - base). The base is the row's largest scaled score at some time,
+// not always the latest: as long as no score outgrows it by more than kHeadroom, nothing overflows, and what was summed
+// need not be rescaled (the idea is FlashAttention-4's).
+constexpr float kHeadroom = 8.0f;
+
 struct SoftmaxRows {
-  float max[2];  // of the scores seen so far, before scaling
-  float sum[2];  // of this thread's share of the exponentials
+  float base[2];  // -inf: the row has seen nothing
+  float sum[2];   // this thread's share
 };
 
 // Scores beyond the row's limits become -inf, whatever they were. `first_row`: of this thread, in the tile.
@@ -25,67 +30,106 @@ __device__ __forceinline__ void mask_scores(Tensor& s, const TileRow& tile, int3
   for (int r = 0; r < 2; ++r) {
     const int32_t position = tile.position + first_row + 8 * r;
     const int32_t end = (causal ? min(position + 1, tile.seqlen_k) : tile.seqlen_k) - first_key - first_column;
-#pragma unroll
-    for (int j = 0; j < kColumnTiles; ++j) {
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        if (8 * j + c >= end) s(4 * j + 2 * r + c) = -INFINITY;
-      }
-    }
-    if (window_left < 0) continue;
-    const int32_t begin = position - window_left - first_key - first_column;
-#pragma unroll
-    for (int j = 0; j < kColumnTiles; ++j) {
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        if (8 * j + c < begin) s(4 * j + 2 * r + c) = -INFINITY;
-      }
-    }
-  }
-}
-
-template <class Tensor>
-__device__ __forceinline__ void transform_scores(Tensor& s, float inner_scale, float softcap) {
-#pragma unroll
-  for (int i = 0; i < kScores; ++i) s(i) *= inner_scale;
-  if (softcap == 0.0f) return;
-#pragma unroll
-  for (int i = 0; i < kScores; ++i) {
-    // tanh through exp: the tanh instruction's error of 2^-11, times the cap, would show in the result.
-    const float e = exp2f(s(i) * (2.0f * 1.4426950408889634f));
-    s(i) = softcap * (1.0f - __fdividef(2.0f, e + 1.0f));
-  }
-}
-
-// Turns scores into exponentials, in place, and takes them into `rows`. `first`: nothing was seen before. `rescale`: what
-// the exponentials summed so far must be multiplied by. A row that has seen only -inf keeps max -inf and sum 0.
-template <class Tensor>
-__device__ __forceinline__ void softmax_step(Tensor& s, SoftmaxRows& rows, float (&rescale)[2], bool first,
-                                             float scale_log2) {
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const float before = first ? -INFINITY : rows.max[r];
-    float top = fmaxf(s(2 * r), s(2 * r + 1));
-#pragma unroll
-    for (int j = 1; j < kColumnTiles; ++j) top = fmaxf(top, fmaxf(s(4 * j + 2 * r), s(4 * j + 2 * r + 1)));
-    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
-    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
-    top = fmaxf(top, before);
-    rows.max[r] = top;
-    const float base = top == -INFINITY ? 0.0f : top * scale_log2;
-    rescale[r] = exp2f(before * scale_log2 - base);
-    float sum = 0.0f;
+    const int32_t begin = window_left < 0 ? 0 : position - window_left - first_key - first_column;
 #pragma unroll
     for (int j = 0; j < kColumnTiles; ++j) {
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         float& x = s(4 * j + 2 * r + c);
-        x = exp2f(x * scale_log2 - base);
-        sum += x;
+        x = 8 * j + c < end && 8 * j + c >= begin ? x : -INFINITY;
       }
     }
-    rows.sum[r] = first ? sum : rows.sum[r] * rescale[r] + sum;
   }
+}
+
+template <class Tensor>
+__device__ __forceinline__ void scale_scores(Tensor& s, float scale) {
+#pragma unroll
+  for (int i = 0; i < kScores; ++i) s(i) *= scale;
+}
+
+// s -> cap * tanh(s), through exp: the tanh instruction's error of 2^-11, times the cap, would show in the result.
+template <class Tensor>
+__device__ __forceinline__ void cap_scores(Tensor& s, float cap) {
+#pragma unroll
+  for (int i = 0; i < kScores; ++i) {
+    const float e = exp2f(s(i) * (2.0f * 1.4426950408889634f));
+    s(i) = cap * (1.0f - __fdividef(2.0f, e + 1.0f));
+  }
+}
+
+__device__ __forceinline__ float max_over_quad(float x) {
+  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+}
+
+template <class Tensor>
+__device__ __forceinline__ float max_of_row(const Tensor& s, int r) {
+  float tops[4];
+#pragma unroll
+  for (int j = 0; j < kColumnTiles; ++j) {
+    const float pair = fmaxf(s(4 * j + 2 * r), s(4 * j + 2 * r + 1));
+    tops[j % 4] = j < 4 ? pair : fmaxf(tops[j % 4], pair);
+  }
+  return fmaxf(fmaxf(tops[0], tops[1]), fmaxf(tops[2], tops[3]));
+}
+
+// s -> 2^s; returns the sums of the two rows.
+template <class Tensor>
+__device__ __forceinline__ void exponentials(Tensor& s, float (&sum)[2]) {
+  sum[0] = sum[1] = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kScores; ++i) {
+    s(i) = exp2f(s(i));
+    sum[i / 2 % 2] += s(i);
+  }
+}
+
+// Any step: scores may be -inf, rows may have seen nothing (or nothing yet, if `first`). Turns scores into exponentials and
+// takes them into `rows`; what was summed before must be multiplied by `rescale`. True if all rows of the warp have seen
+// something.
+template <class Tensor>
+__device__ __forceinline__ bool softmax_any(Tensor& s, SoftmaxRows& rows, float (&rescale)[2], bool first, float scale) {
+  float minus[2], sum[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const float before = first ? -INFINITY : rows.base[r];
+    rows.base[r] = fmaxf(before, max_over_quad(max_of_row(s, r)) * scale);
+    minus[r] = rows.base[r] == -INFINITY ? 0.0f : -rows.base[r];
+    rescale[r] = exp2f(before + minus[r]);
+  }
+#pragma unroll
+  for (int i = 0; i < kScores; ++i) s(i) = s(i) * scale + minus[i / 2 % 2];
+  exponentials(s, sum);
+#pragma unroll
+  for (int r = 0; r < 2; ++r) rows.sum[r] = first ? sum[r] : rows.sum[r] * rescale[r] + sum[r];
+  return __all_sync(0xffffffffu, rows.base[0] != -INFINITY && rows.base[1] != -INFINITY);
+}
+
+// The usual step: all scores count, and all rows have a base. True if it had to be raised, and `rescale` applies.
+template <class Tensor>
+__device__ __forceinline__ bool softmax_plain(Tensor& s, SoftmaxRows& rows, float (&rescale)[2], float scale) {
+#pragma unroll
+  for (int i = 0; i < kScores; ++i) s(i) = s(i) * scale - rows.base[i / 2 % 2];
+  float top[2] = {max_of_row(s, 0), max_of_row(s, 1)};
+  const bool raise = __any_sync(0xffffffffu, fmaxf(top[0], top[1]) > kHeadroom);
+  if (raise) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float by = fmaxf(max_over_quad(top[r]), 0.0f);
+      rows.base[r] += by;
+      rescale[r] = exp2f(-by);
+      rows.sum[r] *= rescale[r];
+      top[r] = by;
+    }
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) s(i) -= top[i / 2 % 2];
+  }
+  float sum[2];
+  exponentials(s, sum);
+  rows.sum[0] += sum[0];
+  rows.sum[1] += sum[1];
+  return raise;
 }
 
 }  // namespace bsfa::cuda::attn::sm90

@@ -1,4 +1,4 @@
-// Writes a finished tile: out = O / sum, lse = max * scale + log(sum). Each warp stores its own 16 rows and waits for no
+// Writes a finished tile: out = O / sum, lse = ln 2 * (base + log2(sum)). Each warp stores its own 16 rows and waits for no
 // other warp: through shared memory and TMA where all 16 belong to the sequence, else from registers, row by row.
 #pragma once
 
@@ -23,9 +23,10 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
   return reinterpret_cast<const uint32_t&>(packed);
 }
 
+// `buffer`: the tile's query slot, whose queries are done with. TMA may still read it when this returns.
 template <class Config, class Tensor>
-__device__ __forceinline__ void store_tile(SharedStorage<Config>& shared, const KernelParams& p, const TileInfo& info,
-                                           int warp, const Tensor& o, const SoftmaxRows& rows) {
+__device__ __forceinline__ void store_tile(char* buffer, const KernelParams& p, const TileInfo& info, int warp,
+                                           const Tensor& o, const SoftmaxRows& rows) {
   using Element = typename Config::Element;
   constexpr int kColumnTiles = Config::kHeadDim / 8;
   const int lane = threadIdx.x % 32;
@@ -42,7 +43,7 @@ __device__ __forceinline__ void store_tile(SharedStorage<Config>& shared, const 
     inverse[r] = sum == 0.0f ? 0.0f : 1.0f / sum;
     const int row = first_row + lane / 4 + 8 * r;
     if (lane % 4 == 0 && row >= tile.row_begin && row < tile.row_end) {
-      const float natural = (rows.max[r] * p.scale_log2 + log2f(sum)) * 0.6931471805599453f;
+      const float natural = (rows.base[r] + log2f(sum)) * 0.6931471805599453f;
       p.lse[batch * p.lse_batch_stride + head * p.lse_head_stride + tile.query_token + row] =
           sum == 0.0f ? -INFINITY : natural;
     }
@@ -52,22 +53,21 @@ __device__ __forceinline__ void store_tile(SharedStorage<Config>& shared, const 
     return pack<Element>(o(4 * j + 2 * r) * inverse[r], o(4 * j + 2 * r + 1) * inverse[r]);
   };
   if (p.store_by_tma && first_row >= tile.row_begin && first_row + kStoreRows <= tile.row_end) {
-    auto& buffer = shared.out[warp];
-    if (lane == 0) cute::tma_store_wait<0>();  // the warp's last tile has left the buffer
-    __syncwarp();
+    constexpr int kRowBytes = kBoxColumns * 2;
+    char* first = buffer + first_row * kRowBytes;
     // Lane i addresses rows 0-7 or 8-15 (i / 8 % 2) of column tiles j or j + 1 (i / 16), 16 bytes each, swizzled.
     const int row = lane % 16;
 #pragma unroll
     for (int j = 0; j < kColumnTiles; j += 2) {
       const int half = j / 8, piece = (j % 8 + lane / 16) ^ (row % 8);
-      store_matrices(shared_address(&buffer[half][row][piece * 16]), packed(j, 0), packed(j, 1), packed(j + 1, 0),
-                     packed(j + 1, 1));
+      store_matrices(shared_address(first + half * Config::kBoxBytes + row * kRowBytes + piece * 16), packed(j, 0),
+                     packed(j, 1), packed(j + 1, 0), packed(j + 1, 1));
     }
     fence_async_proxy();
     __syncwarp();
     if (lane == 0) {
       for (int half = 0; half < Config::kHalves; ++half) {
-        cute::SM90_TMA_STORE_4D::copy(&p.out, &buffer[half], half * kBoxColumns, token, head, batch);
+        cute::SM90_TMA_STORE_5D::copy(&p.out, first + half * Config::kBoxBytes, 0, token, half, head, batch);
       }
       cute::tma_store_arrive();
     }
