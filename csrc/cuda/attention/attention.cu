@@ -34,6 +34,7 @@ void set_scales(const Problem& problem, KernelParams& k) {
   const bool capped = problem.softcap != 0.0f;
   k.transform = capped ? Transform::kCap : problem.softmax_scale > 0.0f ? Transform::kNone : Transform::kScale;
   k.scale_log2 = (k.transform == Transform::kNone ? problem.softmax_scale : 1.0f) * kLog2e;
+  k.inverse_scale_log2 = 1.0f / k.scale_log2;
   k.inner_scale = capped ? problem.softmax_scale / problem.softcap : problem.softmax_scale;
   k.softcap = problem.softcap;
 }

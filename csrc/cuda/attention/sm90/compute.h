@@ -99,7 +99,6 @@ class Consumer {
 
     // Scores and exponentials of step `next`, beside the product of the step before, which was its tile's first or not.
     const auto advance = [&](const Step& next, bool before_was_first) __attribute__((always_inline)) {
-      shared_.value_full[value_.slot].wait(value_.parity);
       await_turn(warpgroup);
       issue(score_mma, query_part(_, _, _, query_.slot), key_part(_, _, _, key_.slot), s, false);
       issue(output_mma, probabilities, value_part(_, _, _, value_.slot), o, !before_was_first);
@@ -132,7 +131,6 @@ class Consumer {
       give_back_stored();
       step = await_step();
       if (step.flags & kEnd) {
-        shared_.value_full[value_.slot].wait(value_.parity);
         issue(output_mma, probabilities, value_part(_, _, _, value_.slot), o, !first);
         warpgroup_wait<0>();
         warpgroup_fence_operand(o);
@@ -151,7 +149,7 @@ class Consumer {
 
  private:
   __device__ Step await_step() const {
-    shared_.key_full[key_.slot].wait(key_.parity);
+    shared_.full[key_.slot].wait(key_.parity);
     const Step step = shared_.steps[key_.slot];
     return {step.first_key, __shfl_sync(0xffffffffu, step.flags, 0)};  // makes branches on it uniform
   }
@@ -169,7 +167,7 @@ class Consumer {
       if (p_.transform == Transform::kCap) cap_scores(s, p_.softcap);
     }
     if (!(step.flags & (kFirst | kMasked)) && rows_complete_) {
-      return softmax_plain(s, rows_, rescale, p_.scale_log2);
+      return softmax_plain(s, rows_, rescale, p_.scale_log2, p_.inverse_scale_log2);
     }
     if (step.flags & kMasked) {
       mask_scores(s, shared_.tiles[query_.slot].tile, step.first_key, warp_ * kStoreRows + lane_ / 4, p_.causal,

@@ -94,8 +94,8 @@ struct SharedStorage {
   alignas(1024) char value[Config::kValueSlots][Config::kTileBytes];
   Mbarrier work_full[kWorkSlots], work_empty[kWorkSlots];
   Mbarrier query_full[kQuerySlots], query_empty[kQuerySlots];
-  Mbarrier key_full[Config::kKeySlots], key_empty[Config::kKeySlots];
-  Mbarrier value_full[Config::kValueSlots], value_empty[Config::kValueSlots];
+  Mbarrier full[Config::kKeySlots];  // of a step: its K and the V of the step before have arrived
+  Mbarrier key_empty[Config::kKeySlots], value_empty[Config::kValueSlots];
   Mbarrier value_tail;  // a V block whose tail the load warp zeroes before it hands the block over
   Step steps[Config::kKeySlots];  // of the K blocks
   TileInfo tiles[kQuerySlots];
@@ -137,6 +137,7 @@ struct KernelParams {
   // A score s counts exp2(scale_log2 * f(s)).
   Transform transform;
   float scale_log2;
+  float inverse_scale_log2;
   float inner_scale;
   float softcap;
 };

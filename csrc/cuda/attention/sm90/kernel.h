@@ -4,8 +4,9 @@
 // Roles     warpgroup 0: warp 0 fetches by TMA (load.h), warp 1 hands out tiles (schedule.h, load.h), warps 2 and 3 leave;
 //           warpgroups 1 and 2 compute 64 rows each (compute.h) and store them (store.h).
 // Memory    two query tiles, whose slots also stage the output; rings of K and of V blocks (config.h).
-// Waits     each ring has full and empty mbarriers; a K slot's barrier also guards its Step, a query slot's its TileInfo.
-//           Consumers wait for K, V and queries; the load warp for free slots and for work; nobody for the host.
+// Waits     each ring has full and empty mbarriers. A step's full barrier stands for its K, its Step, and the V of the step
+//           before, which the consumers want together; a query slot's also guards its TileInfo. Consumers wait for steps
+//           and queries; the load warp for free slots and for work; nobody for the host.
 #pragma once
 
 #include <cutlass/arch/reg_reconfig.h>
@@ -33,13 +34,10 @@ __global__ void __launch_bounds__(kThreads, 1) attention_kernel(const __grid_con
       shared.query_empty[i].init(kConsumerWarps);
     }
     for (int i = 0; i < Config::kKeySlots; ++i) {
-      shared.key_full[i].init(1);
+      shared.full[i].init(2);
       shared.key_empty[i].init(kConsumerWarps);
     }
-    for (int i = 0; i < Config::kValueSlots; ++i) {
-      shared.value_full[i].init(1);
-      shared.value_empty[i].init(kConsumerWarps);
-    }
+    for (int i = 0; i < Config::kValueSlots; ++i) shared.value_empty[i].init(kConsumerWarps);
     shared.value_tail.init(1);
     fence_barrier_init();
     for (const CUtensorMap* map : {&p.q, &p.k, &p.v, &p.out}) {

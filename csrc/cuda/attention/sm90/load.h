@@ -108,13 +108,14 @@ class Loader {
       if (lane_ == 0) shared_.work_empty[work_slot.slot].arrive();
       load_tile(tile, head, walk);
     }
-    // The end, as a K block that is none; then the V block that is still owed.
+    // The end, as a step without K; the V block that is still owed comes with it.
     shared_.key_empty[key_.slot].wait(key_.parity ^ 1);
+    Mbarrier& full = shared_.full[key_.slot];
     if (lane_ == 0) {
       shared_.steps[key_.slot] = {0, kEnd};
-      shared_.key_full[key_.slot].arrive();
+      full.arrive();
     }
-    load_pending_value();
+    load_pending_value(full);
   }
 
  private:
@@ -196,7 +197,7 @@ class Loader {
       flags |= (index < 0 ? kLast : 0) | (is_masked(tile, block) ? kMasked : 0);
 
       shared_.key_empty[key_.slot].wait(key_.parity ^ 1);
-      Mbarrier& full = shared_.key_full[key_.slot];
+      Mbarrier& full = shared_.full[key_.slot];
       if (lane_ == 0) {
         shared_.steps[key_.slot] = {block.first_key, flags};
         full.arrive_expect(block.bytes);
@@ -205,7 +206,7 @@ class Loader {
       load_block(p_.k, block, full, shared_.key[key_.slot]);
       key_.advance();
 
-      load_pending_value();
+      load_pending_value(full);
       pending_ = block;
       pending_is_owed_ = true;
       flags = 0;
@@ -218,11 +219,14 @@ class Loader {
            (p_.window_left >= 0 && block.first_key < tile.position + tile.row_end - 1 - p_.window_left);
   }
 
-  __device__ void load_pending_value() {
-    if (!pending_is_owed_) return;
+  // The V of the step before; `full` is the barrier of the step that it is used in.
+  __device__ void load_pending_value(Mbarrier& full) {
+    if (!pending_is_owed_) {
+      if (lane_ == 0) full.arrive();
+      return;
+    }
     const Block& block = pending_;
     shared_.value_empty[value_.slot].wait(value_.parity ^ 1);
-    Mbarrier& full = shared_.value_full[value_.slot];
     char* target = shared_.value[value_.slot];
     // Rows past the sequence's end meet probabilities of zero, but zero times NaN is NaN: they must be zeros.
     if (block.valid < kBlockKeys && (block.valid <= 0 || !p_.tails_are_zero)) {

@@ -74,13 +74,13 @@ __device__ __forceinline__ float max_of_row(const Tensor& s, int r) {
   return fmaxf(fmaxf(tops[0], tops[1]), fmaxf(tops[2], tops[3]));
 }
 
-// s -> 2^s; returns the sums of the two rows.
+// s -> 2^(scale * s + minus), each row with its own; returns the rows' sums.
 template <class Tensor>
-__device__ __forceinline__ void exponentials(Tensor& s, float (&sum)[2]) {
+__device__ __forceinline__ void exponentials(Tensor& s, float scale, const float (&minus)[2], float (&sum)[2]) {
   sum[0] = sum[1] = 0.0f;
 #pragma unroll
   for (int i = 0; i < kScores; ++i) {
-    s(i) = exp2f(s(i));
+    s(i) = exp2f(s(i) * scale + minus[i / 2 % 2]);
     sum[i / 2 % 2] += s(i);
   }
 }
@@ -98,9 +98,7 @@ __device__ __forceinline__ bool softmax_any(Tensor& s, SoftmaxRows& rows, float 
     minus[r] = rows.base[r] == -INFINITY ? 0.0f : -rows.base[r];
     rescale[r] = exp2f(before + minus[r]);
   }
-#pragma unroll
-  for (int i = 0; i < kScores; ++i) s(i) = s(i) * scale + minus[i / 2 % 2];
-  exponentials(s, sum);
+  exponentials(s, scale, minus, sum);
 #pragma unroll
   for (int r = 0; r < 2; ++r) rows.sum[r] = first ? sum[r] : rows.sum[r] * rescale[r] + sum[r];
   return __all_sync(0xffffffffu, rows.base[0] != -INFINITY && rows.base[1] != -INFINITY);
@@ -108,25 +106,23 @@ __device__ __forceinline__ bool softmax_any(Tensor& s, SoftmaxRows& rows, float 
 
 // The usual step: all scores count, and all rows have a base. True if it had to be raised, and `rescale` applies.
 template <class Tensor>
-__device__ __forceinline__ bool softmax_plain(Tensor& s, SoftmaxRows& rows, float (&rescale)[2], float scale) {
-#pragma unroll
-  for (int i = 0; i < kScores; ++i) s(i) = s(i) * scale - rows.base[i / 2 % 2];
-  float top[2] = {max_of_row(s, 0), max_of_row(s, 1)};
-  const bool raise = __any_sync(0xffffffffu, fmaxf(top[0], top[1]) > kHeadroom);
+__device__ __forceinline__ bool softmax_plain(Tensor& s, SoftmaxRows& rows, float (&rescale)[2], float scale,
+                                              float inverse_scale) {
+  const float top[2] = {max_of_row(s, 0), max_of_row(s, 1)};
+  const bool raise = __any_sync(0xffffffffu, top[0] > (rows.base[0] + kHeadroom) * inverse_scale ||
+                                                 top[1] > (rows.base[1] + kHeadroom) * inverse_scale);
   if (raise) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float by = fmaxf(max_over_quad(top[r]), 0.0f);
-      rows.base[r] += by;
-      rescale[r] = exp2f(-by);
+      const float before = rows.base[r];
+      rows.base[r] = fmaxf(before, max_over_quad(top[r]) * scale);
+      rescale[r] = exp2f(before - rows.base[r]);
       rows.sum[r] *= rescale[r];
-      top[r] = by;
     }
-#pragma unroll
-    for (int i = 0; i < kScores; ++i) s(i) -= top[i / 2 % 2];
   }
   float sum[2];
-  exponentials(s, sum);
+  const float minus[2] = {-rows.base[0], -rows.base[1]};
+  exponentials(s, scale, minus, sum);
   rows.sum[0] += sum[0];
   rows.sum[1] += sum[1];
   return raise;
