@@ -24,9 +24,9 @@ def test_parse() -> None:
     table = limits.parse([CPU, POOL, ATTENTION, older])
     assert set(table) == {("pool_blocks", "cuda"), ("attention", "cuda")}
     half = (torch.bfloat16, torch.float16)
-    assert table["pool_blocks", "cuda"] == (limits.Limits("sm_90a", ((9, 0), (9, 0)), half, None, None),)
+    assert table["pool_blocks", "cuda"] == (limits.Limits("sm_90a", (90, 90), half, None, None),)
     first, second = table["attention", "cuda"]
-    assert first == limits.Limits("sm_90a", ((9, 0), (9, 0)), half, ((64, 64), (128, 128)), ((128, 128),))
+    assert first == limits.Limits("sm_90a", (90, 90), half, ((64, 64), (128, 128)), ((128, 128),))
     assert second == limits.Limits(
         "sm_80", ((8, 0), (8, 9)), (torch.float16,), ((1, 96), (128, 128)), ((128, 64), (64, 64))
     )
@@ -34,9 +34,9 @@ def test_parse() -> None:
 
 @pytest.mark.parametrize(
     ("arch", "capabilities"),
-    [("sm_90a", ((9, 0), (9, 0))), ("sm_86", ((8, 6), (8, 9))), ("sm_100f", ((10, 0), (10, 0)))],
+    [("sm_90a", (90, 90)), ("sm_86", (86, 89)), ("sm_100f", (100, 100))],
 )
-def test_architectures(arch: str, capabilities: tuple[tuple[int, int], tuple[int, int]]) -> None:
+def test_architectures(arch: str, capabilities: tuple[int, int]) -> None:
     assert limits.parse([{**POOL, "arch": arch}])["pool_blocks", "cuda"][0].capabilities == capabilities
 
 
@@ -59,7 +59,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fake tensors on a device 0 of capability 9.0, with the kernels of the table above."""
     monkeypatch.setitem(_library.KERNELS, "cuda", frozenset({"pool_blocks", "select_blocks", "attention"}))
     monkeypatch.setattr(limits, "LIMITS", limits.parse([POOL, ATTENTION]))
-    monkeypatch.setattr(limits, "_capability_of", {0: (9, 0)})
+    monkeypatch.setattr(limits, "_capability_of", {0: 90})
     torch.compiler.reset()
     with FakeTensorMode():
         yield
@@ -126,7 +126,7 @@ def test_refused(call: Callable[[], Any], message: str) -> None:
 @pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize("has", [(8, 0), (8, 9), (9, 1), (10, 0), (12, 0)])
 def test_other_gpus(has: tuple[int, int]) -> None:
-    limits._capability_of[0] = has
+    limits._capability_of[0] = 10 * has[0] + has[1]
     with pytest.raises(bsfa.UnsupportedError, match=rf"compiled for sm_90a.*capability {has[0]}\.{has[1]}\. Move"):
         attend()
     with pytest.raises(bsfa.UnsupportedError, match=r"'pool_blocks'.*sm_90a"):

@@ -29,19 +29,19 @@ class Limits:
     """One row of the kernel table. None: anything goes."""
 
     arch: str
-    capabilities: tuple[tuple[int, int], tuple[int, int]]  #: first and last compute capability that runs ``arch``
+    capabilities: Range  #: first and last compute capability that runs ``arch``, as 10 * major + minor
     dtypes: tuple[torch.dtype, ...]
     head_dims: tuple[Range, ...] | None
     blocks: tuple[Blocks, ...] | None
 
 
-def _capabilities(arch: str) -> tuple[tuple[int, int], tuple[int, int]]:
+def _capabilities(arch: str) -> Range:
     """sm_90a runs on 9.0 alone, sm_80 on 8.0 and later 8.x."""
     found = re.fullmatch(r"sm_(\d+)(\d)([a-z]?)", arch)
     if found is None:
         raise ValueError(f"unknown arch {arch!r} in the kernel table")
     major, minor = int(found[1]), int(found[2])
-    return (major, minor), (major, minor if found[3] else 9)
+    return 10 * major + minor, 10 * major + (minor if found[3] else 9)
 
 
 def _ranges(text: str) -> tuple[Range, ...] | None:
@@ -80,14 +80,15 @@ def parse(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str], tuple[Limits,
 
 LIMITS = parse(kernel_table())
 
-_capability_of: dict[int, tuple[int, int]] = {}
+_capability_of: dict[int, int] = {}
 
 
 @torch.compiler.assume_constant_result
-def device_capability(index: int) -> tuple[int, int]:
-    """Compute capability of a CUDA device, asked once."""
+def device_capability(index: int) -> int:
+    """Compute capability of a CUDA device as 10 * major + minor (torch 2.11 cannot compile with the tuple); asked once."""
     if index not in _capability_of:
-        _capability_of[index] = torch.cuda.get_device_capability(index)
+        major, minor = torch.cuda.get_device_capability(index)
+        _capability_of[index] = 10 * major + minor
     return _capability_of[index]
 
 
@@ -116,7 +117,7 @@ def check_limits(
     if not fit:
         raise UnsupportedError(
             f"{cannot}: its kernels are compiled for {', '.join(r.arch for r in rows)}, this device has compute "
-            f"capability {has[0]}.{has[1]}. Move the tensors to the CPU."
+            f"capability {has // 10}.{has % 10}. Move the tensors to the CPU."
         )
     rows, fit = tuple(fit), [r for r in fit if dtype in r.dtypes]
     if not fit:

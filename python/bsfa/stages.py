@@ -21,7 +21,7 @@ from torch import Tensor
 
 import bsfa.ops  # noqa: F401  fake kernels
 from bsfa._library import require_kernel
-from bsfa.block_mask import BlockMask, MaskGeometry
+from bsfa.block_mask import BlockMask
 from bsfa.errors import UnsupportedError
 from bsfa.layout import (
     Layout,
@@ -262,7 +262,7 @@ def block_sparse_attention(
     if mask is not None:
         if not isinstance(mask, BlockMask):
             raise TypeError(f"mask must be a bsfa.BlockMask or None, got {type(mask).__name__}")
-        check_geometry(mask, MaskGeometry.of(layout, mask.block_m, mask.block_n, q.device))
+        check_geometry(mask, layout, q.device)
         check_mask_heads(mask, q, k)
     if out is not None:
         check_out(out, q, k, v)

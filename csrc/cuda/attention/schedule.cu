@@ -8,16 +8,18 @@
 //          they could keep one SM busy when the others are done (more than 1 / kLongShare of an SM's share of all work)
 //          leave that order and go first, in logarithmic buckets of their length, longest first.
 //          Each warp owns one contiguous piece: count, scan, scatter. Stable, so the same inputs give the same order.
-// Memory   the words of the mask once; 4 bytes written and twice read per pair, 8 bytes written.
-// Waits    for nothing but the kernel before.
-#include "schedule.h"
-
+// Memory   the words of the mask once; 4 bytes written and thrice read per pair, 8 bytes written.
+// Waits    count for the stream; order for count, and attention for order, each launched while the one before still runs
+//          (programmatic dependent launch).
 #include <utility>
+
+#include "../common/launch.h"
+#include "schedule.h"
 
 namespace bsfa::cuda::attn {
 namespace {
 
-constexpr int kCountThreads = 128;
+constexpr int kCountThreads = 1024;
 constexpr int kOrderThreads = 1024;
 constexpr int kOrderWarps = kOrderThreads / 32;
 constexpr int kLongShare = 16;
@@ -39,16 +41,21 @@ __device__ int bucket_of(int32_t count) {
 template <int kThreads>
 __device__ int32_t inclusive_sum(int32_t value, int32_t* scratch) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const auto sum_of_lanes = [lane](int32_t x) {
 #pragma unroll
-  for (int d = 1; d < 32; d *= 2) {
-    const int32_t below = __shfl_up_sync(kAllLanes, value, d);
-    if (lane >= d) value += below;
-  }
+    for (int d = 1; d < 32; d *= 2) {
+      const int32_t below = __shfl_up_sync(kAllLanes, x, d);
+      if (lane >= d) x += below;
+    }
+    return x;
+  };
+  value = sum_of_lanes(value);
   __syncthreads();
   if (lane == 31) scratch[warp] = value;
   __syncthreads();
-  for (int w = 0; w < warp; ++w) value += scratch[w];
-  return value;
+  const int32_t warps = sum_of_lanes(lane < kThreads / 32 ? scratch[lane] : 0);
+  const int32_t before = __shfl_sync(kAllLanes, warps, max(warp - 1, 0));
+  return warp > 0 ? value + before : value;
 }
 
 struct Place {
@@ -58,8 +65,8 @@ struct Place {
 
 // Which sequence and local tile a mask row is.
 __device__ Place find_place(const Problem& problem, int32_t row) {
-  const bool alike = problem.query.cu_seqlens == nullptr && problem.kv.cu_seqlens == nullptr &&
-                     problem.kv.seqlens == nullptr;
+  const bool alike =
+      problem.query.cu_seqlens == nullptr && problem.kv.cu_seqlens == nullptr && problem.kv.seqlens == nullptr;
   if (alike) {
     const int32_t tiles = sequence_geometry(problem, 0).num_tiles();
     const int32_t sequence = row / tiles;
@@ -87,8 +94,9 @@ __device__ Place find_place(const Problem& problem, int32_t row) {
   return found;
 }
 
-__global__ void __launch_bounds__(kCountThreads) count_kernel(const __grid_constant__ AttentionParams params,
-                                                              const Workspace workspace) {
+__global__ void __launch_bounds__(kCountThreads)
+    count_kernel(const __grid_constant__ AttentionParams params, const Workspace workspace) {
+  cudaTriggerProgrammaticLaunchCompletion();
   const Problem& problem = params.problem;
   const int32_t row = blockIdx.x;
   const int32_t heads = problem.num_q_heads;
@@ -137,63 +145,68 @@ __global__ void __launch_bounds__(kCountThreads) count_kernel(const __grid_const
 }
 
 __global__ void __launch_bounds__(kOrderThreads)
-    order_kernel(const Workspace workspace, const int64_t num_rows, const int32_t heads, const int32_t group,
+    order_kernel(const Workspace workspace, const int32_t num_rows, const int32_t heads, const int32_t group,
                  const int32_t num_sms) {
-  __shared__ int32_t offsets[kBuckets][kOrderWarps];
-  __shared__ unsigned long long all_work;
+  __shared__ int32_t offsets[kOrderWarps][kBuckets];
   __shared__ int32_t scratch[kOrderWarps];
+  __shared__ unsigned long long all_work;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t total = num_rows * heads;
-  const int64_t piece = (total + kOrderThreads - 1) / kOrderThreads * 32;
-  const int64_t begin = min(warp * piece, total), end = min(begin + piece, total);
+  const int32_t total = num_rows * heads;
+  const int32_t piece = (total + kOrderThreads - 1) / kOrderThreads * 32;
+  const int32_t begin = min(warp * piece, total), end = min(begin + piece, total);
 
+  cudaTriggerProgrammaticLaunchCompletion();
   for (int i = threadIdx.x; i < kBuckets * kOrderWarps; i += kOrderThreads) (&offsets[0][0])[i] = 0;
   if (threadIdx.x == 0) all_work = 0;
   __syncthreads();
+  cudaGridDependencySynchronize();
   int64_t work = 0;
-  for (int64_t i = begin + lane; i < end; i += 32) work += max(workspace.counts[i], 0);
+#pragma unroll 4
+  for (int32_t i = begin + lane; i < end; i += 32) work += max(workspace.counts[i], 0);
   for (int d = 16; d > 0; d /= 2) work += __shfl_xor_sync(kAllLanes, work, d);
   if (lane == 0) atomicAdd(&all_work, static_cast<unsigned long long>(work));
   __syncthreads();
   const auto longest_short = static_cast<int64_t>(all_work / (static_cast<unsigned>(num_sms) * kLongShare));
   // Lanes with the same bucket find each other; the first of them counts for all.
-  const auto bucket_at = [&](int64_t i) {
+  const auto bucket_at = [&](int32_t i) {
     const int32_t count = i < end ? workspace.counts[i] : -1;
     return count < 0 ? -1 : count > longest_short ? bucket_of(count) : kBuckets - 1;
   };
-  for (int64_t i = begin + lane; i - lane < end; i += 32) {
+#pragma unroll 4
+  for (int32_t i = begin + lane; i - lane < end; i += 32) {
     const int bucket = bucket_at(i);
     const unsigned peers = __match_any_sync(kAllLanes, bucket);
-    if (bucket >= 0 && lane == __ffs(peers) - 1) offsets[bucket][warp] += __popc(peers);
+    if (bucket >= 0 && lane == __ffs(peers) - 1) offsets[warp][bucket] += __popc(peers);
     __syncwarp();
   }
   __syncthreads();
   int32_t size = 0;
   if (threadIdx.x < kBuckets) {
-    for (int w = 0; w < kOrderWarps; ++w) size += offsets[threadIdx.x][w];
+    for (int w = 0; w < kOrderWarps; ++w) size += offsets[w][threadIdx.x];
   }
   int32_t here = inclusive_sum<kOrderThreads>(size, scratch) - size;
   if (threadIdx.x == kOrderThreads - 1) *workspace.queue = {0, here + size};
   if (threadIdx.x < kBuckets) {
     for (int w = 0; w < kOrderWarps; ++w) {
-      const int32_t n = offsets[threadIdx.x][w];
-      offsets[threadIdx.x][w] = here;
+      const int32_t n = offsets[w][threadIdx.x];
+      offsets[w][threadIdx.x] = here;
       here += n;
     }
   }
   __syncthreads();
-  for (int64_t i = begin + lane; i - lane < end; i += 32) {
+#pragma unroll 4
+  for (int32_t i = begin + lane; i - lane < end; i += 32) {
     const int bucket = bucket_at(i);
     const unsigned peers = __match_any_sync(kAllLanes, bucket);
     int32_t at = 0;
-    if (bucket >= 0) at = offsets[bucket][warp] + __popc(peers & ((1u << lane) - 1));
+    if (bucket >= 0) at = offsets[warp][bucket] + __popc(peers & ((1u << lane) - 1));
     __syncwarp();
     if (bucket >= 0) {
-      if (lane == __ffs(peers) - 1) offsets[bucket][warp] += __popc(peers);
-      const int64_t row_of_group = i / group;
-      const auto kv_head = static_cast<int32_t>(row_of_group / num_rows);
-      const auto row = static_cast<int32_t>(num_rows - 1 - (row_of_group - kv_head * num_rows));
-      workspace.order[at] = {row, kv_head * group + static_cast<int32_t>(i - row_of_group * group)};
+      if (lane == __ffs(peers) - 1) offsets[warp][bucket] += __popc(peers);
+      const int32_t row_of_group = i / group;
+      const int32_t kv_head = row_of_group / num_rows;
+      const int32_t row = num_rows - 1 - (row_of_group - kv_head * num_rows);
+      workspace.order[at] = {row, kv_head * group + i - row_of_group * group};
     }
     __syncwarp();
   }
@@ -222,9 +235,10 @@ Workspace Workspace::in(void* memory, int64_t num_rows, int64_t num_heads) {
 cudaError_t make_order(const AttentionParams& params, const Workspace& workspace, int num_sms, cudaStream_t stream) {
   const Problem& problem = params.problem;
   count_kernel<<<static_cast<unsigned>(params.num_rows), kCountThreads, 0, stream>>>(params, workspace);
-  order_kernel<<<1, kOrderThreads, 0, stream>>>(workspace, params.num_rows, problem.num_q_heads,
-                                                problem.num_q_heads / problem.num_kv_heads, num_sms);
-  return cudaGetLastError();
+  const cudaError_t error = cudaGetLastError();
+  if (error != cudaSuccess) return error;
+  return launch_early(order_kernel, 1, kOrderThreads, 0, stream, workspace, static_cast<int32_t>(params.num_rows),
+                      problem.num_q_heads, problem.num_q_heads / problem.num_kv_heads, num_sms);
 }
 
 }  // namespace bsfa::cuda::attn

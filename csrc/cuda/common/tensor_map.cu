@@ -1,7 +1,7 @@
-#include "tensor_map.h"
-
 #include <algorithm>
 #include <cstdint>
+
+#include "tensor_map.h"
 
 namespace bsfa::cuda {
 namespace {
@@ -33,9 +33,9 @@ void strides_of(const TensorView& view, const TensorExtent& extent, int64_t (&by
 bool tensor_map_fits(const TensorView& view, const TensorExtent& extent) {
   int64_t bytes[3];
   strides_of(view, extent, bytes);
-  return reinterpret_cast<uintptr_t>(view.data) % kAlignment == 0 &&
-         std::all_of(bytes, bytes + 3,
-                     [](int64_t s) { return s > 0 && s % kAlignment == 0 && s < (int64_t{1} << 40); });
+  return reinterpret_cast<uintptr_t>(view.data) % kAlignment == 0 && std::all_of(bytes, bytes + 3, [](int64_t s) {
+           return s > 0 && s % kAlignment == 0 && s < (int64_t{1} << 40);
+         });
 }
 
 cudaError_t make_tensor_map(CUtensorMap* map, const TensorView& view, const TensorExtent& extent, DType dtype,

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 
 from bsfa.block_mask import BlockMask, MaskGeometry
+from bsfa.layout import Layout
 from bsfa.policies.base import Policy, Selection
 
 
@@ -28,21 +29,26 @@ class Fixed(Policy):
 
     def select(self, selection: Selection) -> BlockMask:
         """The mask, if it fits the call."""
-        geometry = MaskGeometry.of(selection.layout, self.block_m, self.block_n, selection.q.device)
-        check_geometry(self.mask, geometry)
+        check_geometry(self.mask, selection.layout, selection.q.device)
         return self.mask
 
 
-def check_geometry(mask: BlockMask, geometry: MaskGeometry) -> None:
-    """Raise ``ValueError`` unless ``mask`` was made for a call of this geometry."""
-    if mask.device != geometry.seqlens_q.device:
-        raise ValueError(f"the mask is on {mask.device} but q is on {geometry.seqlens_q.device}")
-    fits = mask.geometry.same_as(geometry)
-    if fits and mask.device.type == "cpu" and not torch.compiler.is_compiling():
-        fits = mask.geometry.same_lengths(geometry)
+def check_geometry(mask: BlockMask, layout: Layout, device: torch.device) -> None:
+    """Raise ``ValueError`` unless ``mask`` was made for a call of this layout. Makes no tensor on a GPU."""
+    if mask.device != device:
+        raise ValueError(f"the mask is on {mask.device} but q is on {device}")
+    g = mask.geometry
+    rows = layout.num_mask_rows(mask.block_m)
+    fits = (g.max_seqlen_q, g.max_seqlen_k, g.num_rows, g.causal) == (
+        layout.max_seqlen_q,
+        layout.max_seqlen_k,
+        rows,
+        layout.causal,
+    )
+    if fits and device.type == "cpu" and not torch.compiler.is_compiling():
+        fits = g.same_lengths(MaskGeometry.of(layout, mask.block_m, mask.block_n, device))
     if not fits:
-        g = geometry
         raise ValueError(
-            f"the mask does not fit this call: {mask!r} against max_seqlen_q={g.max_seqlen_q}, "
-            f"max_seqlen_k={g.max_seqlen_k}, rows={g.num_rows}, causal={g.causal}"
+            f"the mask does not fit this call: {mask!r} against max_seqlen_q={layout.max_seqlen_q}, "
+            f"max_seqlen_k={layout.max_seqlen_k}, rows={rows}, causal={layout.causal}"
         )

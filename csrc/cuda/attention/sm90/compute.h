@@ -9,7 +9,8 @@
 //   current step was its tile's last: store O; else O *= rescale
 //   P = S' in 16 bits
 //
-// The warpgroups take turns to issue (named barriers), so that one's products run under the other's softmax.
+// The warpgroups run freely; with kTakeTurns they would issue in turns ("pingpong", by named barriers), so that one's
+// products run under the other's softmax. They fall into that step by themselves, and turns only cost time.
 #pragma once
 
 #include <cutlass/numeric_conversion.h>
@@ -36,10 +37,14 @@ __device__ __forceinline__ void issue(Mma& mma, const A& a, const B& b, C& c, bo
 // Turns of the two warpgroups: named barrier kTurn + w lets warpgroup w issue.
 constexpr int kTurn = 1;
 __device__ __forceinline__ void await_turn(int warpgroup) {
-  asm volatile("bar.sync %0, %1;" ::"r"(kTurn + warpgroup), "n"(kConsumers * kWarpgroup) : "memory");
+  if constexpr (kTakeTurns) {
+    asm volatile("bar.sync %0, %1;" ::"r"(kTurn + warpgroup), "n"(kConsumers * kWarpgroup) : "memory");
+  }
 }
 __device__ __forceinline__ void give_turn(int warpgroup) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(kTurn + warpgroup), "n"(kConsumers * kWarpgroup) : "memory");
+  if constexpr (kTakeTurns) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(kTurn + warpgroup), "n"(kConsumers * kWarpgroup) : "memory");
+  }
 }
 
 template <class Config>
@@ -75,7 +80,8 @@ class Consumer {
 
     auto s = partition_fragment_C(score_mma, Shape<Int<kTileRows>, Int<kBlockKeys>>{});
     auto o = partition_fragment_C(output_mma, Shape<Int<kTileRows>, Int<Config::kHeadDim>>{});
-    // The scores' registers, in their order, are the left operand of the second product.
+    // The scores' registers, in their order, are the left operand of the second product. (A second set, filled while the
+    // tensor cores still read the first, makes the assembler serialise all products: C7513.)
     auto probabilities = make_tensor<Element>(Layout<Shape<Shape<_2, _2, _2>, _1, Int<kBlockKeys / 16>>>{});
     static_assert(size(decltype(s){}) == kScores && size(decltype(probabilities){}) == kScores);
 
@@ -83,7 +89,8 @@ class Consumer {
     float rescale[2];
 
     // The first step of all.
-    Step step = await_step();
+    await_step();
+    Step step = read_step();
     if (step.flags & kEnd) return;
     if (warpgroup == 1) give_turn(0);
     await_query();
@@ -97,16 +104,17 @@ class Consumer {
     softmax(s, step, rescale);
     convert(s, probabilities);
 
-    // Scores and exponentials of step `next`, beside the product of the step before, which was its tile's first or not.
-    const auto advance = [&](const Step& next, bool before_was_first) __attribute__((always_inline)) {
+    // The probabilities of the next step, made beside the product of the step before, which was its tile's first or not.
+    const auto advance = [&](bool before_was_first) __attribute__((always_inline)) {
       await_turn(warpgroup);
       issue(score_mma, query_part(_, _, _, query_.slot), key_part(_, _, _, key_.slot), s, false);
       issue(output_mma, probabilities, value_part(_, _, _, value_.slot), o, !before_was_first);
       give_turn(1 - warpgroup);
+      step = read_step();
       warpgroup_wait<1>();
       warpgroup_fence_operand(s);
       release(shared_.key_empty[key_.slot]);
-      const bool rescaled = softmax(s, next, rescale);
+      const bool rescaled = softmax(s, step, rescale);
       warpgroup_fence_operand(s);
       warpgroup_wait<0>();
       warpgroup_fence_operand(o);
@@ -120,17 +128,17 @@ class Consumer {
     for (;;) {
       bool first = true;
       while (!(step.flags & kLast)) {
-        step = await_step();
-        if (advance(step, first)) {
+        await_step();
+        if (advance(first)) {
 #pragma unroll
           for (int i = 0; i < size(o); ++i) o(i) *= rescale[i / 2 % 2];
         }
+        if (first) give_back_stored();
         first = false;
       }
-      // On to the next tile, whose queries may want the slot of the tile that was stored last.
-      give_back_stored();
-      step = await_step();
-      if (step.flags & kEnd) {
+      give_back_stored();  // of a tile of one step; the next tile's queries may want the slot
+      await_step();
+      if (read_step().flags & kEnd) {
         issue(output_mma, probabilities, value_part(_, _, _, value_.slot), o, !first);
         warpgroup_wait<0>();
         warpgroup_fence_operand(o);
@@ -142,14 +150,15 @@ class Consumer {
       const SoftmaxRows finished = rows_;
       query_.advance();
       await_query();
-      advance(step, first);
+      advance(first);
       finish_tile(o, finished, finished_slot);
     }
   }
 
  private:
-  __device__ Step await_step() const {
-    shared_.full[key_.slot].wait(key_.parity);
+  // The step's K, the V of the one before, and the step itself have arrived.
+  __device__ void await_step() const { shared_.full[key_.slot].wait(key_.parity); }
+  __device__ Step read_step() const {
     const Step step = shared_.steps[key_.slot];
     return {step.first_key, __shfl_sync(0xffffffffu, step.flags, 0)};  // makes branches on it uniform
   }
@@ -190,7 +199,7 @@ class Consumer {
     stored_slot_ = slot;
   }
 
-  // Gives the slot of the last stored tile back, one step later: TMA has long read it.
+  // Gives the slot of the last stored tile back, one step after it was stored: by then TMA has read it.
   __device__ void give_back_stored() {
     if (stored_slot_ < 0) return;
     if (lane_ == 0) {
@@ -211,7 +220,7 @@ class Consumer {
   RingPosition<Config::kValueSlots> value_;
   SoftmaxRows rows_{};
   bool rows_complete_ = false;  // every row of this warp has seen a key
-  int stored_slot_ = -1;  // query slot of the tile that was stored last, until it is given back
+  int stored_slot_ = -1;        // query slot of the tile that was stored last, until it is given back
 };
 
 }  // namespace bsfa::cuda::attn::sm90

@@ -1,8 +1,9 @@
 // Tiles, rings, shared memory and registers of the Hopper attention kernel, for one element type and head_dim.
 #pragma once
 
-#include <cute/tensor.hpp>
 #include <cutlass/fast_math.h>
+
+#include <cute/tensor.hpp>
 
 #include "../../common/mbarrier.h"
 #include "../../common/tensor_map.h"
@@ -21,7 +22,9 @@ constexpr int kProducerRegisters = 40;
 constexpr int kConsumerRegisters = 232;
 static_assert((kProducerRegisters + kConsumers * kConsumerRegisters) * kWarpgroup <= 65536, "the register file");
 
-constexpr int kWorkSlots = 2;   // tiles that the scheduler warp is ahead of the load warp
+constexpr bool kTakeTurns = false;  // of the consumers to issue products (compute.h)
+
+constexpr int kWorkSlots = 3;   // tiles that the scheduler warp is ahead of the slower load warp
 constexpr int kQuerySlots = 2;  // query tiles in shared memory
 constexpr int kMaskChunk = 32;  // mask words that a warp holds at once, one per lane
 
@@ -60,7 +63,7 @@ struct Config {
       Warpgroups{}));
 };
 
-// One (tile, head) pair, from the scheduler warp to the load warp.
+// One (tile, head) pair, from the scheduler warp to both load warps.
 struct Work {
   TileRow tile;
   int32_t head;  // -1: no more work
@@ -75,7 +78,7 @@ struct TileInfo {
   int32_t head;
 };
 
-// One KV block of one tile, from the load warp to both consumers: both sides read one list.
+// One KV block of one tile, from the key load warp to both consumers: both sides read one list.
 struct Step {
   int32_t first_key;
   uint32_t flags;
@@ -83,7 +86,7 @@ struct Step {
 enum StepFlags : uint32_t {
   kFirst = 1,   // of its tile
   kLast = 2,    // of its tile
-  kMasked = 4,  // some row of the tile does not see the whole block
+  kMasked = 4,  // some row of the tile does not see the whole block, or (first step) is not of the sequence
   kEnd = 8,     // no block: there is no more work
 };
 
@@ -96,7 +99,7 @@ struct SharedStorage {
   Mbarrier query_full[kQuerySlots], query_empty[kQuerySlots];
   Mbarrier full[Config::kKeySlots];  // of a step: its K and the V of the step before have arrived
   Mbarrier key_empty[Config::kKeySlots], value_empty[Config::kValueSlots];
-  Mbarrier value_tail;  // a V block whose tail the load warp zeroes before it hands the block over
+  Mbarrier value_tail;            // a V block whose tail is zeroed before it is handed over
   Step steps[Config::kKeySlots];  // of the K blocks
   TileInfo tiles[kQuerySlots];
   Work work[kWorkSlots];

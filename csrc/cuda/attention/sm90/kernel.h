@@ -1,18 +1,19 @@
 // Attention on Hopper: out[i] = sum_j softmax_j(scale * q_i . k_j) v_j over the keys j of the kept 128-token blocks.
 //
 // Tile      128 query rows x 128 keys; a CTA works on one (tile, query head) after the other until the queue is empty.
-// Roles     warpgroup 0: warp 0 fetches by TMA (load.h), warp 1 hands out tiles (schedule.h, load.h), warps 2 and 3 leave;
+// Roles     warpgroup 0: warps 0 and 1 fetch by TMA (load.h), warp 2 hands out tiles (schedule.h, load.h), warp 3 leaves;
 //           warpgroups 1 and 2 compute 64 rows each (compute.h) and store them (store.h).
 // Memory    two query tiles, whose slots also stage the output; rings of K and of V blocks (config.h).
 // Waits     each ring has full and empty mbarriers. A step's full barrier stands for its K, its Step, and the V of the step
 //           before, which the consumers want together; a query slot's also guards its TileInfo. Consumers wait for steps
-//           and queries; the load warp for free slots and for work; nobody for the host.
+//           and queries; the load warps for free slots and for work; nobody for the host.
 #pragma once
 
 #include <cutlass/arch/reg_reconfig.h>
 
 #include <algorithm>
 
+#include "../../common/launch.h"
 #include "bsfa/cuda.h"
 #include "compute.h"
 #include "load.h"
@@ -27,7 +28,7 @@ __global__ void __launch_bounds__(kThreads, 1) attention_kernel(const __grid_con
   if (threadIdx.x == 0) {
     for (int i = 0; i < kWorkSlots; ++i) {
       shared.work_full[i].init(1);
-      shared.work_empty[i].init(1);
+      shared.work_empty[i].init(2);
     }
     for (int i = 0; i < kQuerySlots; ++i) {
       shared.query_full[i].init(1);
@@ -48,8 +49,10 @@ __global__ void __launch_bounds__(kThreads, 1) attention_kernel(const __grid_con
   if (warp < 4) {
     cutlass::arch::warpgroup_reg_dealloc<kProducerRegisters>();
     if (warp == 0) {
-      Loader<Config>(shared, p).run();
+      KeyLoader<Config>(shared, p).run();
     } else if (warp == 1) {
+      ValueLoader<Config>(shared, p).run();
+    } else if (warp == 2) {
       schedule(shared, p);
     }
   } else {
@@ -65,14 +68,14 @@ cudaError_t launch_kernel(const KernelParams& params, int num_ctas, cudaStream_t
   const auto kernel = attention_kernel<Config>;
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (error != cudaSuccess) return error;
-  kernel<<<num_ctas, kThreads, kBytes, stream>>>(params);
-  return cudaGetLastError();
+  return launch_early(kernel, num_ctas, kThreads, kBytes, stream, params);
 }
 
 template <typename Element, int kHeadDim>
 cudaError_t launch(const KernelParams& params, int num_ctas, cudaStream_t stream) {
-  return params.transform == Transform::kNone ? launch_kernel<Config<Element, kHeadDim, false>>(params, num_ctas, stream)
-                                              : launch_kernel<Config<Element, kHeadDim, true>>(params, num_ctas, stream);
+  return params.transform == Transform::kNone
+             ? launch_kernel<Config<Element, kHeadDim, false>>(params, num_ctas, stream)
+             : launch_kernel<Config<Element, kHeadDim, true>>(params, num_ctas, stream);
 }
 
 }  // namespace bsfa::cuda::attn::sm90

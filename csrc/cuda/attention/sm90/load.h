@@ -1,4 +1,4 @@
-// The two producer warps: one hands out tiles, one walks their masks and fetches queries, keys and values by TMA.
+// The producer warps: one hands out tiles; two walk their masks and fetch, by TMA, queries and keys, and values.
 #pragma once
 
 #include "config.h"
@@ -48,11 +48,12 @@ class BlockWalk {
   uint32_t word_;
 };
 
-// Takes pairs from the queue, one tile ahead of the load warp, so that none of these reads is waited for.
+// Takes pairs from the queue, one tile ahead of the load warps, so that none of these reads is waited for.
 template <class Config>
 __device__ void schedule(SharedStorage<Config>& shared, const KernelParams& p) {
   const int lane = threadIdx.x % 32;
   const Workspace& workspace = p.workspace;
+  cudaGridDependencySynchronize();  // everything else in this kernel waits for this warp's work
   const int32_t total = workspace.queue->total;
   RingPosition<kWorkSlots> slot;
   for (int32_t index = blockIdx.x;; slot.advance()) {
@@ -72,7 +73,8 @@ __device__ void schedule(SharedStorage<Config>& shared, const KernelParams& p) {
     const BlockRange range = visible_range(tile, p.causal, p.window_left);
     const int32_t* words = nullptr;
     if (p.words != nullptr) {
-      words = p.words + (static_cast<int64_t>(pair.row) * p.mask_heads + pair.head / p.heads_per_mask_head) * p.num_words;
+      words =
+          p.words + (static_cast<int64_t>(pair.row) * p.mask_heads + pair.head / p.heads_per_mask_head) * p.num_words;
     }
     work.chunk[lane] = BlockWalk::load(words, range, BlockWalk::last_chunk(range), lane);
     if (lane == 0) {
@@ -87,38 +89,46 @@ __device__ void schedule(SharedStorage<Config>& shared, const KernelParams& p) {
   }
 }
 
-// Fetches one tile after the other. V runs one block behind K, also from one tile to the next, which is the order in
-// which the consumers want them. All that can be is computed before a slot is waited for: what follows the wait is latency.
+// What the two load warps have in common: they walk the same tiles and blocks, one fetching queries and keys, the other
+// values. All that can be is computed before a slot is waited for: what follows the wait is latency.
 template <class Config>
 class Loader {
  public:
-  __device__ Loader(SharedStorage<Config>& shared, const KernelParams& p)
-      : shared_(shared), p_(p), lane_(threadIdx.x % 32), first_copy_(copy(lane_)) {}
-
-  __device__ void run() {
-    RingPosition<kWorkSlots> work_slot;
-    for (;; work_slot.advance()) {
-      const Work& work = shared_.work[work_slot.slot];
-      shared_.work_full[work_slot.slot].wait(work_slot.parity);
+  // Calls begin(tile, head) for every tile, and load(tile, block, is_first, is_last) for its blocks, last one first. A tile that
+  // keeps nothing has one block without keys: its output is written like any other.
+  template <class Begin, class Load>
+  __device__ void for_each_block(const Begin& begin, const Load& load) {
+    RingPosition<kWorkSlots> slot;
+    for (;; slot.advance()) {
+      const Work& work = shared_.work[slot.slot];
+      shared_.work_full[slot.slot].wait(slot.parity);
       const int32_t head = work.head;
-      if (head < 0) break;
+      if (head < 0) return;
       const TileRow tile = work.tile;
       BlockWalk walk(work.words, work.range, work.chunk[lane_], lane_);
       __syncwarp();
-      if (lane_ == 0) shared_.work_empty[work_slot.slot].arrive();
-      load_tile(tile, head, walk);
+      if (lane_ == 0) shared_.work_empty[slot.slot].arrive();
+
+      const Keys keys{p_.block_table + tile.sequence * p_.block_table_stride, tile.key_token,
+                      p_.keys_packed ? 0 : tile.sequence, head / p_.heads_per_kv_head};
+      int32_t index = walk.next();
+      prefetch_pages(keys, index, tile.seqlen_k);
+      begin(tile, head);
+      bool first = true;
+      do {
+        const Block block = block_at(keys, index < 0 ? tile.seqlen_k : index * kBlockKeys, tile.seqlen_k);
+        index = index < 0 ? -1 : walk.next();
+        prefetch_pages(keys, index, tile.seqlen_k);
+        load(tile, block, first, index < 0);
+        first = false;
+      } while (index >= 0);
     }
-    // The end, as a step without K; the V block that is still owed comes with it.
-    shared_.key_empty[key_.slot].wait(key_.parity ^ 1);
-    Mbarrier& full = shared_.full[key_.slot];
-    if (lane_ == 0) {
-      shared_.steps[key_.slot] = {0, kEnd};
-      full.arrive();
-    }
-    load_pending_value(full);
   }
 
- private:
+ protected:
+  __device__ Loader(SharedStorage<Config>& shared, const KernelParams& p)
+      : shared_(shared), p_(p), lane_(threadIdx.x % 32), first_copy_(copy(lane_)) {}
+
   // Where the keys of one sequence and KV head lie.
   struct Keys {
     const int32_t* pages;
@@ -139,12 +149,39 @@ class Loader {
   struct Block {
     Keys keys;
     int32_t first_key;
-    int32_t valid;   // keys of the sequence in it; none: nothing is fetched
-    int32_t copies;  // 0: there is no block
+    int32_t valid;  // keys of the sequence in it; none: nothing is fetched
+    int32_t copies;
     uint32_t bytes;
     Place place;  // of this lane's first copy
   };
 
+  // Issues a block's copies, each lane its share; they complete on `full`.
+  __device__ void load_block(const CUtensorMap& map, const Block& block, Mbarrier& full, char* target) {
+    constexpr auto kHint = cute::TMA::CacheHintSm90::EVICT_LAST;
+    if (lane_ == 0) full.arrive_expect(block.bytes);
+    __syncwarp();
+    if (lane_ < block.copies) {
+      load_box(map, full, target + first_copy_.offset, kHint, first_copy_.half, block.place.token, block.keys.head,
+               block.place.batch);
+    }
+#pragma unroll 1
+    for (int32_t i = lane_ + 32; i < block.copies; i += 32) {  // boxes of few rows
+      const Copy next = copy(i);
+      const Place place = place_of(block.keys, block.first_key + next.row);
+      load_box(map, full, target + next.offset, kHint, next.half, place.token, block.keys.head, place.batch);
+    }
+  }
+
+  static __device__ void load_box(const CUtensorMap& map, Mbarrier& full, char* target, cute::TMA::CacheHintSm90 hint,
+                                  int32_t half, int32_t token, int32_t head, int32_t batch) {
+    cute::SM90_TMA_LOAD_5D::copy(&map, &full.state, static_cast<uint64_t>(hint), target, 0, token, half, head, batch);
+  }
+
+  SharedStorage<Config>& shared_;
+  const KernelParams& p_;
+  const int lane_;
+
+ private:
   __device__ Copy copy(int32_t i) const {
     if (p_.box_rows == kBlockKeys) return {0, 0, 0};
     const int32_t row = i / Config::kHalves << p_.box_shift, half = i % Config::kHalves;
@@ -172,106 +209,6 @@ class Loader {
     return block;
   }
 
-  __device__ void load_tile(const TileRow& tile, int32_t head, BlockWalk& walk) {
-    const Keys keys{p_.block_table + tile.sequence * p_.block_table_stride, tile.key_token,
-                    p_.keys_packed ? 0 : tile.sequence, head / p_.heads_per_kv_head};
-    int32_t index = walk.next();
-    prefetch_pages(keys, index, tile.seqlen_k);
-
-    shared_.query_empty[query_.slot].wait(query_.parity ^ 1);
-    if (lane_ == 0) {
-      shared_.tiles[query_.slot] = {tile, head};
-      Mbarrier& full = shared_.query_full[query_.slot];
-      full.arrive_expect(Config::kTileBytes);
-      load_box(p_.q, full, shared_.query[query_.slot], cute::TMA::CacheHintSm90::EVICT_FIRST, 0, tile.query_token, head,
-               tile.query_batch);
-    }
-    query_.advance();
-
-    // A tile that keeps nothing visits one block of which no key is seen: its output is written like any other.
-    uint32_t flags = kFirst;
-    do {
-      const Block block = block_at(keys, index < 0 ? tile.seqlen_k : index * kBlockKeys, tile.seqlen_k);
-      index = index < 0 ? -1 : walk.next();
-      prefetch_pages(keys, index, tile.seqlen_k);
-      flags |= (index < 0 ? kLast : 0) | (is_masked(tile, block) ? kMasked : 0);
-
-      shared_.key_empty[key_.slot].wait(key_.parity ^ 1);
-      Mbarrier& full = shared_.full[key_.slot];
-      if (lane_ == 0) {
-        shared_.steps[key_.slot] = {block.first_key, flags};
-        full.arrive_expect(block.bytes);
-      }
-      __syncwarp();
-      load_block(p_.k, block, full, shared_.key[key_.slot]);
-      key_.advance();
-
-      load_pending_value(full);
-      pending_ = block;
-      pending_is_owed_ = true;
-      flags = 0;
-    } while (index >= 0);
-  }
-
-  __device__ bool is_masked(const TileRow& tile, const Block& block) const {
-    const int32_t last = block.first_key + kBlockKeys - 1;
-    return block.valid < kBlockKeys || (p_.causal && last > tile.position + tile.row_begin) ||
-           (p_.window_left >= 0 && block.first_key < tile.position + tile.row_end - 1 - p_.window_left);
-  }
-
-  // The V of the step before; `full` is the barrier of the step that it is used in.
-  __device__ void load_pending_value(Mbarrier& full) {
-    if (!pending_is_owed_) {
-      if (lane_ == 0) full.arrive();
-      return;
-    }
-    const Block& block = pending_;
-    shared_.value_empty[value_.slot].wait(value_.parity ^ 1);
-    char* target = shared_.value[value_.slot];
-    // Rows past the sequence's end meet probabilities of zero, but zero times NaN is NaN: they must be zeros.
-    if (block.valid < kBlockKeys && (block.valid <= 0 || !p_.tails_are_zero)) {
-      load_tail(block, full, target);
-    } else {
-      if (lane_ == 0) full.arrive_expect(block.bytes);
-      __syncwarp();
-      load_block(p_.v, block, full, target);
-    }
-    value_.advance();
-  }
-
-  // Fetches a V block, zeroes the rows past the end, and only then hands it over.
-  __device__ void load_tail(const Block& block, Mbarrier& full, char* target) {
-    if (lane_ == 0) shared_.value_tail.arrive_expect(block.bytes);
-    __syncwarp();
-    load_block(p_.v, block, shared_.value_tail, target);
-    shared_.value_tail.wait(tail_parity_);
-    tail_parity_ ^= 1;
-    constexpr int kPieces = kBoxColumns * 2 / 16;  // of 16 bytes in a row
-    for (int i = max(block.valid, 0) * kPieces + lane_; i < kBlockKeys * kPieces; i += 32) {
-      for (int half = 0; half < Config::kHalves; ++half) {
-        *reinterpret_cast<uint4*>(target + half * Config::kBoxBytes + i * 16) = make_uint4(0, 0, 0, 0);
-      }
-    }
-    fence_async_proxy();
-    __syncwarp();
-    if (lane_ == 0) full.arrive();
-  }
-
-  // Each lane issues its share of a block's copies.
-  __device__ void load_block(const CUtensorMap& map, const Block& block, Mbarrier& full, char* target) {
-    constexpr auto kHint = cute::TMA::CacheHintSm90::EVICT_LAST;
-    if (lane_ < block.copies) {
-      load_box(map, full, target + first_copy_.offset, kHint, first_copy_.half, block.place.token, block.keys.head,
-               block.place.batch);
-    }
-#pragma unroll 1
-    for (int32_t i = lane_ + 32; i < block.copies; i += 32) {  // boxes of few rows
-      const Copy next = copy(i);
-      const Place place = place_of(block.keys, block.first_key + next.row);
-      load_box(map, full, target + next.offset, kHint, next.half, place.token, block.keys.head, place.batch);
-    }
-  }
-
   // Brings the page numbers of a block near, one block before they are needed.
   __device__ void prefetch_pages(const Keys& keys, int32_t index, int32_t seqlen) const {
     if (p_.block_table == nullptr || index < 0) return;
@@ -279,20 +216,110 @@ class Loader {
     if (token < seqlen) asm volatile("prefetch.global.L1 [%0];" ::"l"(keys.pages + p_.page_size.div(token)));
   }
 
-  static __device__ void load_box(const CUtensorMap& map, Mbarrier& full, char* target, cute::TMA::CacheHintSm90 hint,
-                                  int32_t half, int32_t token, int32_t head, int32_t batch) {
-    cute::SM90_TMA_LOAD_5D::copy(&map, &full.state, static_cast<uint64_t>(hint), target, 0, token, half, head, batch);
+  const Copy first_copy_;  // of this lane, in every block
+};
+
+// Queries, keys, and what the consumers are told about tiles and steps.
+template <class Config>
+class KeyLoader : public Loader<Config> {
+  using Base = Loader<Config>;
+  using typename Base::Block;
+
+ public:
+  __device__ KeyLoader(SharedStorage<Config>& shared, const KernelParams& p) : Base(shared, p) {}
+
+  __device__ void run() {
+    this->for_each_block([this](const TileRow& tile, int32_t head) { load_query(tile, head); },
+                         [this](const TileRow& tile, const Block& block, bool first, bool last) {
+                           const Step step{block.first_key, flags_of(tile, block, first, last)};
+                           this->shared_.key_empty[key_.slot].wait(key_.parity ^ 1);
+                           if (this->lane_ == 0) this->shared_.steps[key_.slot] = step;
+                           this->load_block(this->p_.k, block, this->shared_.full[key_.slot],
+                                            this->shared_.key[key_.slot]);
+                           key_.advance();
+                         });
+    // The end is a step without a block.
+    this->shared_.key_empty[key_.slot].wait(key_.parity ^ 1);
+    if (this->lane_ == 0) {
+      this->shared_.steps[key_.slot] = {0, kEnd};
+      this->shared_.full[key_.slot].arrive();
+    }
   }
 
-  SharedStorage<Config>& shared_;
-  const KernelParams& p_;
-  const int lane_;
-  const Copy first_copy_;  // of this lane, in every block
+ private:
+  __device__ void load_query(const TileRow& tile, int32_t head) {
+    this->shared_.query_empty[query_.slot].wait(query_.parity ^ 1);
+    if (this->lane_ == 0) {
+      this->shared_.tiles[query_.slot] = {tile, head};
+      Mbarrier& full = this->shared_.query_full[query_.slot];
+      full.arrive_expect(Config::kTileBytes);
+      Base::load_box(this->p_.q, full, this->shared_.query[query_.slot], cute::TMA::CacheHintSm90::EVICT_FIRST, 0,
+                     tile.query_token, head, tile.query_batch);
+    }
+    query_.advance();
+  }
+
+  __device__ uint32_t flags_of(const TileRow& tile, const Block& block, bool first, bool last) const {
+    const int32_t last_key = block.first_key + kBlockKeys - 1;
+    const bool foreign_rows = first && (tile.row_begin > 0 || tile.row_end < kTileRows);
+    const bool cut =
+        block.valid < kBlockKeys || (this->p_.causal && last_key > tile.position + tile.row_begin) ||
+        (this->p_.window_left >= 0 && block.first_key < tile.position + tile.row_end - 1 - this->p_.window_left);
+    return (first ? kFirst : 0) | (last ? kLast : 0) | (cut || foreign_rows ? kMasked : 0);
+  }
+
   RingPosition<kQuerySlots> query_;
   RingPosition<Config::kKeySlots> key_;
+};
+
+// Values. A block's V is part of the step after its own, which uses it.
+template <class Config>
+class ValueLoader : public Loader<Config> {
+  using Base = Loader<Config>;
+  using typename Base::Block;
+
+ public:
+  __device__ ValueLoader(SharedStorage<Config>& shared, const KernelParams& p) : Base(shared, p) {}
+
+  __device__ void run() {
+    if (this->lane_ == 0) this->shared_.full[step_.slot].arrive();  // the first step of all has none
+    step_.advance();
+    this->for_each_block([](const TileRow&, int32_t) {},
+                         [this](const TileRow&, const Block& block, bool, bool) {
+                           this->shared_.value_empty[value_.slot].wait(value_.parity ^ 1);
+                           // The barrier must be past the step that had it before, whose K may still be missing.
+                           this->shared_.full[step_.slot].wait(step_.parity ^ 1);
+                           load_value(block, this->shared_.full[step_.slot], this->shared_.value[value_.slot]);
+                           value_.advance();
+                           step_.advance();
+                         });
+  }
+
+ private:
+  __device__ void load_value(const Block& block, Mbarrier& full, char* target) {
+    // Rows past the sequence's end meet probabilities of zero, but zero times NaN is NaN: they must be zeros.
+    const bool zero_tail = block.valid < kBlockKeys && (block.valid <= 0 || !this->p_.tails_are_zero);
+    if (!zero_tail) {
+      this->load_block(this->p_.v, block, full, target);
+      return;
+    }
+    Mbarrier& fetched = this->shared_.value_tail;
+    this->load_block(this->p_.v, block, fetched, target);
+    fetched.wait(tail_parity_);
+    tail_parity_ ^= 1;
+    constexpr int kPieces = kBoxColumns * 2 / 16;  // of 16 bytes in a row
+    for (int i = max(block.valid, 0) * kPieces + this->lane_; i < kBlockKeys * kPieces; i += 32) {
+      for (int half = 0; half < Config::kHalves; ++half) {
+        *reinterpret_cast<uint4*>(target + half * Config::kBoxBytes + i * 16) = make_uint4(0, 0, 0, 0);
+      }
+    }
+    fence_async_proxy();
+    __syncwarp();
+    if (this->lane_ == 0) full.arrive();
+  }
+
+  RingPosition<Config::kKeySlots> step_;
   RingPosition<Config::kValueSlots> value_;
-  Block pending_;  // whose V is still owed
-  bool pending_is_owed_ = false;
   uint32_t tail_parity_ = 0;
 };
 

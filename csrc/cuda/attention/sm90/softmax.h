@@ -21,14 +21,16 @@ struct SoftmaxRows {
   float sum[2];   // this thread's share
 };
 
-// Scores beyond the row's limits become -inf, whatever they were. `first_row`: of this thread, in the tile.
+// Scores beyond the row's limits become -inf, whatever they were. Rows that are not of the sequence get +inf: their base is
+// then +inf, and they have no say in what the warp decides for all its rows. `first_row`: of this thread, in the tile.
 template <class Tensor>
-__device__ __forceinline__ void mask_scores(Tensor& s, const TileRow& tile, int32_t first_key, int first_row, bool causal,
-                                            int32_t window_left) {
+__device__ __forceinline__ void mask_scores(Tensor& s, const TileRow& tile, int32_t first_key, int first_row,
+                                            bool causal, int32_t window_left) {
   const int first_column = 2 * (threadIdx.x % 4);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const int32_t position = tile.position + first_row + 8 * r;
+    const int32_t row = first_row + 8 * r, position = tile.position + row;
+    const bool foreign = row < tile.row_begin || row >= tile.row_end;
     const int32_t end = (causal ? min(position + 1, tile.seqlen_k) : tile.seqlen_k) - first_key - first_column;
     const int32_t begin = window_left < 0 ? 0 : position - window_left - first_key - first_column;
 #pragma unroll
@@ -36,7 +38,7 @@ __device__ __forceinline__ void mask_scores(Tensor& s, const TileRow& tile, int3
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         float& x = s(4 * j + 2 * r + c);
-        x = 8 * j + c < end && 8 * j + c >= begin ? x : -INFINITY;
+        x = foreign ? INFINITY : 8 * j + c < end && 8 * j + c >= begin ? x : -INFINITY;
       }
     }
   }
@@ -89,7 +91,8 @@ __device__ __forceinline__ void exponentials(Tensor& s, float scale, const float
 // takes them into `rows`; what was summed before must be multiplied by `rescale`. True if all rows of the warp have seen
 // something.
 template <class Tensor>
-__device__ __forceinline__ bool softmax_any(Tensor& s, SoftmaxRows& rows, float (&rescale)[2], bool first, float scale) {
+__device__ __forceinline__ bool softmax_any(Tensor& s, SoftmaxRows& rows, float (&rescale)[2], bool first,
+                                            float scale) {
   float minus[2], sum[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
