@@ -25,7 +25,7 @@ $(VENV)/.tools: pyproject.toml | $(BIN)/python
 	$(BIN)/pip install -q "setuptools>=77" wheel ninja
 	@touch $@
 
-$(VENV)/.built: $(CSRC) csrc/sources.json setup.py pyproject.toml VERSION $(VENV)/.tools
+$(VENV)/.built: $(CSRC) csrc/sources.json setup.py pyproject.toml VERSION $(VENV)/.tools $(VENV)/.cutlass
 	$(BIN)/pip install -q --no-build-isolation -e '.[test]'
 	@touch $@
 
@@ -33,7 +33,7 @@ $(VENV)/.lint: pyproject.toml | $(VENV)/.built
 	$(BIN)/pip install -q ruff mypy clang-format
 	@touch $@
 
-# CUTLASS's headers, which only the CUDA kernels need: those that find_cutlass.py finds, else from PyPI.
+# CUTLASS's headers, for the CUDA kernels: those that find_cutlass.py finds, else from PyPI (6 MB).
 $(VENV)/.cutlass: third_party/find_cutlass.py $(VENV)/.tools
 	$(BIN)/python third_party/find_cutlass.py || \
 	  $(BIN)/pip install -q --no-deps "$$($(BIN)/python third_party/find_cutlass.py --requirement)"
@@ -66,7 +66,7 @@ format: $(VENV)/.lint
 	$(CLANG_FORMAT) -i $(CSRC)
 
 # Compiles the CUDA library for sm_90a; needs nvcc, but no GPU and no CUDA build of torch.
-cuda: $(VENV)/.built $(VENV)/.cutlass
+cuda: $(VENV)/.built
 	cmake -S . -B build -DBSFA_PYTHON=$(abspath $(BIN)/python)
 	cmake --build build -j2 --target bsfa_cuda
 

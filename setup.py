@@ -42,16 +42,15 @@ def shared_libstdcxx() -> list[str]:
     return flags if linked else []
 
 
-def cutlass_include() -> list[str]:
-    """The CUTLASS headers, if they are there; the kernels that need them say so when they do not compile."""
+def cutlass_include() -> str:
+    """The CUTLASS headers, which the CUDA kernels need; without them the build ends here, saying how to get them."""
     sys.path.insert(0, str(ROOT / "third_party"))
     import find_cutlass
 
     try:
-        return [str(find_cutlass.find())]
+        return str(find_cutlass.find())
     except RuntimeError as error:
-        print(f"bsfa: {error}")
-        return []
+        raise SystemExit(f"bsfa: {error}") from None
 
 
 LINK_FLAGS = shared_libstdcxx()
@@ -73,7 +72,7 @@ if torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None:
         cpp_extension.CUDAExtension(
             "bsfa.lib.libbsfa_cuda",
             files("cuda", "cuda_torch"),
-            include_dirs=[*INCLUDE_DIRS, *cutlass_include()],
+            include_dirs=[*INCLUDE_DIRS, cutlass_include()],
             define_macros=[*MACROS, ("USE_CUDA", None)],
             extra_compile_args={"cxx": SOURCES["cxx_flags"], "nvcc": SOURCES["nvcc_flags"]},
             extra_link_args=LINK_FLAGS,

@@ -29,8 +29,9 @@ HEADS_Q, HEADS_KV, BLOCK = 32, 8, 128
 K = 1024  # tokens of "1k"
 DEVICE = "cuda"
 L2_BYTES = 128 << 20  # inputs and outputs of a sample's calls together are larger than any L2
-# In turns: cuDNN comes after FlashAttention-2, which draws less power, and we after cuDNN.
+# Their order is that of even rounds; odd rounds go backwards.
 SDPA = {"fa2": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+MIN_SHARE = 0.02  # see take_turns
 TOLERANCE = 0.01  # |out - reference| / |reference| of a tile; bfloat16 gives 0.003, a block too few at 256K 0.02
 
 Inputs = tuple[Tensor, Tensor, Tensor]
@@ -179,11 +180,19 @@ def repeated(calls: Sequence[Callable[[], object]], launches: int) -> Work:
     return Work(body, launches)
 
 
-def take_turns(length: int, peers: Mapping[str, Sequence[Callable[[], object]]]) -> Turns:
-    """Time peers, each given as calls over its buffers, at ``length`` tokens."""
+def take_turns(
+    length: int, peers: Mapping[str, Sequence[Callable[[], object]]], shares: Mapping[str, float] | None = None
+) -> Turns:
+    """Time peers, each given as calls over its buffers, at ``length`` tokens.
+
+    shares: what a call of a peer takes of the longest one's time, where that is much less: it is then called as many
+    times more in its turn. A short piece of work right after a long one would be timed at the clock that the long one
+    leaves, which is not its own.
+    """
     launches = min(max(64 * K // length, 1), 40)
     long = length >= 128 * K
-    works = {name: repeated(calls, launches) for name, calls in peers.items()}
+    share = shares or {}
+    works = {name: repeated(calls, max(round(launches / share.get(name, 1.0)), 1)) for name, calls in peers.items()}
     timings, clock = interleaved(works, rounds=10 if long else 15, warmup=1 if long else 3)
     return Turns({name: t.us / 1e3 for name, t in timings.items()}, min(t.n for t in timings.values()), clock)
 
@@ -278,7 +287,9 @@ def sparse_turns(length: int, percents: Sequence[int], flex_percents: Sequence[i
         if peer is None:
             break
         peers[f"flex{percent}"] = [peer]
-    return take_turns(length, peers), {percent: float(mask.density()) for percent, mask in masks.items()}
+    shares = {f"{kind}{percent}": percent / 100 for kind in ("sparse", "flex") for percent in percents}
+    turns = take_turns(length, peers, {name: max(share, MIN_SHARE) for name, share in shares.items()})
+    return turns, {percent: float(mask.density()) for percent, mask in masks.items()}
 
 
 def sparse_rows(turns: Turns, percent: int, density: float, name: str) -> list[Row]:

@@ -50,7 +50,7 @@ def random_mask(q: torch.Tensor, heads: int, **lengths: Any) -> bsfa.BlockMask:
 def attention() -> None:
     heads_q, heads_kv = 4, 2
     attend = bsfa.block_sparse_attention
-    for dtype, dim in ((t, d) for t in (torch.bfloat16, torch.float16) for d in (64, 128)):
+    for dtype, dim in ((torch.bfloat16, 64), (torch.float16, 128)):
 
         def data(*shape: int, dtype: torch.dtype = dtype, dim: int = dim) -> torch.Tensor:
             return torch.randn(*shape, dim).to("cuda", dtype)

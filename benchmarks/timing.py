@@ -82,7 +82,11 @@ def _replay(work: Work) -> Callable[[], object]:
 
 
 def interleaved(peers: Mapping[str, Work], rounds: int = 15, warmup: int = 3) -> tuple[dict[str, Timing], int | None]:
-    """Time all peers in turns. Returns (timings by name, median SM clock in MHz or None)."""
+    """Time all peers in turns. Returns (timings by name, median SM clock in MHz or None).
+
+    A power-limited clock is what the work just before has left: every second round goes backwards, so that no peer
+    always follows the same one.
+    """
     replays = {name: _replay(work) for name, work in peers.items()}
     for _ in range(warmup):
         for replay in replays.values():
@@ -91,8 +95,8 @@ def interleaved(peers: Mapping[str, Work], rounds: int = 15, warmup: int = 3) ->
 
     samples: dict[str, list[float]] = {name: [] for name in peers}
     with ClockSampler() as clock:
-        for _ in range(rounds):
-            for name, replay in replays.items():
+        for i in range(rounds):
+            for name, replay in list(replays.items())[:: 1 if i % 2 == 0 else -1]:
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 start.record()
                 replay()

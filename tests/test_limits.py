@@ -27,9 +27,7 @@ def test_parse() -> None:
     assert table["pool_blocks", "cuda"] == (limits.Limits("sm_90a", (90, 90), half, None, None),)
     first, second = table["attention", "cuda"]
     assert first == limits.Limits("sm_90a", (90, 90), half, ((64, 64), (128, 128)), ((128, 128),))
-    assert second == limits.Limits(
-        "sm_80", ((8, 0), (8, 9)), (torch.float16,), ((1, 96), (128, 128)), ((128, 64), (64, 64))
-    )
+    assert second == limits.Limits("sm_80", (80, 89), (torch.float16,), ((1, 96), (128, 128)), ((128, 64), (64, 64)))
 
 
 @pytest.mark.parametrize(

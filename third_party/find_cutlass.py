@@ -55,7 +55,7 @@ def find() -> Path:
         return include
     raise RuntimeError(
         f"no CUTLASS headers: set CUTLASS_PATH, clone CUTLASS {VERSION} to third_party/cutlass, "
-        f"or run: pip install {PYPI_REQUIREMENT}"
+        f"or run: pip install --no-deps {PYPI_REQUIREMENT}"
     )
 
 

@@ -78,7 +78,8 @@ class MaskGeometry:
     def row_sequences(self) -> Tensor:
         """Sequence of each row, [num_rows]; B for rows that are not in use."""
         rows = torch.arange(self.num_rows, dtype=torch.int32, device=self.seqlens_q.device)
-        return torch.searchsorted(self.cu_tiles()[1:].contiguous(), rows, right=True).to(torch.int32)
+        ends = self.num_tiles().cumsum(0)
+        return (rows.unsqueeze(-1) >= ends).sum(-1).to(torch.int32)  # not searchsorted: inductor (2.11) fails on it
 
     def _per_row(self) -> tuple[Tensor, Tensor, Tensor]:
         """(used, clamped sequence, absolute tile) of each row."""
@@ -117,6 +118,8 @@ class MaskGeometry:
         return torch.equal(self.seqlens_q, other.seqlens_q) and torch.equal(self.seqlens_k, other.seqlens_k)
 
 
+# An operator of its own, so that torch.compile does not look into it: inductor (2.11) fails on it with dynamic shapes.
+@torch.library.custom_op("bsfa::pack_bits", mutates_args=())
 def pack_bits(kept: Tensor) -> Tensor:
     """bool [..., N] -> int32 words [..., ceil(N / 32)]; bit j % 32 of word j // 32 is block j."""
     n = kept.shape[-1]
@@ -124,6 +127,11 @@ def pack_bits(kept: Tensor) -> Tensor:
     bits = torch.nn.functional.pad(kept, (0, words * 32 - n)).unflatten(-1, (words, 32)).to(torch.int64)
     packed = (bits << torch.arange(32, device=kept.device)).sum(-1)
     return torch.where(packed >= 2**31, packed - 2**32, packed).to(torch.int32)
+
+
+@pack_bits.register_fake
+def _pack_bits(kept: Tensor) -> Tensor:
+    return kept.new_empty((*kept.shape[:-1], (kept.shape[-1] + 31) // 32), dtype=torch.int32)
 
 
 def unpack_bits(words: Tensor, n: int) -> Tensor:

@@ -85,7 +85,7 @@ _capability_of: dict[int, int] = {}
 
 @torch.compiler.assume_constant_result
 def device_capability(index: int) -> int:
-    """Compute capability of a CUDA device as 10 * major + minor (torch 2.11 cannot compile with the tuple); asked once."""
+    """10 * major + minor of a CUDA device, asked once. A number, since torch 2.11 fails to compile with the tuple."""
     if index not in _capability_of:
         major, minor = torch.cuda.get_device_capability(index)
         _capability_of[index] = 10 * major + minor
