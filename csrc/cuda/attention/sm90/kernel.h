@@ -11,8 +11,6 @@
 
 #include <cutlass/arch/reg_reconfig.h>
 
-#include <algorithm>
-
 #include "../../common/launch.h"
 #include "bsfa/cuda.h"
 #include "compute.h"

@@ -1,4 +1,4 @@
-// The producer warps: one hands out tiles; two walk their masks and fetch, by TMA, queries and keys, and values.
+// The producer warps: one hands out tiles; two walk their masks and fetch by TMA, one queries and keys, one values.
 #pragma once
 
 #include "config.h"
@@ -94,8 +94,8 @@ __device__ void schedule(SharedStorage<Config>& shared, const KernelParams& p) {
 template <class Config>
 class Loader {
  public:
-  // Calls begin(tile, head) for every tile, and load(tile, block, is_first, is_last) for its blocks, last one first. A tile that
-  // keeps nothing has one block without keys: its output is written like any other.
+  // Calls begin(tile, head) for every tile, and load(tile, block, is_first, is_last) for its blocks, last one first. A
+  // tile that keeps nothing has one block without keys: its output is written like any other.
   template <class Begin, class Load>
   __device__ void for_each_block(const Begin& begin, const Load& load) {
     RingPosition<kWorkSlots> slot;
