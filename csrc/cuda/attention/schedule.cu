@@ -1,16 +1,16 @@
 // Orders the (query tile, head) pairs of a call by the number of KV blocks that each will visit (schedule.h).
 //
-// count    one CTA per mask row. Finds the row's sequence and tile (by division where all sequences are alike, else by a
-//          scan over the sequences' tile counts), writes its TileRow, and counts, one warp per head, the mask's bits
+// count    one CTA per mask row. Finds the row's sequence and tile (by division where all sequences are alike, else by
+//          a scan over the sequences' tile counts), writes its TileRow, and counts, one warp per head, the mask's bits
 //          within the visible range; without a mask the range itself.
-// order    one CTA. Natural order runs through one KV head's rows, last tile first, the group's query heads side by side,
-//          before the next KV head's: tiles at work together then read the same keys, from L2. Only tiles so long that
-//          they could keep one SM busy when the others are done (more than 1 / kLongShare of an SM's share of all work)
-//          leave that order and go first, in logarithmic buckets of their length, longest first.
+// order    one CTA. Natural order runs through one KV head's rows, last tile first, the group's query heads side by
+//          side, before the next KV head's: tiles at work together then read the same keys, from L2. Only tiles so long
+//          that they could keep one SM busy when the others are done (more than 1 / kLongShare of an SM's share of all
+//          work) leave that order and go first, in logarithmic buckets of their length, longest first.
 //          Each warp owns one contiguous piece: count, scan, scatter. Stable, so the same inputs give the same order.
 // Memory   the words of the mask once; 4 bytes written and thrice read per pair, 8 bytes written.
-// Waits    count for the stream; order for count, and attention for order, each launched while the one before still runs
-//          (programmatic dependent launch).
+// Waits    count for the stream; order for count, and attention for order, each launched while the one before still
+//          runs (programmatic dependent launch).
 #include <utility>
 
 #include "../common/launch.h"

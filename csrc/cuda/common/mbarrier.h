@@ -1,5 +1,6 @@
-// mbarriers in shared memory, and the few PTX instructions around them. Unlike CUTLASS's wrappers these tell the compiler
-// that memory changes, so that plain loads and stores of shared memory stay on their side of a wait or an arrival.
+// mbarriers in shared memory, and the few PTX instructions around them. Unlike CUTLASS's wrappers these tell the
+// compiler that memory changes, so that plain loads and stores of shared memory stay on their side of a wait or an
+// arrival.
 #pragma once
 
 #include <cstdint>

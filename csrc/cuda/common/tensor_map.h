@@ -8,7 +8,8 @@
 
 namespace bsfa::cuda {
 
-// Columns (16-bit elements) of one box: the width of a 128-byte swizzle atom. Wider rows are cut into pieces of that width.
+// Columns (16-bit elements) of one box: the width of a 128-byte swizzle atom. Wider rows are cut into pieces of that
+// width.
 constexpr int kBoxColumns = 64;
 
 // Dimensions of a view, in elements, tokens, heads and sequences (or pages).
@@ -22,9 +23,9 @@ struct TensorExtent {
 // Whether TMA can address the view: 16-byte aligned base and strides.
 bool tensor_map_fits(const TensorView& view, const TensorExtent& extent);
 
-// Describes boxes of `pieces` x `tokens` x kBoxColumns elements, in that order in shared memory, with the 128-byte swizzle.
-// Coordinates of a box are {column in the piece, token, piece, head, batch}; tokens outside the extent read as zeros and
-// are not written. cudaErrorInvalidValue if the view does not fit.
+// Describes boxes of `pieces` x `tokens` x kBoxColumns elements, in that order in shared memory, with the 128-byte
+// swizzle. Coordinates of a box are {column in the piece, token, piece, head, batch}; tokens outside the extent read as
+// zeros and are not written. cudaErrorInvalidValue if the view does not fit.
 cudaError_t make_tensor_map(CUtensorMap* map, const TensorView& view, const TensorExtent& extent, DType dtype,
                             int32_t tokens, int32_t pieces);
 

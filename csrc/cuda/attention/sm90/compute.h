@@ -1,7 +1,8 @@
 // The consumers: two warpgroups, 64 query rows each, over one stream of steps (a step is one KV block of one tile).
 //
 // The stream does not stop between tiles. While the product P V of a step is under way, the scores of the next step are
-// made and turned into exponentials, also when that next step begins another tile; the finished tile is stored in between.
+// made and turned into exponentials, also when that next step begins another tile; the finished tile is stored in
+// between.
 //
 //   issue S' = Q K'      scores of the next step          (tensor cores)
 //   issue O += P V       of the current step              (tensor cores)
@@ -80,8 +81,8 @@ class Consumer {
 
     auto s = partition_fragment_C(score_mma, Shape<Int<kTileRows>, Int<kBlockKeys>>{});
     auto o = partition_fragment_C(output_mma, Shape<Int<kTileRows>, Int<Config::kHeadDim>>{});
-    // The scores' registers, in their order, are the left operand of the second product. (A second set, filled while the
-    // tensor cores still read the first, makes the assembler serialise all products: C7513.)
+    // The scores' registers, in their order, are the left operand of the second product. (A second set, filled while
+    // the tensor cores still read the first, makes the assembler serialise all products: C7513.)
     auto probabilities = make_tensor<Element>(Layout<Shape<Shape<_2, _2, _2>, _1, Int<kBlockKeys / 16>>>{});
     static_assert(size(decltype(s){}) == kScores && size(decltype(probabilities){}) == kScores);
 
@@ -104,7 +105,8 @@ class Consumer {
     softmax(s, step, rescale);
     convert(s, probabilities);
 
-    // The probabilities of the next step, made beside the product of the step before, which was its tile's first or not.
+    // The probabilities of the next step, made beside the product of the step before, which was its tile's first or
+    // not.
     const auto advance = [&](bool before_was_first) __attribute__((always_inline)) {
       await_turn(warpgroup);
       issue(score_mma, query_part(_, _, _, query_.slot), key_part(_, _, _, key_.slot), s, false);

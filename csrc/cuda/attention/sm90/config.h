@@ -35,8 +35,8 @@ struct Config {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr bool kTransform = kTransform_;
   static constexpr int kHalves = kHeadDim / kBoxColumns;  // swizzle atoms side by side
-  // Blocks in flight. A slot of K is free once its scores are made, one of V only after the softmax that runs beside its
-  // product: V needs the third.
+  // Blocks in flight. A slot of K is free once its scores are made, one of V only after the softmax that runs beside
+  // its product: V needs the third.
   static constexpr int kKeySlots = kHeadDim == 64 ? 5 : 2;
   static constexpr int kValueSlots = kHeadDim == 64 ? 5 : 3;
   static constexpr int kBoxBytes = kTileRows * kBoxColumns * sizeof(Element);  // 128 rows of one half

@@ -1,12 +1,12 @@
 // Attention on Hopper: out[i] = sum_j softmax_j(scale * q_i . k_j) v_j over the keys j of the kept 128-token blocks.
 //
 // Tile      128 query rows x 128 keys; a CTA works on one (tile, query head) after the other until the queue is empty.
-// Roles     warpgroup 0: warps 0 and 1 fetch by TMA (load.h), warp 2 hands out tiles (schedule.h, load.h), warp 3 leaves;
-//           warpgroups 1 and 2 compute 64 rows each (compute.h) and store them (store.h).
+// Roles     warpgroup 0: warps 0 and 1 fetch by TMA (load.h), warp 2 hands out tiles (schedule.h, load.h), warp 3
+//           leaves; warpgroups 1 and 2 compute 64 rows each (compute.h) and store them (store.h).
 // Memory    two query tiles, whose slots also stage the output; rings of K and of V blocks (config.h).
-// Waits     each ring has full and empty mbarriers. A step's full barrier stands for its K, its Step, and the V of the step
-//           before, which the consumers want together; a query slot's also guards its TileInfo. Consumers wait for steps
-//           and queries; the load warps for free slots and for work; nobody for the host.
+// Waits     each ring has full and empty mbarriers. A step's full barrier stands for its K, its Step, and the V of the
+//           step before, which the consumers want together; a query slot's also guards its TileInfo. Consumers wait for
+//           steps and queries; the load warps for free slots and for work; nobody for the host.
 #pragma once
 
 #include <cutlass/arch/reg_reconfig.h>

@@ -11,9 +11,9 @@ namespace bsfa::cuda::attn::sm90 {
 constexpr int kScores = kBlockKeys / 2;  // per thread
 constexpr int kColumnTiles = kBlockKeys / 8;
 
-// Both in units of log2: a score counts 2^(scale * score - base). The base is the row's largest scaled score at some time,
-// not always the latest: as long as no score outgrows it by more than kHeadroom, nothing overflows, and what was summed
-// need not be rescaled (the idea is FlashAttention-4's).
+// Both in units of log2: a score counts 2^(scale * score - base). The base is the row's largest scaled score at some
+// time, not always the latest: as long as no score outgrows it by more than kHeadroom, nothing overflows, and what was
+// summed need not be rescaled (the idea is FlashAttention-4's).
 constexpr float kHeadroom = 8.0f;
 
 struct SoftmaxRows {
@@ -21,8 +21,9 @@ struct SoftmaxRows {
   float sum[2];   // this thread's share
 };
 
-// Scores beyond the row's limits become -inf, whatever they were. Rows that are not of the sequence get +inf: their base is
-// then +inf, and they have no say in what the warp decides for all its rows. `first_row`: of this thread, in the tile.
+// Scores beyond the row's limits become -inf, whatever they were. Rows that are not of the sequence get +inf: their
+// base is then +inf, and they have no say in what the warp decides for all its rows. `first_row`: of this thread, in
+// the tile.
 template <class Tensor>
 __device__ __forceinline__ void mask_scores(Tensor& s, const TileRow& tile, int32_t first_key, int first_row,
                                             bool causal, int32_t window_left) {
@@ -87,9 +88,9 @@ __device__ __forceinline__ void exponentials(Tensor& s, float scale, const float
   }
 }
 
-// Any step: scores may be -inf, rows may have seen nothing (or nothing yet, if `first`). Turns scores into exponentials and
-// takes them into `rows`; what was summed before must be multiplied by `rescale`. True if all rows of the warp have seen
-// something.
+// Any step: scores may be -inf, rows may have seen nothing (or nothing yet, if `first`). Turns scores into exponentials
+// and takes them into `rows`; what was summed before must be multiplied by `rescale`. True if all rows of the warp have
+// seen something.
 template <class Tensor>
 __device__ __forceinline__ bool softmax_any(Tensor& s, SoftmaxRows& rows, float (&rescale)[2], bool first,
                                             float scale) {

@@ -1,5 +1,6 @@
-// Writes a finished tile: out = O / sum, lse = ln 2 * (base + log2(sum)). Each warp stores its own 16 rows and waits for no
-// other warp: through shared memory and TMA where all 16 belong to the sequence, else from registers, row by row.
+// Writes a finished tile: out = O / sum, lse = ln 2 * (base + log2(sum)). Each warp stores its own 16 rows and waits
+// for no other warp: through shared memory and TMA where all 16 belong to the sequence, else from registers, row by
+// row.
 #pragma once
 
 #include "config.h"
