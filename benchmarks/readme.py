@@ -107,9 +107,9 @@ def attention() -> str:
     sweep = value["sweep.density.64k.d10.efficiency"]
     lines += [
         "",
-        "The card is power-limited, and dense and sparse calls do not run at the same clock: that moves an efficiency by "
-        "several per cent, and above 100 % it is the clocks' doing, not the kernel's. In the sweep of the picture, with "
-        f"other calls around it, 10 % at 64K reaches {sweep:.0%}.",
+        "The card is power-limited, and dense and sparse calls do not run at the same clock: that moves an efficiency "
+        "by several per cent, and above 100 % it is the clocks' doing, not the kernel's. In the sweep of the picture, "
+        f"with other calls around it, 10 % at 64K reaches {sweep:.0%}.",
         "",
         "| 64K tokens, pages in random order: time over contiguous | page 16 | page 64 | page 128 |",
         "|---|---|---|---|",
