@@ -53,20 +53,21 @@ def kv(inputs: Inputs) -> tuple[Any, ...]:
 @pytest.mark.parametrize("case", SAMPLES, ids=str)
 def test_opcheck_pool_blocks(case: Case) -> None:
     inputs = finite(case.make())
-    torch.library.opcheck(torch.ops.bsfa.pool_blocks.default, (inputs.k, *kv(inputs), inputs.max_k, 16))
+    torch.library.opcheck(torch.ops.bsfa.pool_blocks.default, (inputs.k, *kv(inputs), inputs.max_k, 16, "mean"))
 
 
-@pytest.mark.parametrize("rule", ["relative_max", "cumulative_mass"])
+@pytest.mark.parametrize("rule", ["relative_max", "pooled"])
 @pytest.mark.parametrize("case", SAMPLES, ids=str)
 def test_opcheck_score_and_select_blocks(case: Case, rule: str) -> None:
     inputs = finite(case.make())
     summary = bsfa.pool_blocks(inputs.k, block_n=16, **inputs.layout_k)
     rows = 8 * len(inputs)
-    lengths = (inputs.cu_q, inputs.cu_k, inputs.seqlens_k, inputs.max_q, inputs.max_k)
-    shared = (inputs.q, summary, *lengths, rows, 32, 16, case.causal, 0.25, 0.0, rule)
+    lengths = (inputs.cu_q, inputs.cu_k, None, inputs.seqlens_k, inputs.max_q, inputs.max_k)
+    scoring = (rule, "mean", 16, "none", 1, 2)
+    shared = (inputs.q, summary, None, *lengths, rows, 32, 16, case.causal, 0.25, 0.0, *scoring)
     torch.library.opcheck(torch.ops.bsfa.score_blocks.default, shared)
     for prompt_lens in (None, int32([200] * len(inputs))):
-        select = (*shared, torch.full((4,), 0.5), 1, 2, 1, 2, prompt_lens)
+        select = (*shared, torch.full((4,), 0.5), 1, 2, 0.0, 1.0, 0, 0.0, 1, prompt_lens)
         torch.library.opcheck(torch.ops.bsfa.select_blocks.default, select)
 
 
@@ -79,7 +80,7 @@ def test_opcheck_attention(case: Case, masked: bool) -> None:
     window = 20 if case.causal and not masked else -1
     torch.library.opcheck(
         torch.ops.bsfa.attention.default,
-        (inputs.q, inputs.k, inputs.v, *lengths, words, case.block_m, case.block_n, case.causal, 0.25, 2.0, window),
+        (inputs.q, inputs.k, inputs.v, *lengths, words, None, None, None, case.block_m, case.block_n, case.causal, 0.25, 2.0, window),
     )
 
 
@@ -88,7 +89,7 @@ def test_opcheck_attention_out(case: Case) -> None:
     inputs = finite(case.make())
     lengths = (inputs.cu_q, *kv(inputs), inputs.max_q, inputs.max_k)
     out = torch.zeros((*inputs.q.shape[:-1], inputs.v.shape[-1] + 3), dtype=case.dtype)[..., :-3]
-    shared = (inputs.q, inputs.k, inputs.v, *lengths, None, case.block_m, case.block_n, case.causal, 0.25, 2.0, -1)
+    shared = (inputs.q, inputs.k, inputs.v, *lengths, None, None, None, None, case.block_m, case.block_n, case.causal, 0.25, 2.0, -1)
     torch.library.opcheck(torch.ops.bsfa.attention_out.default, (out, *shared))
 
 

@@ -491,6 +491,9 @@ def raw_attention(inputs: Inputs, **changes: Any) -> Any:
         "max_seqlen_q": inputs.max_q,
         "max_seqlen_k": inputs.max_k,
         "mask_words": None,
+        "mask_counts": None,
+        "k_means": None,
+        "v_means": None,
         "block_m": 64,
         "block_n": 64,
         "causal": True,
@@ -579,8 +582,10 @@ def raw_select(op: Any, inputs: Inputs, changes: dict[str, Any]) -> Any:
     arguments: dict[str, Any] = {
         "q": inputs.q,
         "summary": bsfa.pool_blocks(inputs.k, block_n=64, **inputs.layout_k),
+        "k": None,
         "cu_seqlens_q": inputs.cu_q,
         "cu_seqlens_k": inputs.cu_k,
+        "block_table": None,
         "seqlens_k": inputs.seqlens_k,
         "max_seqlen_q": inputs.max_q,
         "max_seqlen_k": inputs.max_k,
@@ -591,14 +596,22 @@ def raw_select(op: Any, inputs: Inputs, changes: dict[str, Any]) -> Any:
         "softmax_scale": 0.25,
         "softcap": 0.0,
         "rule": "relative_max",
+        "pooling": "mean",
+        "stride": 16,
+        "sharing": "none",
+        "sink_blocks": 0,
+        "window_blocks": 1,
     }
     if op is ops.select_blocks:
         arguments |= {
             "thresholds": torch.full((4,), 0.5),
-            "sink_blocks": 0,
-            "window_blocks": 1,
             "last_tiles": 0,
             "min_blocks": 0,
+            "min_ratio": 0.0,
+            "probability": 1.0,
+            "rescue_stride": 0,
+            "rescue_probability": 0.0,
+            "rescue_seed": 1,
             "prompt_lens": None,
         }
     for name, value in changes.items():
@@ -699,6 +712,7 @@ def test_raw_pool_blocks_raises_rather_than_crash(layout: str, changes: dict[str
         "seqlens_k": inputs.seqlens_k,
         "max_seqlen_k": inputs.max_k,
         "block_n": 64,
+        "pooling": "mean",
     }
     ops.pool_blocks(*arguments.values())
     for name, value in changes.items():

@@ -143,7 +143,7 @@ def test_out_may_not_share_memory_with_the_inputs(layout: str, name: str) -> Non
 
 def test_raw_operator_raises_rather_than_crash() -> None:
     q = torch.randn(2, 70, 4, 16)
-    rest = (q, q, q, None, None, None, None, 70, 70, None, 64, 64, True, 0.25, 0.0, -1)
+    rest = (q, q, q, None, None, None, None, 70, 70, None, None, None, None, 64, 64, True, 0.25, 0.0, -1)
     torch.ops.bsfa.attention_out(torch.empty_like(q), *rest)
     for bad in (
         q.new_empty(2, 70, 4, 15),

@@ -49,7 +49,7 @@ struct Kernels {
   // Mean of KV block `block` of `sequence`, all heads, into params.out.
   int64_t (*pool_scratch)(const PoolParams& params);
   void (*pool_block)(const PoolParams& params, int32_t sequence, int32_t seqlen, int32_t block, float* scratch);
-  // kRelativeMax: scores[h * max_blocks + j] = score of block j, j < visible. kCumulativeMass: the logits s_j.
+  // kRelativeMax: scores[h * max_blocks + j] = score of block j, j < visible. kPooled: the logits s_j.
   int64_t (*score_scratch)(const ScoreParams& params);
   void (*score_tile)(const ScoreParams& params, const TileItem& item, float* scratch, float* scores);
   int64_t (*attention_scratch)(const AttentionParams& params);

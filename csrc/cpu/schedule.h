@@ -13,9 +13,6 @@
 
 namespace bsfa::cpu {
 
-using bsfa::seqlen_k;
-using bsfa::sequence_geometry;
-
 struct Schedule {
   std::vector<TileItem> items;
   int64_t used_rows = 0;  // rows of masks and scores that belong to a tile

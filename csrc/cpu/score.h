@@ -2,11 +2,11 @@
 //
 // kRelativeMax:    x[r, J] = cap(scale * q_r . kbar_J) for the rows r that see all of block J (causal: position >= the
 //                  block's last token); E_J = sum over r of exp(x[r, J] - max of all x); score = E_J / max_J E_J.
-// kCumulativeMass: log2(e) * cap(scale * qbar . kbar_J), qbar = mean of the tile's rows; ranking is select.cpp's.
+// kPooled: log2(e) * cap(scale * qbar . kbar_J), qbar = mean of the tile's rows; ranking is select.cpp's.
 //
 // Tiling: the means are the keys of the attention micro-kernel, kChunk of them at a time. For kRelativeMax every
 // (subtile, chunk) has its own maximum, so E_J is kept as a pair (exponent, sum) and merged; nothing overflows, and no
-// row x block matrix exists. For kCumulativeMass the lanes of a vector are heads.
+// row x block matrix exists. For kPooled the lanes of a vector are heads.
 // Memory per worker: Q panels of pass_rows() rows, one K and one S panel, an exponent per (head, block).
 #pragma once
 

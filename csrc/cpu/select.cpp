@@ -1,7 +1,7 @@
 // score_blocks and select_blocks: what is done with the scores that the kernels make for one query tile.
 //
 //   kRelativeMax     score as it comes (score.h); kept iff score > 0 and score >= threshold, or threshold < 0
-//   kCumulativeMass  softmax over the visible blocks in float64, ranked by descending logit (ties: lower block first);
+//   kPooled  softmax over the visible blocks in float64, ranked by descending logit (ties: lower block first);
 //                    score = mass of the blocks ranked before, summed in rank order; kept iff score < threshold, and
 //                    the best always
 //
@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "bsfa/cpu.h"
+#include "bsfa/keep.h"
 #include "schedule.h"
 
 namespace bsfa::cpu {
@@ -62,7 +63,7 @@ void cumulative_mass(float* scores, int32_t count, Ranking* ranking) {
 }
 
 // Scores of the item's heads as the contract has them, [head_count, max_blocks], visible blocks only. For
-// kCumulativeMass, best[h * count + i] is the head's i-th block by logit, i < count: in float32 the masses before
+// kPooled, best[h * count + i] is the head's i-th block by logit, i < count: in float32 the masses before
 // blocks of little weight are equal, so the scores do not tell their order.
 void score_item(const Kernels& k, const ScoreParams& params, const TileItem& item, float* scratch, float* scores,
                 Ranking* ranking, int32_t count = 0, int32_t* best = nullptr) {
@@ -87,27 +88,15 @@ void set_range(uint32_t* words, int32_t begin, int32_t end) {
 }
 
 bool keeps_everything(const SelectParams& params, const TileItem& item) {
-  if (params.last_tiles <= 0) return false;
-  const SequenceGeometry& g = item.geometry;
-  int32_t length = g.seqlen_q;
-  if (g.causal) length = params.prompt_lens != nullptr ? params.prompt_lens[item.sequence] : g.seqlen_k;
-  return g.first_tile() + item.tile >= ceil_div(length, g.block_m) - params.last_tiles;
+  const int32_t prompt_len = params.prompt_lens != nullptr ? params.prompt_lens[item.sequence] : -1;
+  return is_last_tile(item.geometry, item.tile, params.last_tiles, prompt_len);
 }
 
-// Sink and window, which depend on the tile alone. `visible` > 0.
-void set_always_kept(const SelectParams& params, const TileItem& item, int32_t visible, uint32_t* words) {
-  const SequenceGeometry& g = item.geometry;
-  const int32_t window = std::max(params.window_blocks, 1);
-  const int64_t tile = g.first_tile() + item.tile;
-  const int64_t first_position = std::max<int64_t>(tile * g.block_m, 0);
-  const int64_t last_position = std::min<int64_t>((tile + 1) * g.block_m, g.causal ? g.seqlen_k : g.seqlen_q) - 1;
-  const int64_t limit = visible - 1;
-  const int64_t first_block = std::min(first_position / g.block_n, limit);
-  const int64_t last_block = std::min(std::max(first_block, last_position / g.block_n), limit);
-  const int64_t begin = std::max<int64_t>(first_block - window + 1, 0);
-  const int64_t end = g.causal ? last_block + 1 : std::min(last_block + window, limit + 1);
-  set_range(words, static_cast<int32_t>(begin), static_cast<int32_t>(end));
-  set_range(words, 0, std::min(params.sink_blocks, visible));
+// Sink and window, which depend on the tile alone.
+void set_always_kept(const ScoreParams& params, const TileItem& item, uint32_t* words) {
+  const AlwaysKept kept = always_kept(item.geometry, item.tile, params.sink_blocks, params.window_blocks);
+  set_range(words, 0, kept.sink_end);
+  set_range(words, kept.window_begin, kept.window_end);
 }
 
 }  // namespace
@@ -152,7 +141,7 @@ void select_blocks(const SelectParams& params, const Executor& executor) {
                   std::memset(words, 0, sizeof(int32_t) * item.head_count * params.num_words);
                   float* scores = scratch + kernel_floats;
                   Ranking ranking;
-                  const bool cumulative = score.rule == ScoreRule::kCumulativeMass;
+                  const bool cumulative = score.rule != ScoreRule::kRelativeMax;
                   const int32_t top = std::min(std::max(params.min_blocks, cumulative ? 1 : 0), visible);
                   std::vector<int32_t> best(cumulative ? int64_t{top} * item.head_count : 0);
                   const bool everything = keeps_everything(params, item);
@@ -173,7 +162,7 @@ void select_blocks(const SelectParams& params, const Executor& executor) {
                       const bool keep = keeps(cumulative, scores[j], threshold);
                       words[j / 32] |= static_cast<uint32_t>(keep) << (j % 32);
                     }
-                    set_always_kept(params, item, visible, words);
+                    set_always_kept(score, item, words);
                     if (!cumulative && top > 0) rank(scores, visible, top, &ranking);
                     const int32_t* order = cumulative ? best.data() + int64_t{h} * top : ranking.order.data();
                     for (int32_t i = 0; i < top; ++i) set_range(words, order[i], order[i] + 1);

@@ -160,7 +160,7 @@ Storage check_pool(Fixture& f, const std::string& where) {
 
 void check_scores(Fixture& f, const std::string& where, const Storage& summary, bsfa::ScoreRule rule) {
   const Case& c = f.c;
-  const bool cumulative = rule == bsfa::ScoreRule::kCumulativeMass;
+  const bool cumulative = rule == bsfa::ScoreRule::kPooled;
   bsfa::SelectParams select;
   bsfa::ScoreParams& params = select.score;
   params.problem = f.problem;
@@ -247,8 +247,8 @@ void check_scores(Fixture& f, const std::string& where, const Storage& summary, 
   const int num_words = (f.max_blocks + 31) / 32;
   for (int variant = 0; variant < 4; ++variant) {
     select.thresholds = thresholds.data();
-    select.sink_blocks = variant;
-    select.window_blocks = variant == 3 ? 0 : variant + 1;
+    select.score.sink_blocks = variant;
+    select.score.window_blocks = variant == 3 ? 0 : variant + 1;
     select.last_tiles = variant == 2 ? 2 : 0;
     select.min_blocks = variant == 1 ? 4 : 0;
     select.prompt_lens = variant == 2 && c.block_m == 16 ? prompt_lens.data() : nullptr;
@@ -276,11 +276,11 @@ void check_scores(Fixture& f, const std::string& where, const Storage& summary, 
               const bool before = cumulative ? s[i] < s[j] : s[i] > s[j];
               better += before || (s[i] == s[j] && i < j);
             }
-            const int window = std::max(select.window_blocks, 1);
+            const int window = std::max(select.score.window_blocks, 1);
             const int near_first = std::min(first / c.block_n, visible - 1);
             const int near_last = std::min(std::max(last / c.block_n, near_first), visible - 1);
             bool keep = cumulative ? s[j] < thresholds[h] || s[j] == 0.0f : s[j] > 0 && s[j] >= thresholds[h];
-            keep = keep || all || j < select.sink_blocks || better < select.min_blocks;
+            keep = keep || all || j < select.score.sink_blocks || better < select.min_blocks;
             keep = keep || (j > near_first - window && j < near_last + (c.causal ? 1 : window));
             if (keep) want[row * num_words + j / 32] |= static_cast<int32_t>(1u << (j % 32));
             kept += keep;
@@ -466,7 +466,7 @@ int main() {
       }
       check_block_mass(f, where, lse);
       check_scores(f, where, summary, bsfa::ScoreRule::kRelativeMax);
-      check_scores(f, where, summary, bsfa::ScoreRule::kCumulativeMass);
+      check_scores(f, where, summary, bsfa::ScoreRule::kPooled);
     }
     check_rounding(isa);
     check_nan_propagation(isa);

@@ -12,6 +12,7 @@
 #include <limits>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "bsfa/geometry.h"
@@ -153,13 +154,26 @@ inline void set_lse_strides(const Tensor& q, int64_t* batch_stride, int64_t* hea
   *batch_stride = batched ? q.size(2) * tokens : 0;
 }
 
+// A contiguous [batch, blocks, KV heads, dim] tensor of what stands for the blocks, in the dtype and on the device of q.
+inline void check_summary(const Tensor& summary, const Tensor& q, const Problem& problem, int64_t dim,
+                          const char* name) {
+  STD_TORCH_CHECK(summary.dim() == 4 && summary.is_contiguous() && summary.scalar_type() == q.scalar_type() &&
+                      same_device(summary, q),
+                  name, " must be contiguous [batch, blocks, KV heads, dim] in q's dtype, on its device");
+  const int64_t blocks = ceil_div(problem.kv.max_seqlen, problem.block_n);
+  STD_TORCH_CHECK(summary.size(0) == problem.batch && summary.size(1) == blocks &&
+                      summary.size(2) == problem.num_kv_heads && summary.size(3) == dim,
+                  name, " must be [", problem.batch, ", ", blocks, ", ", problem.num_kv_heads, ", ", dim, "]");
+}
+
 // What operator attention computes, without its outputs (set_attention_outputs). Values of index tensors are not read.
 inline AttentionParams attention_params(const Tensor& q, const Tensor& k, const Tensor& v,
                                         const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
                                         const OptionalTensor& block_table, const OptionalTensor& seqlens_k,
                                         int64_t max_seqlen_q, int64_t max_seqlen_k, const OptionalTensor& mask_words,
-                                        int64_t block_m, int64_t block_n, bool causal, double softmax_scale,
-                                        double softcap, int64_t window_left) {
+                                        const OptionalTensor& mask_counts, const OptionalTensor& k_means,
+                                        const OptionalTensor& v_means, int64_t block_m, int64_t block_n, bool causal,
+                                        double softmax_scale, double softcap, int64_t window_left) {
   AttentionParams p;
   p.q = view_of(q, "q");
   p.k = view_of(k, "k");
@@ -193,6 +207,21 @@ inline AttentionParams attention_params(const Tensor& q, const Tensor& k, const 
     STD_TORCH_CHECK(p.num_rows > 0 || q.numel() == 0, "the mask has no rows");  // its null pointer would mean dense
     p.words = static_cast<const int32_t*>(w.data_ptr());
   }
+  if (mask_counts.has_value()) {
+    const Tensor& c = *mask_counts;
+    STD_TORCH_CHECK(mask_words.has_value() && c.scalar_type() == ScalarType::Int && c.dim() == 2 && c.is_contiguous() &&
+                        same_device(c, q) && c.size(0) == p.num_rows && c.size(1) == p.mask_heads,
+                    "mask_counts must be contiguous int32 [rows, heads] beside mask_words");
+    p.counts = static_cast<const int32_t*>(c.data_ptr());
+  }
+  STD_TORCH_CHECK(k_means.has_value() == v_means.has_value(), "give both k_means and v_means, or neither");
+  if (k_means.has_value()) {
+    STD_TORCH_CHECK(mask_words.has_value() && window_left < 0, "means need mask_words and no window_left");
+    check_summary(*k_means, q, p.problem, p.problem.head_dim, "k_means");
+    check_summary(*v_means, q, p.problem, p.problem.head_dim_v, "v_means");
+    p.k_means = k_means->data_ptr();
+    p.v_means = v_means->data_ptr();
+  }
   return p;
 }
 
@@ -218,11 +247,119 @@ inline void set_attention_outputs(AttentionParams& p, const Tensor& q, const Ten
   set_lse_strides(q, &p.lse_batch_stride, &p.lse_head_stride);
 }
 
-inline ScoreRule to_rule(const std::string& rule) {
-  if (rule == "relative_max") return ScoreRule::kRelativeMax;
-  if (rule == "cumulative_mass") return ScoreRule::kCumulativeMass;
-  STD_TORCH_CHECK(false, "unknown score rule ", rule);
-  return ScoreRule::kRelativeMax;
+template <class Enum>
+Enum to_enum(const std::string& name, const char* what, std::initializer_list<std::pair<const char*, Enum>> names) {
+  for (const auto& [text, value] : names) {
+    if (name == text) return value;
+  }
+  STD_TORCH_CHECK(false, "unknown ", what, " ", name);
+  return Enum{};
+}
+
+inline Pooling to_pooling(const std::string& name) {
+  return to_enum<Pooling>(name, "pooling",
+                          {{"mean", Pooling::kMean}, {"maxabs", Pooling::kMaxAbs}, {"center", Pooling::kCenter}});
+}
+
+inline ScoreRule to_rule(const std::string& name) {
+  return to_enum<ScoreRule>(name, "score rule",
+                            {{"relative_max", ScoreRule::kRelativeMax},
+                             {"pooled", ScoreRule::kPooled},
+                             {"flat64", ScoreRule::kFlat64},
+                             {"antidiagonal", ScoreRule::kAntidiagonal}});
+}
+
+inline HeadSharing to_sharing(const std::string& name) {
+  return to_enum<HeadSharing>(
+      name, "head sharing",
+      {{"none", HeadSharing::kNone}, {"union", HeadSharing::kUnion}, {"group", HeadSharing::kGroup}});
+}
+
+inline PoolParams pool_params(const Tensor& k, const OptionalTensor& cu_seqlens_k, const OptionalTensor& block_table,
+                              const OptionalTensor& seqlens_k, int64_t max_seqlen_k, int64_t block_n,
+                              const std::string& pooling) {
+  STD_TORCH_CHECK(block_n >= 1 && block_n <= 4096, "block_n must be 1 .. 4096");
+  PoolParams p;
+  p.dtype = to_dtype(k, "k");
+  p.pooling = to_pooling(pooling);
+  p.k = view_of(k, "k");
+  p.kv = kv_layout(k, cu_seqlens_k, block_table, seqlens_k, max_seqlen_k);
+  p.batch = to_int32(batch_of_kv(k, cu_seqlens_k, block_table), "batch");
+  p.num_kv_heads = to_int32(k.size(k.dim() - 2), "KV heads");
+  p.head_dim = to_int32(k.size(k.dim() - 1), "head_dim");
+  p.block_n = static_cast<int32_t>(block_n);
+  p.max_blocks = ceil_div(p.kv.max_seqlen, p.block_n);
+  return p;
+}
+
+// Operators score_blocks and select_blocks up to their outputs. Values of index tensors are not read.
+inline ScoreParams score_params(const Tensor& q, const OptionalTensor& summary, const OptionalTensor& k,
+                                const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+                                const OptionalTensor& block_table, const OptionalTensor& seqlens_k,
+                                int64_t max_seqlen_q, int64_t max_seqlen_k, int64_t num_rows, int64_t block_m,
+                                int64_t block_n, bool causal, double softmax_scale, double softcap,
+                                const std::string& rule, const std::string& pooling, int64_t stride,
+                                const std::string& sharing, int64_t sink_blocks, int64_t window_blocks) {
+  ScoreParams s;
+  s.rule = to_rule(rule);
+  s.pooling = to_pooling(pooling);
+  s.sharing = to_sharing(sharing);
+  STD_TORCH_CHECK(s.sharing != HeadSharing::kGroup || s.rule == ScoreRule::kRelativeMax,
+                  "sharing \"group\" is relative_max's alone");
+  s.sink_blocks = to_int32(sink_blocks, "sink_blocks");
+  s.window_blocks = to_int32(window_blocks, "window_blocks");
+  s.stride = to_int32(stride, "stride");
+  s.num_rows = num_rows;
+  if (s.rule == ScoreRule::kFlat64 || s.rule == ScoreRule::kAntidiagonal) {
+    const int64_t step = s.rule == ScoreRule::kFlat64 ? 64 : stride;
+    STD_TORCH_CHECK(step > 0 && block_m % step == 0 && block_n % step == 0, rule, " needs block sizes divisible by ",
+                    step);
+    STD_TORCH_CHECK(k.has_value() && !summary.has_value(), rule, " needs k, and no summary");
+    STD_TORCH_CHECK(k->scalar_type() == q.scalar_type() && same_device(*k, q), "q and k differ in dtype or device");
+    STD_TORCH_CHECK(k->size(k->dim() - 1) == q.size(q.dim() - 1), "q and k differ in head_dim");
+    s.problem = make_problem(q, cu_seqlens_q, batch_of_kv(*k, cu_seqlens_k, block_table), k->size(k->dim() - 2),
+                             max_seqlen_q, block_m, block_n, causal, softmax_scale, softcap);
+    s.problem.kv = kv_layout(*k, cu_seqlens_k, block_table, seqlens_k, max_seqlen_k);
+    s.k = view_of(*k, "k");
+  } else {
+    STD_TORCH_CHECK(summary.has_value() && summary->dim() == 4 && !k.has_value() && !block_table.has_value(), rule,
+                    " needs a summary [batch, blocks, KV heads, dim], and neither k nor block_table");
+    const int64_t batch = summary->size(0);
+    s.problem = make_problem(q, cu_seqlens_q, batch, summary->size(2), max_seqlen_q, block_m, block_n, causal,
+                             softmax_scale, softcap);
+    KvLayout& kv = s.problem.kv;
+    kv.max_seqlen = to_int32(max_seqlen_k, "max_seqlen_k");
+    STD_TORCH_CHECK(!(cu_seqlens_k.has_value() && seqlens_k.has_value()), "give cu_seqlens_k or seqlens_k, not both");
+    kv.cu_seqlens = index_ptr(cu_seqlens_k, 1, batch + 1, q, "cu_seqlens_k");
+    kv.seqlens = index_ptr(seqlens_k, 1, batch, q, "seqlens_k");
+    check_summary(*summary, q, s.problem, s.problem.head_dim, "summary");
+    s.summary = summary->data_ptr();
+  }
+  s.q = view_of(q, "q");
+  s.max_blocks = ceil_div(s.problem.kv.max_seqlen, s.problem.block_n);
+  return s;
+}
+
+inline SelectParams select_params(const ScoreParams& score, const Tensor& q, const Tensor& thresholds,
+                                  int64_t last_tiles, int64_t min_blocks, double min_ratio, double probability,
+                                  int64_t rescue_stride, double rescue_probability, int64_t rescue_seed,
+                                  const OptionalTensor& prompt_lens) {
+  SelectParams p;
+  p.score = score;
+  STD_TORCH_CHECK(thresholds.scalar_type() == ScalarType::Float && thresholds.is_contiguous() &&
+                      thresholds.dim() == 1 && thresholds.size(0) == score.score_heads() && same_device(thresholds, q),
+                  "thresholds must be contiguous float32 [", score.score_heads(), "] on the device of q");
+  p.thresholds = static_cast<const float*>(thresholds.data_ptr());
+  p.last_tiles = to_int32(last_tiles, "last_tiles");
+  p.min_blocks = to_int32(min_blocks, "min_blocks");
+  p.min_ratio = static_cast<float>(min_ratio);
+  p.probability = static_cast<float>(probability);
+  p.rescue_stride = to_int32(rescue_stride, "rescue_stride");
+  p.rescue_probability = static_cast<float>(rescue_probability);
+  p.rescue_seed = to_int32(rescue_seed, "rescue_seed");
+  p.prompt_lens = index_ptr(prompt_lens, 1, score.problem.batch, q, "prompt_lens");
+  p.num_words = ceil_div(score.max_blocks, 32);
+  return p;
 }
 
 }  // namespace bsfa::torch_ops

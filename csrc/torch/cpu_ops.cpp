@@ -52,22 +52,13 @@ void check_problem_values(const Problem& p, const Tensor& q, int64_t num_rows) {
   }
   if (num_rows < 0) return;
   int64_t rows = 0;
-  for (int32_t b = 0; b < p.batch; ++b) rows += cpu::sequence_geometry(p, b).num_tiles();
+  for (int32_t b = 0; b < p.batch; ++b) rows += sequence_geometry(p, b).num_tiles();
   STD_TORCH_CHECK(rows <= num_rows, "the mask has ", num_rows, " rows, this problem needs ", rows);
 }
 
 Tensor pool_blocks(const Tensor& k, const OptionalTensor& cu_seqlens_k, const OptionalTensor& block_table,
-                   const OptionalTensor& seqlens_k, int64_t max_seqlen_k, int64_t block_n) {
-  PoolParams p;
-  p.dtype = to_dtype(k, "k");
-  STD_TORCH_CHECK(block_n >= 1 && block_n <= 4096, "block_n must be 1 .. 4096");
-  p.k = view_of(k, "k");
-  p.kv = kv_layout(k, cu_seqlens_k, block_table, seqlens_k, max_seqlen_k);
-  p.batch = to_int32(batch_of_kv(k, cu_seqlens_k, block_table), "batch");
-  p.num_kv_heads = to_int32(k.size(k.dim() - 2), "KV heads");
-  p.head_dim = to_int32(k.size(k.dim() - 1), "head_dim");
-  p.block_n = static_cast<int32_t>(block_n);
-  p.max_blocks = ceil_div(p.kv.max_seqlen, p.block_n);
+                   const OptionalTensor& seqlens_k, int64_t max_seqlen_k, int64_t block_n, std::string pooling) {
+  PoolParams p = pool_params(k, cu_seqlens_k, block_table, seqlens_k, max_seqlen_k, block_n, pooling);
   check_kv_values(p.kv, k, p.batch);
   Tensor out = new_tensor(k, {p.batch, p.max_blocks, p.num_kv_heads, p.head_dim}, k.scalar_type());
   p.out = out.data_ptr();
@@ -75,111 +66,85 @@ Tensor pool_blocks(const Tensor& k, const OptionalTensor& cu_seqlens_k, const Op
   return out;
 }
 
-ScoreParams score_params(const Tensor& q, const Tensor& summary, const OptionalTensor& cu_seqlens_q,
-                         const OptionalTensor& cu_seqlens_k, const OptionalTensor& seqlens_k, int64_t max_seqlen_q,
-                         int64_t max_seqlen_k, int64_t num_rows, int64_t block_m, int64_t block_n, bool causal,
-                         double softmax_scale, double softcap, const std::string& rule) {
-  STD_TORCH_CHECK(summary.dim() == 4 && summary.is_contiguous() && summary.scalar_type() == q.scalar_type(),
-                  "summary must be contiguous [batch, blocks, KV heads, dim] in q's dtype");
-  ScoreParams s;
-  const int64_t batch = summary.size(0);
-  s.problem = make_problem(q, cu_seqlens_q, batch, summary.size(2), max_seqlen_q, block_m, block_n, causal,
-                           softmax_scale, softcap);
-  STD_TORCH_CHECK(summary.size(3) == s.problem.head_dim, "summary and q differ in head_dim");
-  KvLayout& kv = s.problem.kv;
-  kv.max_seqlen = to_int32(max_seqlen_k, "max_seqlen_k");
-  STD_TORCH_CHECK(!(cu_seqlens_k.has_value() && seqlens_k.has_value()), "give cu_seqlens_k or seqlens_k, not both");
-  kv.cu_seqlens = index_ptr(cu_seqlens_k, 1, batch + 1, q, "cu_seqlens_k");
-  kv.seqlens = index_ptr(seqlens_k, 1, batch, q, "seqlens_k");
-  s.max_blocks = ceil_div(kv.max_seqlen, s.problem.block_n);
-  STD_TORCH_CHECK(summary.size(1) == s.max_blocks, "summary has ", summary.size(1), " blocks, expected ", s.max_blocks);
-  for (int32_t b = 0; b < batch; ++b) {
-    const int32_t len = cpu::seqlen_k(kv, b);
+void check_score_values(const ScoreParams& s, const Tensor& q, const OptionalTensor& k) {
+  const KvLayout& kv = s.problem.kv;
+  if (k.has_value()) check_kv_values(kv, *k, s.problem.batch);
+  for (int32_t b = 0; b < s.problem.batch; ++b) {
+    const int32_t len = seqlen_k(kv, b);
     STD_TORCH_CHECK(len >= 0 && len <= kv.max_seqlen, "KV length ", len, " is not in 0 .. max_seqlen_k");
   }
-  s.q = view_of(q, "q");
-  s.summary = summary.data_ptr();
-  s.rule = to_rule(rule);
-  s.num_rows = num_rows;
-  check_problem_values(s.problem, q, num_rows);
-  return s;
+  check_problem_values(s.problem, q, s.num_rows);
 }
 
-Tensor score_blocks(const Tensor& q, const Tensor& summary, const OptionalTensor& cu_seqlens_q,
-                    const OptionalTensor& cu_seqlens_k, const OptionalTensor& seqlens_k, int64_t max_seqlen_q,
+Tensor score_blocks(const Tensor& q, const OptionalTensor& summary, const OptionalTensor& k,
+                    const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+                    const OptionalTensor& block_table, const OptionalTensor& seqlens_k, int64_t max_seqlen_q,
                     int64_t max_seqlen_k, int64_t num_rows, int64_t block_m, int64_t block_n, bool causal,
-                    double softmax_scale, double softcap, std::string rule) {
-  ScoreParams s = score_params(q, summary, cu_seqlens_q, cu_seqlens_k, seqlens_k, max_seqlen_q, max_seqlen_k, num_rows,
-                               block_m, block_n, causal, softmax_scale, softcap, rule);
-  Tensor scores = new_tensor(q, {num_rows, s.problem.num_q_heads, s.max_blocks}, ScalarType::Float);
+                    double softmax_scale, double softcap, std::string rule, std::string pooling, int64_t stride,
+                    std::string sharing, int64_t sink_blocks, int64_t window_blocks) {
+  ScoreParams s = score_params(q, summary, k, cu_seqlens_q, cu_seqlens_k, block_table, seqlens_k, max_seqlen_q,
+                               max_seqlen_k, num_rows, block_m, block_n, causal, softmax_scale, softcap, rule, pooling,
+                               stride, sharing, sink_blocks, window_blocks);
+  check_score_values(s, q, k);
+  Tensor scores = new_tensor(q, {num_rows, s.score_heads(), s.max_blocks}, ScalarType::Float);
   s.scores = static_cast<float*>(scores.data_ptr());
   if (scores.numel() > 0) cpu::score_blocks(s, executor());
   return scores;
 }
 
-std::tuple<Tensor, Tensor> select_blocks(const Tensor& q, const Tensor& summary, const OptionalTensor& cu_seqlens_q,
-                                         const OptionalTensor& cu_seqlens_k, const OptionalTensor& seqlens_k,
+std::tuple<Tensor, Tensor> select_blocks(const Tensor& q, const OptionalTensor& summary, const OptionalTensor& k,
+                                         const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+                                         const OptionalTensor& block_table, const OptionalTensor& seqlens_k,
                                          int64_t max_seqlen_q, int64_t max_seqlen_k, int64_t num_rows, int64_t block_m,
                                          int64_t block_n, bool causal, double softmax_scale, double softcap,
-                                         std::string rule, const Tensor& thresholds, int64_t sink_blocks,
-                                         int64_t window_blocks, int64_t last_tiles, int64_t min_blocks,
+                                         std::string rule, std::string pooling, int64_t stride, std::string sharing,
+                                         int64_t sink_blocks, int64_t window_blocks, const Tensor& thresholds,
+                                         int64_t last_tiles, int64_t min_blocks, double min_ratio, double probability,
+                                         int64_t rescue_stride, double rescue_probability, int64_t rescue_seed,
                                          const OptionalTensor& prompt_lens) {
-  SelectParams p;
-  p.score = score_params(q, summary, cu_seqlens_q, cu_seqlens_k, seqlens_k, max_seqlen_q, max_seqlen_k, num_rows,
-                         block_m, block_n, causal, softmax_scale, softcap, rule);
-  STD_TORCH_CHECK(thresholds.scalar_type() == ScalarType::Float && thresholds.is_contiguous() &&
-                      thresholds.dim() == 1 && thresholds.size(0) == p.score.problem.num_q_heads,
-                  "thresholds must be contiguous float32 [query heads]");
-  p.thresholds = static_cast<const float*>(thresholds.data_ptr());
-  p.sink_blocks = to_int32(sink_blocks, "sink_blocks");
-  p.window_blocks = to_int32(window_blocks, "window_blocks");
-  p.last_tiles = to_int32(last_tiles, "last_tiles");
-  p.min_blocks = to_int32(min_blocks, "min_blocks");
-  p.prompt_lens = index_ptr(prompt_lens, 1, p.score.problem.batch, q, "prompt_lens");
-  p.num_words = ceil_div(p.score.max_blocks, 32);
-  Tensor words = new_tensor(q, {num_rows, p.score.problem.num_q_heads, p.num_words}, ScalarType::Int);
-  Tensor counts = new_tensor(q, {num_rows, p.score.problem.num_q_heads}, ScalarType::Int);
+  const ScoreParams s = score_params(q, summary, k, cu_seqlens_q, cu_seqlens_k, block_table, seqlens_k, max_seqlen_q,
+                                     max_seqlen_k, num_rows, block_m, block_n, causal, softmax_scale, softcap, rule,
+                                     pooling, stride, sharing, sink_blocks, window_blocks);
+  check_score_values(s, q, k);
+  SelectParams p = select_params(s, q, thresholds, last_tiles, min_blocks, min_ratio, probability, rescue_stride,
+                                 rescue_probability, rescue_seed, prompt_lens);
+  Tensor words = new_tensor(q, {num_rows, s.mask_heads(), p.num_words}, ScalarType::Int);
+  Tensor counts = new_tensor(q, {num_rows, s.mask_heads()}, ScalarType::Int);
   p.words = static_cast<int32_t*>(words.data_ptr());
   p.counts = static_cast<int32_t*>(counts.data_ptr());
   if (counts.numel() > 0) cpu::select_blocks(p, executor());
   return {words, counts};
 }
 
-// `p` with its outputs set.
-void run_attention(const AttentionParams& p, const Tensor& q, const Tensor& k) {
+Tensor attention_out(const Tensor& out, const Tensor& q, const Tensor& k, const Tensor& v,
+                     const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+                     const OptionalTensor& block_table, const OptionalTensor& seqlens_k, int64_t max_seqlen_q,
+                     int64_t max_seqlen_k, const OptionalTensor& mask_words, const OptionalTensor& mask_counts,
+                     const OptionalTensor& k_means, const OptionalTensor& v_means, int64_t block_m, int64_t block_n,
+                     bool causal, double softmax_scale, double softcap, int64_t window_left) {
+  AttentionParams p = attention_params(q, k, v, cu_seqlens_q, cu_seqlens_k, block_table, seqlens_k, max_seqlen_q,
+                                       max_seqlen_k, mask_words, mask_counts, k_means, v_means, block_m, block_n,
+                                       causal, softmax_scale, softcap, window_left);
+  Tensor lse = new_lse(q);
+  set_attention_outputs(p, q, out, lse);
   check_kv_values(p.problem.kv, k, p.problem.batch);
   check_problem_values(p.problem, q, p.words != nullptr ? p.num_rows : -1);
   if (q.numel() > 0) cpu::attention(p, executor());
+  return lse;
 }
 
 std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v,
                                      const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
                                      const OptionalTensor& block_table, const OptionalTensor& seqlens_k,
                                      int64_t max_seqlen_q, int64_t max_seqlen_k, const OptionalTensor& mask_words,
-                                     int64_t block_m, int64_t block_n, bool causal, double softmax_scale,
-                                     double softcap, int64_t window_left) {
-  AttentionParams p =
-      attention_params(q, k, v, cu_seqlens_q, cu_seqlens_k, block_table, seqlens_k, max_seqlen_q, max_seqlen_k,
-                       mask_words, block_m, block_n, causal, softmax_scale, softcap, window_left);
+                                     const OptionalTensor& mask_counts, const OptionalTensor& k_means,
+                                     const OptionalTensor& v_means, int64_t block_m, int64_t block_n, bool causal,
+                                     double softmax_scale, double softcap, int64_t window_left) {
   Tensor out = new_attention_out(q, v);
-  Tensor lse = new_lse(q);
-  set_attention_outputs(p, q, out, lse);
-  run_attention(p, q, k);
+  Tensor lse = attention_out(out, q, k, v, cu_seqlens_q, cu_seqlens_k, block_table, seqlens_k, max_seqlen_q,
+                             max_seqlen_k, mask_words, mask_counts, k_means, v_means, block_m, block_n, causal,
+                             softmax_scale, softcap, window_left);
   return {out, lse};
-}
-
-Tensor attention_out(const Tensor& out, const Tensor& q, const Tensor& k, const Tensor& v,
-                     const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
-                     const OptionalTensor& block_table, const OptionalTensor& seqlens_k, int64_t max_seqlen_q,
-                     int64_t max_seqlen_k, const OptionalTensor& mask_words, int64_t block_m, int64_t block_n,
-                     bool causal, double softmax_scale, double softcap, int64_t window_left) {
-  AttentionParams p =
-      attention_params(q, k, v, cu_seqlens_q, cu_seqlens_k, block_table, seqlens_k, max_seqlen_q, max_seqlen_k,
-                       mask_words, block_m, block_n, causal, softmax_scale, softcap, window_left);
-  Tensor lse = new_lse(q);
-  set_attention_outputs(p, q, out, lse);
-  run_attention(p, q, k);
-  return lse;
 }
 
 Tensor block_mass(const Tensor& q, const Tensor& k, const Tensor& lse, const OptionalTensor& cu_seqlens_q,

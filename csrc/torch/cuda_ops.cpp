@@ -43,20 +43,10 @@ void check_half_precision(const Tensor& t, const char* name) {
 }
 
 Tensor pool_blocks(const Tensor& k, const OptionalTensor& cu_seqlens_k, const OptionalTensor& block_table,
-                   const OptionalTensor& seqlens_k, int64_t max_seqlen_k, int64_t block_n) {
+                   const OptionalTensor& seqlens_k, int64_t max_seqlen_k, int64_t block_n, std::string pooling) {
   check_half_precision(k, "k");
-  STD_TORCH_CHECK(block_n >= 1 && block_n <= 4096, "block_n must be 1 .. 4096");
-  PoolParams p;
-  p.dtype = to_dtype(k, "k");
-  p.k = view_of(k, "k");
-  p.kv = kv_layout(k, cu_seqlens_k, block_table, seqlens_k, max_seqlen_k);
-  p.batch = to_int32(batch_of_kv(k, cu_seqlens_k, block_table), "batch");
+  PoolParams p = pool_params(k, cu_seqlens_k, block_table, seqlens_k, max_seqlen_k, block_n, pooling);
   STD_TORCH_CHECK(p.batch <= 65535, "at most 65535 sequences on CUDA");
-  p.num_kv_heads = to_int32(k.size(k.dim() - 2), "KV heads");
-  p.head_dim = to_int32(k.size(k.dim() - 1), "head_dim");
-  p.block_n = static_cast<int32_t>(block_n);
-  p.max_blocks = ceil_div(p.kv.max_seqlen, p.block_n);
-
   const Launch launch(k);
   const std::vector<int64_t> shape = {p.batch, p.max_blocks, p.num_kv_heads, p.head_dim};
   Tensor out = torch::stable::new_empty(k, shape);
@@ -65,51 +55,42 @@ Tensor pool_blocks(const Tensor& k, const OptionalTensor& cu_seqlens_k, const Op
   return out;
 }
 
-// Runs attention on parameters that have their outputs.
-void run_attention(AttentionParams& p, const Tensor& q) {
-  check_half_precision(q, "q");
-  STD_TORCH_CHECK((p.problem.head_dim == 64 || p.problem.head_dim == 128) && p.problem.head_dim_v == p.problem.head_dim,
-                  "on CUDA head_dim must be 64 or 128, and that of v the same");
-  STD_TORCH_CHECK(p.problem.block_m == 128 && p.problem.block_n == 128, "on CUDA block_m and block_n must be 128");
+Tensor attention_out(const Tensor& out, const Tensor& q, const Tensor& k, const Tensor& v,
+                     const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+                     const OptionalTensor& block_table, const OptionalTensor& seqlens_k, int64_t max_seqlen_q,
+                     int64_t max_seqlen_k, const OptionalTensor& mask_words, const OptionalTensor& mask_counts,
+                     const OptionalTensor& k_means, const OptionalTensor& v_means, int64_t block_m, int64_t block_n,
+                     bool causal, double softmax_scale, double softcap, int64_t window_left) {
+  AttentionParams p = attention_params(q, k, v, cu_seqlens_q, cu_seqlens_k, block_table, seqlens_k, max_seqlen_q,
+                                       max_seqlen_k, mask_words, mask_counts, k_means, v_means, block_m, block_n,
+                                       causal, softmax_scale, softcap, window_left);
+  STD_TORCH_CHECK(cuda::attention_supports(p.problem), "this dtype, head_dim or block size has no CUDA kernel");
+  Tensor lse = new_lse(q);
+  set_attention_outputs(p, q, out, lse);
   const int64_t rows = max_mask_rows(p.problem, p.q.tokens);
   STD_TORCH_CHECK(p.words == nullptr || p.num_rows >= rows, "the mask has ", p.num_rows, " rows, this problem needs ",
                   rows);
   p.num_rows = rows;
-  if (q.numel() == 0) return;
+  if (q.numel() == 0) return lse;
   const Launch launch(q);
   const std::vector<int64_t> shape = {cuda::attention_workspace_bytes(p)};
   Tensor workspace = torch::stable::new_empty(q, shape, ScalarType::Byte);
   check_launch(cuda::attention(p, workspace.data_ptr(), launch.stream()), "attention");
+  return lse;
 }
 
 std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v,
                                      const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
                                      const OptionalTensor& block_table, const OptionalTensor& seqlens_k,
                                      int64_t max_seqlen_q, int64_t max_seqlen_k, const OptionalTensor& mask_words,
-                                     int64_t block_m, int64_t block_n, bool causal, double softmax_scale,
-                                     double softcap, int64_t window_left) {
-  AttentionParams p =
-      attention_params(q, k, v, cu_seqlens_q, cu_seqlens_k, block_table, seqlens_k, max_seqlen_q, max_seqlen_k,
-                       mask_words, block_m, block_n, causal, softmax_scale, softcap, window_left);
+                                     const OptionalTensor& mask_counts, const OptionalTensor& k_means,
+                                     const OptionalTensor& v_means, int64_t block_m, int64_t block_n, bool causal,
+                                     double softmax_scale, double softcap, int64_t window_left) {
   Tensor out = new_attention_out(q, v);
-  Tensor lse = new_lse(q);
-  set_attention_outputs(p, q, out, lse);
-  run_attention(p, q);
+  Tensor lse = attention_out(out, q, k, v, cu_seqlens_q, cu_seqlens_k, block_table, seqlens_k, max_seqlen_q,
+                             max_seqlen_k, mask_words, mask_counts, k_means, v_means, block_m, block_n, causal,
+                             softmax_scale, softcap, window_left);
   return {out, lse};
-}
-
-Tensor attention_out(const Tensor& out, const Tensor& q, const Tensor& k, const Tensor& v,
-                     const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
-                     const OptionalTensor& block_table, const OptionalTensor& seqlens_k, int64_t max_seqlen_q,
-                     int64_t max_seqlen_k, const OptionalTensor& mask_words, int64_t block_m, int64_t block_n,
-                     bool causal, double softmax_scale, double softcap, int64_t window_left) {
-  AttentionParams p =
-      attention_params(q, k, v, cu_seqlens_q, cu_seqlens_k, block_table, seqlens_k, max_seqlen_q, max_seqlen_k,
-                       mask_words, block_m, block_n, causal, softmax_scale, softcap, window_left);
-  Tensor lse = new_lse(q);
-  set_attention_outputs(p, q, out, lse);
-  run_attention(p, q);
-  return lse;
 }
 
 // JSON: one row per compiled CUDA kernel, with the keys of bsfa._C.kernels().

@@ -3,30 +3,43 @@
 //   q        [B, Sq, Hq, D], or [T, Hq, D] with cu_seqlens_q
 //   k, v     [B, Sk, Hkv, D], or [T, Hkv, D] with cu_seqlens_k, or [pages, page_size, Hkv, D] with block_table and
 //            seqlens_k
-//   summary  [B, N, Hkv, D], contiguous, dtype of k
+//   summary  [B, N, Hkv, D], contiguous, dtype of k; likewise k_means and v_means
 //   words    [R, heads, ceil(N / 32)] int32, heads = Hq, Hkv or 1; counts [R, heads] int32
 //   lse      [B, Hq, Sq], or [Hq, T], float32
 //   out      q's shape with v's head_dim, dtype of q. attention_out writes into a given one: any strides, last one 1.
-// rule is "relative_max" or "cumulative_mass" (params.h).
+// The enumerations of params.h go by name: pooling "mean", "maxabs", "center"; rule "relative_max", "pooled", "flat64",
+// "antidiagonal"; sharing "none", "union", "group".
 #pragma once
 
-#define BSFA_FOR_EACH_SCHEMA(DEF)                                                                                     \
-  DEF("pool_blocks(Tensor k, Tensor? cu_seqlens_k, Tensor? block_table, Tensor? seqlens_k, SymInt max_seqlen_k, "     \
-      "int block_n) -> Tensor")                                                                                       \
-  DEF("score_blocks(Tensor q, Tensor summary, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqlens_k, "        \
-      "SymInt max_seqlen_q, SymInt max_seqlen_k, SymInt num_rows, int block_m, int block_n, bool causal, "            \
-      "float softmax_scale, float softcap, str rule) -> Tensor")                                                      \
-  DEF("select_blocks(Tensor q, Tensor summary, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqlens_k, "       \
-      "SymInt max_seqlen_q, SymInt max_seqlen_k, SymInt num_rows, int block_m, int block_n, bool causal, "            \
-      "float softmax_scale, float softcap, str rule, Tensor thresholds, int sink_blocks, int window_blocks, "         \
-      "int last_tiles, int min_blocks, Tensor? prompt_lens) -> (Tensor words, Tensor counts)")                        \
-  DEF("attention(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? block_table, "     \
-      "Tensor? seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? mask_words, int block_m, int block_n, "   \
-      "bool causal, float softmax_scale, float softcap, int window_left) -> (Tensor out, Tensor lse)")                \
-  DEF("attention_out(Tensor(a!) out, Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "      \
-      "Tensor? block_table, Tensor? seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? mask_words, "        \
-      "int block_m, int block_n, bool causal, float softmax_scale, float softcap, int window_left) -> Tensor lse")    \
-  DEF("block_mass(Tensor q, Tensor k, Tensor lse, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? block_table, "  \
-      "Tensor? seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, SymInt num_rows, int block_m, int block_n, bool " \
-      "causal, "                                                                                                      \
-      "float softmax_scale, float softcap) -> Tensor")
+#define BSFA_FOR_EACH_SCHEMA(DEF)                                                                                      \
+  DEF("pool_blocks(Tensor k, Tensor? cu_seqlens_k, Tensor? block_table, Tensor? seqlens_k, SymInt max_seqlen_k, "      \
+      "int block_n, str pooling) -> Tensor")                                                                           \
+  DEF("score_blocks(Tensor q, Tensor? summary, Tensor? k, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "                \
+      "Tensor? block_table, Tensor? seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, SymInt num_rows, int "        \
+      "block_m, "                                                                                                      \
+      "int block_n, bool causal, float softmax_scale, float softcap, str rule, str pooling, int stride, str sharing, " \
+      "int sink_blocks, int window_blocks) -> Tensor")                                                                 \
+  DEF("select_blocks(Tensor q, Tensor? summary, Tensor? k, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "               \
+      "Tensor? block_table, Tensor? seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, SymInt num_rows, int "        \
+      "block_m, "                                                                                                      \
+      "int block_n, bool causal, float softmax_scale, float softcap, str rule, str pooling, int stride, str sharing, " \
+      "int sink_blocks, int window_blocks, Tensor thresholds, int last_tiles, int min_blocks, float min_ratio, "       \
+      "float probability, int rescue_stride, float rescue_probability, int rescue_seed, Tensor? prompt_lens) "         \
+      "-> (Tensor words, Tensor counts)")                                                                              \
+  DEF("probe_attention(Tensor q, Tensor k, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? block_table, "          \
+      "Tensor? seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, int block_m, bool causal, float softmax_scale, "   \
+      "float softcap) -> (Tensor vertical, Tensor slash)")                                                             \
+  DEF("pattern_mask(Tensor base, Tensor query_aware, Tensor vertical, Tensor slash, Tensor? cu_seqlens_q, "            \
+      "Tensor? cu_seqlens_k, Tensor? seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, int block_m, int block_n, "  \
+      "bool causal, int sink_blocks, int window_blocks) -> (Tensor words, Tensor counts)")                             \
+  DEF("attention(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? block_table, "      \
+      "Tensor? seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? mask_words, Tensor? mask_counts, "         \
+      "Tensor? k_means, Tensor? v_means, int block_m, int block_n, bool causal, float softmax_scale, float softcap, "  \
+      "int window_left) -> (Tensor out, Tensor lse)")                                                                  \
+  DEF("attention_out(Tensor(a!) out, Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "       \
+      "Tensor? block_table, Tensor? seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? mask_words, "         \
+      "Tensor? mask_counts, Tensor? k_means, Tensor? v_means, int block_m, int block_n, bool causal, "                 \
+      "float softmax_scale, float softcap, int window_left) -> Tensor lse")                                            \
+  DEF("block_mass(Tensor q, Tensor k, Tensor lse, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? block_table, "   \
+      "Tensor? seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, SymInt num_rows, int block_m, int block_n, "       \
+      "bool causal, float softmax_scale, float softcap) -> Tensor")

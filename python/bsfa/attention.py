@@ -56,7 +56,7 @@ def _run(
     mask: BlockMask | None = None
     if selects is not None:
         summary = pool(k, layout, selects.block_n) if selects.needs_summary else None
-        mask = selects.select(make_selection(q, summary, layout, scale, softcap, prompt_lens))
+        mask = selects.select(make_selection(q, k, summary, layout, scale, softcap, prompt_lens))
         if mask is not None:
             check_mask_heads(mask, q, k)
     out, lse = attend(q, k, v, mask, layout, scale, softcap, window_left, out)

@@ -15,6 +15,12 @@ def _blocks(max_seqlen_k: int, block_n: int) -> int:
     return (max_seqlen_k + block_n - 1) // block_n
 
 
+def _batch(k: Tensor, cu_seqlens_k: Tensor | None, block_table: Tensor | None) -> int:
+    if block_table is not None:
+        return block_table.shape[0]
+    return k.shape[0] if cu_seqlens_k is None else cu_seqlens_k.shape[0] - 1
+
+
 @torch.library.register_fake("bsfa::pool_blocks")
 def _pool_blocks(
     k: Tensor,
@@ -23,22 +29,27 @@ def _pool_blocks(
     seqlens_k: Tensor | None,
     max_seqlen_k: int,
     block_n: int,
+    pooling: str,
 ) -> Tensor:
-    if block_table is not None:
-        batch = block_table.shape[0]
-    elif cu_seqlens_k is not None:
-        batch = cu_seqlens_k.shape[0] - 1
-    else:
-        batch = k.shape[0]
+    batch = _batch(k, cu_seqlens_k, block_table)
     return k.new_empty((batch, _blocks(max_seqlen_k, block_n), k.shape[-2], k.shape[-1]))
+
+
+def _mask_heads(q: Tensor, keys: Tensor | None, sharing: str) -> int:
+    if sharing == "none":
+        return q.shape[-2]
+    assert keys is not None
+    return keys.shape[-2]
 
 
 @torch.library.register_fake("bsfa::score_blocks")
 def _score_blocks(
     q: Tensor,
-    summary: Tensor,
+    summary: Tensor | None,
+    k: Tensor | None,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
+    block_table: Tensor | None,
     seqlens_k: Tensor | None,
     max_seqlen_q: int,
     max_seqlen_k: int,
@@ -49,16 +60,24 @@ def _score_blocks(
     softmax_scale: float,
     softcap: float,
     rule: str,
+    pooling: str,
+    stride: int,
+    sharing: str,
+    sink_blocks: int,
+    window_blocks: int,
 ) -> Tensor:
-    return q.new_empty((num_rows, q.shape[-2], _blocks(max_seqlen_k, block_n)), dtype=torch.float32)
+    heads = _mask_heads(q, summary, sharing) if sharing == "group" else q.shape[-2]
+    return q.new_empty((num_rows, heads, _blocks(max_seqlen_k, block_n)), dtype=torch.float32)
 
 
 @torch.library.register_fake("bsfa::select_blocks")
 def _select_blocks(
     q: Tensor,
-    summary: Tensor,
+    summary: Tensor | None,
+    k: Tensor | None,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
+    block_table: Tensor | None,
     seqlens_k: Tensor | None,
     max_seqlen_q: int,
     max_seqlen_k: int,
@@ -69,19 +88,66 @@ def _select_blocks(
     softmax_scale: float,
     softcap: float,
     rule: str,
-    thresholds: Tensor,
+    pooling: str,
+    stride: int,
+    sharing: str,
     sink_blocks: int,
     window_blocks: int,
+    thresholds: Tensor,
     last_tiles: int,
     min_blocks: int,
+    min_ratio: float,
+    probability: float,
+    rescue_stride: int,
+    rescue_probability: float,
+    rescue_seed: int,
     prompt_lens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     words = (_blocks(max_seqlen_k, block_n) + 31) // 32
-    heads = q.shape[-2]
+    heads = _mask_heads(q, k if summary is None else summary, sharing)
     return (
         q.new_empty((num_rows, heads, words), dtype=torch.int32),
         q.new_empty((num_rows, heads), dtype=torch.int32),
     )
+
+
+@torch.library.register_fake("bsfa::probe_attention")
+def _probe_attention(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    block_table: Tensor | None,
+    seqlens_k: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    block_m: int,
+    causal: bool,
+    softmax_scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    shape = (_batch(k, cu_seqlens_k, block_table), q.shape[-2], max_seqlen_k)
+    return q.new_empty(shape, dtype=torch.float32), q.new_empty(shape, dtype=torch.float32)
+
+
+@torch.library.register_fake("bsfa::pattern_mask")
+def _pattern_mask(
+    base: Tensor,
+    query_aware: Tensor,
+    vertical: Tensor,
+    slash: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    seqlens_k: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    block_m: int,
+    block_n: int,
+    causal: bool,
+    sink_blocks: int,
+    window_blocks: int,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(base), base.new_empty(base.shape[:2])
 
 
 def _new_lse(q: Tensor) -> Tensor:
@@ -101,6 +167,9 @@ def _attention(
     max_seqlen_q: int,
     max_seqlen_k: int,
     mask_words: Tensor | None,
+    mask_counts: Tensor | None,
+    k_means: Tensor | None,
+    v_means: Tensor | None,
     block_m: int,
     block_n: int,
     causal: bool,
@@ -124,6 +193,9 @@ def _attention_out(
     max_seqlen_q: int,
     max_seqlen_k: int,
     mask_words: Tensor | None,
+    mask_counts: Tensor | None,
+    k_means: Tensor | None,
+    v_means: Tensor | None,
     block_m: int,
     block_n: int,
     causal: bool,

@@ -124,17 +124,18 @@ def pool_blocks(
     return pool(k, key_layout(k, cu_seqlens_k, max_seqlen_k, block_table, seqlens_k), block_n)
 
 
-def pool(k: Tensor, layout: Layout, block_n: int) -> Tensor:
+def pool(k: Tensor, layout: Layout, block_n: int, pooling: str = "mean") -> Tensor:
     """Run the pooling operator on inputs that have been checked."""
     check_limits("pool_blocks", k.device, k.dtype, k.shape[-1])
     summary: Tensor = torch.ops.bsfa.pool_blocks(
-        k, layout.cu_seqlens_k, layout.block_table, layout.seqlens_k, layout.max_seqlen_k, block_n
+        k, layout.cu_seqlens_k, layout.block_table, layout.seqlens_k, layout.max_seqlen_k, block_n, pooling
     )
     return summary
 
 
 def make_selection(
     q: Tensor,
+    k: Tensor | None,
     summary: Tensor | None,
     layout: Layout,
     softmax_scale: float,
@@ -144,7 +145,7 @@ def make_selection(
     """What a policy may look at, after checking ``prompt_lens``."""
     if prompt_lens is not None:
         check_index("prompt_lens", prompt_lens, 1, q, layout.batch)
-    return Selection(q, layout, softmax_scale, softcap, prompt_lens, summary)
+    return Selection(q, layout, softmax_scale, softcap, prompt_lens, summary, k)
 
 
 def select_blocks(
@@ -221,7 +222,7 @@ def select_blocks(
                 f"summary must be contiguous [B, blocks, Hkv, D] = [{want[0]}, {want[1]}, *, {want[2]}] for block_n = "
                 f"{policy.block_n}, got shape {tuple(summary.shape)}"
             )
-    selection = make_selection(q, summary, layout, scale, softcap, prompt_lens)
+    selection = make_selection(q, None, summary, layout, scale, softcap, prompt_lens)
     mask = policy.select(selection)
     if not return_scores:
         return mask
@@ -319,6 +320,9 @@ def attend(
         layout.max_seqlen_q,
         layout.max_seqlen_k,
         None if mask is None else mask.words,
+        None if mask is None else mask.counts,
+        None,
+        None,
         128 if mask is None else mask.block_m,
         128 if mask is None else mask.block_n,
         layout.causal,

@@ -2,27 +2,19 @@
 #include <algorithm>
 #include <numeric>
 
+#include "../common/schedule.h"
 #include "bsfa/cuda.h"
-#include "schedule.h"
 #include "sm90/config.h"
 #include "sm90/launch.h"
 
 namespace bsfa::cuda {
 namespace {
 
-using attn::kBlockKeys;
-using attn::kTileRows;
-using attn::Workspace;
 using attn::sm90::KernelParams;
 using attn::sm90::kStoreRows;
 using attn::sm90::Transform;
 
 constexpr float kLog2e = 1.4426950408889634f;
-
-bool supported(const Problem& p) {
-  return (p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16) && (p.head_dim == 64 || p.head_dim == 128) &&
-         p.head_dim_v == p.head_dim && p.block_m == kTileRows && p.block_n == kBlockKeys;
-}
 
 TensorExtent extent_of(const TensorView& view, int64_t dim, int64_t heads) {
   return {dim, view.tokens, heads, view.batch_size};
@@ -72,13 +64,21 @@ cudaError_t make_maps(const AttentionParams& params, KernelParams& k) {
   return error;
 }
 
-cudaError_t num_sms(int* count) {
-  int device = 0;
-  const cudaError_t error = cudaGetDevice(&device);
-  return error == cudaSuccess ? cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device) : error;
+Tiling tiling_of(const AttentionParams& params) {
+  const Problem& p = params.problem;
+  Tiling tiling{p, params.num_rows, p.num_q_heads, p.num_q_heads / p.num_kv_heads, params.window_left, params.words};
+  tiling.counts = params.window_left < 0 ? params.counts : nullptr;
+  tiling.mask_heads = params.mask_heads;
+  tiling.num_words = params.num_words;
+  return tiling;
 }
 
 }  // namespace
+
+bool attention_supports(const Problem& p) {
+  return (p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16) && (p.head_dim == 64 || p.head_dim == 128) &&
+         p.head_dim_v == p.head_dim && p.block_m == kTileRows && p.block_n == kBlockKeys;
+}
 
 int64_t attention_workspace_bytes(const AttentionParams& params) {
   return Workspace::bytes(params.num_rows, params.problem.num_q_heads);
@@ -88,7 +88,7 @@ cudaError_t attention(const AttentionParams& params, void* workspace, cudaStream
   const Problem& p = params.problem;
   const int64_t pairs = params.num_rows * p.num_q_heads;
   if (pairs == 0) return cudaSuccess;
-  if (!supported(p) || params.num_rows > INT32_MAX || pairs > INT32_MAX) return cudaErrorInvalidValue;
+  if (!attention_supports(p) || params.num_rows > INT32_MAX || pairs > INT32_MAX) return cudaErrorInvalidValue;
 
   KernelParams k{};
   k.workspace = Workspace::in(workspace, params.num_rows, p.num_q_heads);
@@ -112,7 +112,7 @@ cudaError_t attention(const AttentionParams& params, void* workspace, cudaStream
   int sms = 0;
   cudaError_t error = num_sms(&sms);
   if (error == cudaSuccess) error = make_maps(params, k);
-  if (error == cudaSuccess) error = make_order(params, k.workspace, sms, stream);
+  if (error == cudaSuccess) error = make_order(tiling_of(params), k.workspace, sms, stream);
   if (error != cudaSuccess) return error;
   const int ctas = static_cast<int>(std::min<int64_t>(sms, pairs));
   const bool bf16 = p.dtype == DType::kBFloat16;

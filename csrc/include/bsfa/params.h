@@ -55,7 +55,14 @@ struct Problem {
   float softcap = 0.0f;  // 0: off; else s -> softcap * tanh(s / softcap), after softmax_scale
 };
 
-// out[b, j, h, :] = mean of the tokens of KV block j, contiguous [B, max_blocks, Hkv, D], dtype of k; zeros past the end.
+// What stands for the tokens of a KV block (BFLA's modes). Queries are pooled per tile in the same way.
+enum class Pooling : int32_t {
+  kMean = 0,
+  kMaxAbs = 1,  // per dimension the value of largest magnitude, with its sign; ties: the earlier token
+  kCenter = 2,  // the token in the middle: number count / 2 of the block's `count` tokens
+};
+
+// out[b, j, h, :] = the tokens of KV block j, pooled; contiguous [B, max_blocks, Hkv, D], dtype of k; zeros past the end.
 struct PoolParams {
   DType dtype = DType::kFloat32;
   int32_t batch = 0;
@@ -63,43 +70,103 @@ struct PoolParams {
   int32_t head_dim = 0;
   int32_t block_n = 128;
   int32_t max_blocks = 0;  // ceil(kv.max_seqlen / block_n)
+  Pooling pooling = Pooling::kMean;
   KvLayout kv;
   TensorView k;
   void* out = nullptr;
 };
 
 // How the score of a (query tile, KV block) pair is made, and compared with the head's threshold.
+//
+// The rules from kPooled on make weights w_J = exp(logit) or masses, and the score of a block is the share of the tile's
+// total weight that is ranked strictly before it (descending weight; ties: lower block first). Kept iff
+// score < threshold; the best block always.
 enum class ScoreRule : int32_t {
   // FlashPrefill: energy of a block = sum over rows of exp(scale * q_r . mean_k - tile max), divided by the largest
   // energy of the tile. Kept iff score >= threshold and score > 0; a negative threshold keeps everything.
   kRelativeMax = 0,
-  // BFLA: softmax over blocks of scale * mean_q . mean_k; the score is the probability mass of all blocks ranked
-  // strictly before this one (descending; ties: lower block first). Kept iff score < threshold; the best always.
-  kCumulativeMass = 1,
+  // BFLA: logit = scale * pooled_q . pooled_k.
+  kPooled = 1,
+  // BFLA's flat64: logit = scale / 64 * max over the tile's groups g and the block's groups r of 64 tokens of
+  // sum over t < 64 of q[64 g + t] . k[64 r + t]. Tokens beyond the sequence count as zeros.
+  kFlat64 = 2,
+  // XAttention: groups of `stride` tokens at absolute positions; logit of query group r and key group c <= r (causal) is
+  // scale / stride * sum over s of q[r * stride + stride - 1 - s] . k[c * stride + s]; the weight of a block is the sum
+  // over the tile's groups of the softmax over key groups that falls into it. The blocks that sink_blocks and
+  // window_blocks keep are ranked before all others, in order of their index.
+  kAntidiagonal = 3,
+};
+
+// What the query heads of one KV head have in common.
+enum class HeadSharing : int32_t {
+  kNone = 0,   // nothing: one mask per query head
+  kUnion = 1,  // one mask per KV head: the union of its query heads' masks
+  kGroup =
+      2,  // one mask and one score per KV head (kRelativeMax): energies are summed over the group's heads, with one
+          // maximum
 };
 
 // Rows of scores and masks: one per (sequence, query tile), see geometry.h; `num_rows` may exceed what is used.
 struct ScoreParams {
   Problem problem;
   TensorView q;
-  const void* summary = nullptr;  // [B, max_blocks, Hkv, D] contiguous, dtype of q
+  const void* summary = nullptr;  // kRelativeMax, kPooled: [B, max_blocks, Hkv, D] contiguous, dtype of q
+  TensorView k;                   // kFlat64, kAntidiagonal: the keys themselves, laid out as problem.kv says
   int32_t max_blocks = 0;
   ScoreRule rule = ScoreRule::kRelativeMax;
+  Pooling pooling = Pooling::kMean;  // of the queries, for kPooled
+  int32_t stride = 16;               // of kAntidiagonal, tokens; divides block_m and block_n
+  HeadSharing sharing = HeadSharing::kNone;
+  int32_t sink_blocks = 0;    // first blocks of the sequence, always kept
+  int32_t window_blocks = 1;  // blocks up to and including the tile's own, always kept (at least 1)
   int64_t num_rows = 0;
-  float* scores = nullptr;  // [num_rows, Hq, max_blocks]; -1 where the block is not visible
+  float* scores = nullptr;  // [num_rows, score_heads, max_blocks]; -1 where the block is not visible
+
+  int32_t score_heads() const { return sharing == HeadSharing::kGroup ? problem.num_kv_heads : problem.num_q_heads; }
+  int32_t mask_heads() const { return sharing == HeadSharing::kNone ? problem.num_q_heads : problem.num_kv_heads; }
 };
 
+// Which visible blocks are kept: those that the rule, or any of the following, keeps.
 struct SelectParams {
-  ScoreParams score;                     // score.scores unused
-  const float* thresholds = nullptr;     // [Hq]
-  int32_t sink_blocks = 0;               // first blocks of the sequence, always kept
-  int32_t window_blocks = 1;             // blocks up to and including the tile's own, always kept (at least 1)
-  int32_t last_tiles = 0;                // query tiles at the end of the prompt that keep everything
-  int32_t min_blocks = 0;                // keep at least the best min_blocks by score
+  ScoreParams score;                  // score.scores unused
+  const float* thresholds = nullptr;  // [score_heads]
+  int32_t last_tiles = 0;             // query tiles at the end of the prompt that keep everything
+  int32_t min_blocks = 0;             // the best min_blocks by score
+  float min_ratio = 0.0f;             // the best floor(min_ratio * visible blocks)
+  float probability = 1.0f;           // not for kRelativeMax: blocks with more than this share of the weight
+  int32_t rescue_stride = 0;          // > 0: blocks with (131 * tile + 17 * block + rescue_seed) % stride == 0
+  float rescue_probability = 0.0f;    // > 0: blocks whose hash says so, see keep.h
+  int32_t rescue_seed = 1;
   const int32_t* prompt_lens = nullptr;  // [B] full prompt length for last_tiles; null: seqlen_k
   int32_t num_words = 0;                 // ceil(max_blocks / 32)
-  int32_t* words = nullptr;              // [num_rows, Hq, num_words]
-  int32_t* counts = nullptr;             // [num_rows, Hq]
+  int32_t* words = nullptr;              // [num_rows, mask_heads, num_words]
+  int32_t* counts = nullptr;             // [num_rows, mask_heads]
+};
+
+// Attention of the last query rows of each sequence, its probe (FlexPrefill): the last min(block_m, seqlen_q) rows.
+//   vertical[b, h, j] = mean over probe rows of the softmax probability of key j
+//   slash[b, h, d]    = sum over probe rows of the probability of the key d tokens before the row, over their number
+struct ProbeParams {
+  Problem problem;
+  TensorView q, k;
+  float* vertical = nullptr;  // [B, Hq, kv.max_seqlen]; zeros past the end
+  float* slash = nullptr;     // [B, Hq, kv.max_seqlen]; causal only
+};
+
+// A mask from vertical and slash patterns: row i keeps block j iff vertical bit j, or slash bit (own - j) with `own` the
+// tile's own block and j <= own, or `base` keeps it and query_aware is set, or it is sink or window.
+struct PatternParams {
+  Problem problem;
+  int64_t num_rows = 0;
+  int32_t num_words = 0;
+  const int32_t* base = nullptr;         // [num_rows, Hq, num_words]
+  const int32_t* query_aware = nullptr;  // [B, Hq], 0 or 1
+  const int32_t* vertical = nullptr;     // [B, Hq, num_words]
+  const int32_t* slash = nullptr;        // [B, Hq, num_words]
+  int32_t sink_blocks = 0;
+  int32_t window_blocks = 1;
+  int32_t* words = nullptr;   // [num_rows, Hq, num_words]
+  int32_t* counts = nullptr;  // [num_rows, Hq]
 };
 
 struct AttentionParams {
@@ -113,7 +180,12 @@ struct AttentionParams {
   int64_t num_rows = 0;            // of words; on CUDA also without: at least max_mask_rows (geometry.h)
   int32_t mask_heads = 0;          // Hq, Hkv or 1
   int32_t num_words = 0;
-  int32_t window_left = -1;  // >= 0: a query at position p sees keys p - window_left .. p only
+  const int32_t* counts = nullptr;  // [num_rows, mask_heads] set bits of words; null: they are counted (CUDA)
+  int32_t window_left = -1;         // >= 0: a query at position p sees keys p - window_left .. p only
+  // Mean correction (FlashPrefill V2): with both set, a block that the mask drops and that every row of the tile would
+  // see whole enters the softmax as one key k_means with logit + ln(its tokens) and value v_means.
+  const void* k_means = nullptr;  // [B, ceil(kv.max_seqlen / block_n), Hkv, D] contiguous, dtype of q
+  const void* v_means = nullptr;  // [B, ceil(kv.max_seqlen / block_n), Hkv, Dv]
 };
 
 // mass[row, h, j] = mean over the tile's query rows of the softmax probability that falls into KV block j.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,26 @@ class Selection:
     softcap: float
     prompt_lens: Tensor | None
     summary: Tensor | None
+    k: Tensor | None = None  #: the keys themselves, laid out as the layout says
+
+
+class Scoring(NamedTuple):
+    """Which scoring rule of csrc/include/bsfa/params.h a policy follows, with its parameters; names as in schemas.h."""
+
+    rule: str
+    pooling: str = "mean"
+    stride: int = 16
+    sharing: str = "none"
+
+
+class Extras(NamedTuple):
+    """What else SelectParams (params.h) keeps."""
+
+    min_ratio: float = 0.0
+    probability: float = 1.0
+    rescue_stride: int = 0
+    rescue_probability: float = 0.0
+    rescue_seed: int = 1
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -72,8 +92,6 @@ class ScoredPolicy(Policy):
     last_tiles: int = 0
     min_blocks: int = 0
 
-    #: Scoring rule of csrc/include/bsfa/params.h.
-    rule: ClassVar[str] = ""
     #: Field that holds the threshold.
     threshold_name: ClassVar[str] = ""
     #: True: a block is kept iff score >= threshold. False: iff score < threshold.
@@ -115,6 +133,16 @@ class ScoredPolicy(Policy):
         """The same policy with another threshold."""
         return replace(self, **{self.threshold_name: threshold})  # type: ignore[arg-type]
 
+    @property
+    def scoring(self) -> Scoring:
+        """The scoring rule and its parameters."""
+        raise NotImplementedError
+
+    @property
+    def extras(self) -> Extras:
+        """What is kept beyond threshold, sink, window, last tiles and min_blocks."""
+        return Extras()
+
     def keep_all_threshold(self) -> float:
         """The threshold at which every visible block is kept (a dense head)."""
         return 0.0 if self.keeps_at_least else 1.0
@@ -136,14 +164,18 @@ class ScoredPolicy(Policy):
 
     def _score_arguments(self, s: Selection, op: str) -> tuple[object, ...]:
         require_kernel(op, s.q.device)
-        if s.summary is None:
+        if self.needs_summary and s.summary is None:
             raise ValueError(f"{type(self).__name__} needs pooled keys: pass the result of bsfa.pool_blocks")
-        layout = s.layout
+        if not self.needs_summary and s.k is None:
+            raise ValueError(f"{type(self).__name__} needs the keys themselves: pass k")
+        layout, scoring = s.layout, self.scoring
         return (
             s.q,
-            s.summary,
+            s.summary if self.needs_summary else None,
+            None if self.needs_summary else s.k,
             layout.cu_seqlens_q,
             layout.cu_seqlens_k,
+            None if self.needs_summary else layout.block_table,
             layout.seqlens_k,
             layout.max_seqlen_q,
             layout.max_seqlen_k,
@@ -153,7 +185,12 @@ class ScoredPolicy(Policy):
             layout.causal,
             s.softmax_scale,
             s.softcap,
-            self.rule,
+            scoring.rule,
+            scoring.pooling,
+            scoring.stride,
+            scoring.sharing,
+            self.sink_blocks,
+            self.window_blocks,
         )
 
     def score(self, selection: Selection) -> Tensor:
@@ -167,10 +204,9 @@ class ScoredPolicy(Policy):
         words, counts = torch.ops.bsfa.select_blocks(
             *self._score_arguments(selection, "select_blocks"),
             self.thresholds_for(q.shape[-2], q.device),
-            self.sink_blocks,
-            self.window_blocks,
             self.last_tiles,
             self.min_blocks,
+            *self.extras,
             selection.prompt_lens,
         )
         return BlockMask(words, counts, MaskGeometry.of(selection.layout, self.block_m, self.block_n, q.device))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from bsfa.policies.base import ScoredPolicy, Threshold
+from bsfa.policies.base import ScoredPolicy, Scoring, Threshold
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -26,6 +26,10 @@ class CumulativeMass(ScoredPolicy):
     sink_blocks: int = 1
     window_blocks: int = 2
     name: ClassVar[str] = "cumulative-mass"
-    rule: ClassVar[str] = "cumulative_mass"
     threshold_name: ClassVar[str] = "mass"
     keeps_at_least: ClassVar[bool] = False
+
+    @property
+    def scoring(self) -> Scoring:
+        """See :class:`bsfa.policies.base.Scoring`."""
+        return Scoring("pooled")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from bsfa.policies.base import ScoredPolicy, Threshold
+from bsfa.policies.base import ScoredPolicy, Scoring, Threshold
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -27,6 +27,10 @@ class RelativeMax(ScoredPolicy):
     window_blocks: int = 4
     last_tiles: int = 2
     name: ClassVar[str] = "relative-max"
-    rule: ClassVar[str] = "relative_max"
     threshold_name: ClassVar[str] = "alpha"
     keeps_at_least: ClassVar[bool] = True
+
+    @property
+    def scoring(self) -> Scoring:
+        """See :class:`bsfa.policies.base.Scoring`."""
+        return Scoring("relative_max")

@@ -7,7 +7,7 @@
 
 #include "../../common/mbarrier.h"
 #include "../../common/tensor_map.h"
-#include "../schedule.h"
+#include "../../common/schedule.h"
 
 namespace bsfa::cuda::attn::sm90 {
 

@@ -12,18 +12,32 @@
 #include "bsfa/geometry.h"
 #include "bsfa/params.h"
 
-namespace bsfa::cuda::attn {
+namespace bsfa::cuda {
 
 constexpr int32_t kTileRows = 128;   // query rows of a tile
 constexpr int32_t kBlockKeys = 128;  // tokens of a KV block
+
+// What is to be ordered: the tiles of all mask rows, for `heads` heads each. `group` heads follow each other.
+struct Tiling {
+  Problem problem;
+  int64_t num_rows = 0;  // at least max_mask_rows (geometry.h)
+  int32_t heads = 0;
+  int32_t group = 1;  // divides heads
+  int32_t window_left = -1;
+  // The blocks that will be visited; both null: all visible ones.
+  const int32_t* words = nullptr;   // [num_rows, mask_heads, num_words]
+  const int32_t* counts = nullptr;  // [num_rows, mask_heads] their bits, where they are known
+  int32_t mask_heads = 0;
+  int32_t num_words = 0;
+};
 
 // Where one query tile lies. Only rows [row_begin, row_end) of its 128 belong to the sequence.
 struct alignas(32) TileRow {
   int32_t query_token;  // token coordinate of row 0 in q (may be negative, or in the sequence before)
   int32_t query_batch;  // batch coordinate in q: 0 when the queries are packed
-  int32_t sequence;
-  int32_t key_token;  // token coordinate of the sequence's first key: 0 unless the keys are packed
-  int32_t position;   // of row 0, may be negative
+  int32_t sequence;     // negative: the row belongs to none
+  int32_t key_token;    // token coordinate of the sequence's first key: 0 unless the keys are packed
+  int32_t position;     // of row 0, may be negative
   int32_t row_begin;
   int32_t row_end;
   int32_t seqlen_k;
@@ -54,7 +68,7 @@ __host__ __device__ inline BlockRange visible_range(const TileRow& tile, bool ca
   return range;
 }
 
-// What the attention kernel reads and advances.
+// What the kernel that follows the order reads and advances.
 struct Queue {
   int32_t next;   // tiles handed out beyond the first one of each CTA
   int32_t total;  // pairs in `order`
@@ -69,14 +83,17 @@ struct Pair {
 struct Workspace {
   Queue* queue = nullptr;
   TileRow* rows = nullptr;    // [num_rows]
-  Pair* order = nullptr;      // [num_rows * Hq]
-  int32_t* counts = nullptr;  // [num_rows * Hq], -1 for rows that belong to no sequence
+  Pair* order = nullptr;      // [num_rows * heads]
+  int32_t* counts = nullptr;  // [num_rows * heads], -1 for rows that belong to no sequence
 
   static int64_t bytes(int64_t num_rows, int64_t num_heads);
   static Workspace in(void* memory, int64_t num_rows, int64_t num_heads);
 };
 
-// Fills the workspace; params.num_rows must cover all tiles.
-cudaError_t make_order(const AttentionParams& params, const Workspace& workspace, int num_sms, cudaStream_t stream);
+// Fills the workspace.
+cudaError_t make_order(const Tiling& tiling, const Workspace& workspace, int num_sms, cudaStream_t stream);
 
-}  // namespace bsfa::cuda::attn
+// SMs of the current device.
+cudaError_t num_sms(int* count);
+
+}  // namespace bsfa::cuda

@@ -13,10 +13,10 @@
 //          runs (programmatic dependent launch).
 #include <utility>
 
-#include "../common/launch.h"
+#include "launch.h"
 #include "schedule.h"
 
-namespace bsfa::cuda::attn {
+namespace bsfa::cuda {
 namespace {
 
 constexpr int kCountThreads = 1024;
@@ -95,22 +95,22 @@ __device__ Place find_place(const Problem& problem, int32_t row) {
 }
 
 __global__ void __launch_bounds__(kCountThreads)
-    count_kernel(const __grid_constant__ AttentionParams params, const Workspace workspace) {
+    count_kernel(const __grid_constant__ Tiling tiling, const Workspace workspace) {
   cudaTriggerProgrammaticLaunchCompletion();
-  const Problem& problem = params.problem;
+  const Problem& problem = tiling.problem;
   const int32_t row = blockIdx.x;
-  const int32_t heads = problem.num_q_heads;
-  const int32_t group = heads / problem.num_kv_heads;
+  const int32_t heads = tiling.heads, group = tiling.group;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  // Natural order: KV head, rows from the last to the first, query head within the group.
-  const int64_t from_last = params.num_rows - 1 - row;
+  // Natural order: group of heads, rows from the last to the first, head within the group.
+  const int64_t from_last = tiling.num_rows - 1 - row;
   const auto natural = [&](int32_t head) {
-    return (head / group * params.num_rows + from_last) * group + head % group;
+    return (head / group * tiling.num_rows + from_last) * group + head % group;
   };
 
   const Place place = find_place(problem, row);
   if (place.sequence < 0) {
     for (int32_t head = threadIdx.x; head < heads; head += kCountThreads) workspace.counts[natural(head)] = -1;
+    if (threadIdx.x == 0) workspace.rows[row].sequence = -1;
     return;
   }
   const SequenceGeometry geometry = sequence_geometry(problem, place.sequence);
@@ -127,13 +127,14 @@ __global__ void __launch_bounds__(kCountThreads)
   tile.seqlen_k = geometry.seqlen_k;
   if (threadIdx.x == 0) workspace.rows[row] = tile;
 
-  const BlockRange range = visible_range(tile, problem.causal, params.window_left);
+  const BlockRange range = visible_range(tile, problem.causal, tiling.window_left);
   for (int32_t head = warp; head < heads; head += kCountThreads / 32) {
     int32_t count = max(range.end - range.begin, 0);
-    if (params.words != nullptr) {
-      const int32_t mask_head = head / (heads / params.mask_heads);
-      const int32_t* words =
-          params.words + (static_cast<int64_t>(row) * params.mask_heads + mask_head) * params.num_words;
+    const int64_t mask_row = int64_t{row} * tiling.mask_heads + head / (heads / max(tiling.mask_heads, 1));
+    if (tiling.counts != nullptr) {
+      count = tiling.counts[mask_row];
+    } else if (tiling.words != nullptr) {
+      const int32_t* words = tiling.words + mask_row * tiling.num_words;
       count = 0;
       for (int32_t w = range.begin / 32 + lane; w * 32 < range.end; w += 32) {
         count += __popc(static_cast<uint32_t>(words[w]) & range.bits_of_word(w));
@@ -232,13 +233,18 @@ Workspace Workspace::in(void* memory, int64_t num_rows, int64_t num_heads) {
   return w;
 }
 
-cudaError_t make_order(const AttentionParams& params, const Workspace& workspace, int num_sms, cudaStream_t stream) {
-  const Problem& problem = params.problem;
-  count_kernel<<<static_cast<unsigned>(params.num_rows), kCountThreads, 0, stream>>>(params, workspace);
+cudaError_t make_order(const Tiling& tiling, const Workspace& workspace, int num_sms, cudaStream_t stream) {
+  count_kernel<<<static_cast<unsigned>(tiling.num_rows), kCountThreads, 0, stream>>>(tiling, workspace);
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess) return error;
-  return launch_early(order_kernel, 1, kOrderThreads, 0, stream, workspace, static_cast<int32_t>(params.num_rows),
-                      problem.num_q_heads, problem.num_q_heads / problem.num_kv_heads, num_sms);
+  return launch_early(order_kernel, 1, kOrderThreads, 0, stream, workspace, static_cast<int32_t>(tiling.num_rows),
+                      tiling.heads, tiling.group, num_sms);
 }
 
-}  // namespace bsfa::cuda::attn
+cudaError_t num_sms(int* count) {
+  int device = 0;
+  const cudaError_t error = cudaGetDevice(&device);
+  return error == cudaSuccess ? cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device) : error;
+}
+
+}  // namespace bsfa::cuda
