@@ -69,8 +69,8 @@ __device__ Place find_place(const Problem& problem, int32_t row) {
       problem.query.cu_seqlens == nullptr && problem.kv.cu_seqlens == nullptr && problem.kv.seqlens == nullptr;
   if (alike) {
     const int32_t tiles = sequence_geometry(problem, 0).num_tiles();
-    const int32_t sequence = row / tiles;
-    return {sequence < problem.batch ? sequence : -1, row - sequence * tiles};
+    const int32_t sequence = row / max(tiles, 1);
+    return {tiles > 0 && sequence < problem.batch ? sequence : -1, row - sequence * tiles};
   }
   __shared__ int32_t scratch[kCountThreads / 32];
   __shared__ Place found;
