@@ -10,9 +10,9 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from bsfa._library import require_kernel
 from bsfa.block_mask import BlockMask, MaskGeometry
 from bsfa.layout import Layout, check_block_sizes
+from bsfa.limits import check_limits, check_tma
 
 Threshold = float | Sequence[float] | Tensor
 
@@ -163,11 +163,15 @@ class ScoredPolicy(Policy):
         return torch.where(t >= 1.0, math.inf, t).contiguous()
 
     def _score_arguments(self, s: Selection, op: str) -> tuple[object, ...]:
-        require_kernel(op, s.q.device)
+        blocks, rule = (self.block_m, self.block_n), self.scoring.rule
+        check_limits(op, s.q.device, s.q.dtype, s.q.shape[-1], blocks, rule)
         if self.needs_summary and s.summary is None:
             raise ValueError(f"{type(self).__name__} needs pooled keys: pass the result of bsfa.pool_blocks")
         if not self.needs_summary and s.k is None:
             raise ValueError(f"{type(self).__name__} needs the keys themselves: pass k")
+        if s.q.device.type != "cpu" and rule != "pooled":  # whose kernels take any strides
+            read = {"summary": s.summary} if self.needs_summary else {"k": s.k}
+            check_tma(op, q=s.q, **{name: t for name, t in read.items() if t is not None})
         layout, scoring = s.layout, self.scoring
         return (
             s.q,
