@@ -1,4 +1,4 @@
-"""Block selection on CUDA against the operators on the CPU: every rule, layout and option; and how the operators behave.
+"""Block selection on CUDA against the CPU operators: every rule, layout and option; and how the operators behave.
 
 Both read the same 16-bit inputs. A block may be kept by one and dropped by the other only where its score on the CPU is
 within rounding of the threshold. Inputs whose logits are exact in float32, and full of ties, leave no such room.
