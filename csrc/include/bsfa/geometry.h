@@ -10,12 +10,6 @@
 
 #include "bsfa/params.h"
 
-#if defined(__CUDACC__)
-#define BSFA_HOST_DEVICE __host__ __device__
-#else
-#define BSFA_HOST_DEVICE
-#endif
-
 namespace bsfa {
 
 BSFA_HOST_DEVICE constexpr int32_t ceil_div(int32_t a, int32_t b) { return (a + b - 1) / b; }
