@@ -12,23 +12,9 @@ namespace {
 
 using attn::sm90::KernelParams;
 using attn::sm90::kStoreRows;
-using attn::sm90::Transform;
-
-constexpr float kLog2e = 1.4426950408889634f;
 
 TensorExtent extent_of(const TensorView& view, int64_t dim, int64_t heads) {
   return {dim, view.tokens, heads, view.batch_size};
-}
-
-// How the scores become exponents of two.
-void set_scales(const Problem& problem, KernelParams& k) {
-  // The maximum of the scores is that of the exponents only if the scale is positive; else they are scaled first.
-  const bool capped = problem.softcap != 0.0f;
-  k.transform = capped ? Transform::kCap : problem.softmax_scale > 0.0f ? Transform::kNone : Transform::kScale;
-  k.scale_log2 = (k.transform == Transform::kNone ? problem.softmax_scale : 1.0f) * kLog2e;
-  k.inverse_scale_log2 = 1.0f / k.scale_log2;
-  k.inner_scale = capped ? problem.softmax_scale / problem.softcap : problem.softmax_scale;
-  k.softcap = problem.softcap;
 }
 
 void set_keys(const AttentionParams& params, KernelParams& k) {
@@ -100,7 +86,7 @@ cudaError_t attention(const AttentionParams& params, void* workspace, cudaStream
   k.causal = p.causal;
   k.window_left = params.window_left;
   set_keys(params, k);
-  set_scales(p, k);
+  k.scale = logit_scale(p);
   k.out_data = params.out.data;
   k.out_batch_stride = params.out.batch_stride;
   k.out_token_stride = params.out.token_stride;

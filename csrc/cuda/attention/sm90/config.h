@@ -5,9 +5,10 @@
 
 #include <cute/tensor.hpp>
 
+#include "../../common/logits.h"
 #include "../../common/mbarrier.h"
-#include "../../common/tensor_map.h"
 #include "../../common/schedule.h"
+#include "../../common/tensor_map.h"
 
 namespace bsfa::cuda::attn::sm90 {
 
@@ -28,7 +29,7 @@ constexpr int kWorkSlots = 3;   // tiles that the scheduler warp is ahead of the
 constexpr int kQuerySlots = 2;  // query tiles in shared memory
 constexpr int kMaskChunk = 32;  // mask words that a warp holds at once, one per lane
 
-// kTransform: scores are transformed before their maximum is sought (Transform below is not kNone).
+// kTransform: scores are transformed before their maximum is sought (Transform in logits.h is not kNone).
 template <typename Element_, int kHeadDim_, bool kTransform_>
 struct Config {
   using Element = Element_;
@@ -105,13 +106,6 @@ struct SharedStorage {
   Work work[kWorkSlots];
 };
 
-// What happens to a score before its maximum is sought.
-enum class Transform : int32_t {
-  kNone = 0,
-  kScale = 1,  // f(s) = s * inner_scale, which need not be positive
-  kCap = 2,    // f(s) = softcap * tanh(s * inner_scale)
-};
-
 // What the launch passes to the kernel, by value: the descriptors must lie in parameter memory.
 struct KernelParams {
   CUtensorMap q, k, v, out;
@@ -137,12 +131,7 @@ struct KernelParams {
   bool store_by_tma;
   float* lse;
   int64_t lse_batch_stride, lse_head_stride;
-  // A score s counts exp2(scale_log2 * f(s)).
-  Transform transform;
-  float scale_log2;
-  float inverse_scale_log2;
-  float inner_scale;
-  float softcap;
+  LogitScale scale;
 };
 
 }  // namespace bsfa::cuda::attn::sm90

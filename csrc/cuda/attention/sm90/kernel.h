@@ -71,7 +71,7 @@ cudaError_t launch_kernel(const KernelParams& params, int num_ctas, cudaStream_t
 
 template <typename Element, int kHeadDim>
 cudaError_t launch(const KernelParams& params, int num_ctas, cudaStream_t stream) {
-  return params.transform == Transform::kNone
+  return params.scale.transform == Transform::kNone
              ? launch_kernel<Config<Element, kHeadDim, false>>(params, num_ctas, stream)
              : launch_kernel<Config<Element, kHeadDim, true>>(params, num_ctas, stream);
 }

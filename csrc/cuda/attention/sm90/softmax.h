@@ -45,22 +45,6 @@ __device__ __forceinline__ void mask_scores(Tensor& s, const TileRow& tile, int3
   }
 }
 
-template <class Tensor>
-__device__ __forceinline__ void scale_scores(Tensor& s, float scale) {
-#pragma unroll
-  for (int i = 0; i < kScores; ++i) s(i) *= scale;
-}
-
-// s -> cap * tanh(s), through exp: the tanh instruction's error of 2^-11, times the cap, would show in the result.
-template <class Tensor>
-__device__ __forceinline__ void cap_scores(Tensor& s, float cap) {
-#pragma unroll
-  for (int i = 0; i < kScores; ++i) {
-    const float e = exp2f(s(i) * (2.0f * 1.4426950408889634f));
-    s(i) = cap * (1.0f - __fdividef(2.0f, e + 1.0f));
-  }
-}
-
 __device__ __forceinline__ float max_over_quad(float x) {
   x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
   return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
