@@ -316,7 +316,7 @@ def _parse_policy(row: Mapping[str, Any]) -> ScoredPolicy:
         )
     parameters = _get(row, "parameters", dict)
     known = {f.name for f in fields(kind) if f.name != kind.threshold_name}
-    if set(parameters) != known:
-        odd = ", ".join(sorted(set(parameters) ^ known))
+    odd = ", ".join(sorted((set(parameters) ^ known) - (kind.added_parameters - set(parameters))))
+    if odd:
         raise ValueError(f"policy '{name}' has unknown or missing parameters: {odd}")
     return kind(**parameters)

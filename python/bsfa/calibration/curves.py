@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from bsfa.block_mask import BlockMask, MaskGeometry
+from bsfa.errors import UnsupportedError
 from bsfa.layout import Layout
 from bsfa.policies import ScoredPolicy
-from bsfa.stages import block_mass, pool_blocks, select_blocks
+from bsfa.stages import block_mass, select_for
 
 CHUNK = 1 << 22  # (tile, head, block) triples per histogram
 FINEST = 24  # strictest threshold of the grid besides keep-all: 2^-24 from the keep-all end
@@ -73,6 +74,15 @@ def call_geometry(q: Tensor, k: Tensor, causal: bool, policy_m: int, policy_n: i
     return MaskGeometry.of(Layout(1, q.shape[1], k.shape[1], causal, q.shape[1]), policy_m, policy_n, q.device)
 
 
+def check_sharing(policy: ScoredPolicy) -> None:
+    """Raise :class:`bsfa.UnsupportedError` if heads share masks: what a head keeps then hangs on other thresholds."""
+    if policy.scoring.sharing != "none":
+        raise UnsupportedError(
+            f"{type(policy).__name__} with shared=True cannot be calibrated: a mask that several query heads share has "
+            "no curve per head. Calibrate with shared=False"
+        )
+
+
 def block_curves(
     policy: ScoredPolicy,
     grid: Tensor,
@@ -90,15 +100,15 @@ def block_curves(
     q [1, S, Hq, D], k [1, S, Hkv, D], lse float32 [1, Hq, S] of dense attention. tail: share of the query tiles, 0 to 1
     (rounded up to whole tiles), whose mean loss is ``tail_lost``.
     """
+    check_sharing(policy)
     geometry = call_geometry(q, k, causal, policy.block_m, policy.block_n)
     heads, points, blocks = q.shape[2], grid.shape[0], geometry.num_blocks
     grid = grid.to(q.device)
     # What is kept at the loosest threshold is kept at all of them, by score or by rule.
-    chosen = select_blocks(
+    chosen = select_for(
         q,
-        pool_blocks(k, block_n=policy.block_n) if policy.needs_summary else None,
+        k,
         policy.with_threshold(float(grid[-1])),
-        seqlen_k=k.shape[1],
         causal=causal,
         softmax_scale=softmax_scale,
         softcap=softcap,
