@@ -1,7 +1,7 @@
 """The published selection rules in plain numpy float64, one tile at a time; no code shared with bsfa.
 
-Every rule gives, per score head, which blocks are kept as real numbers would have it (``kept``), and what rounding leaves
-open: ``must`` (kept however the rounding falls) and ``may`` (kept if it falls well). must <= kept <= may.
+Every rule gives, per score head, which blocks are kept as real numbers would have it (``kept``), and what rounding
+leaves open: ``must`` (kept however the rounding falls) and ``may`` (kept if it falls well). must <= kept <= may.
 
 ``epsilon``: error of a logit, relative to 1 + the largest one of the head.
 """
@@ -123,8 +123,8 @@ def relative_max(
 def by_mass(logs: Array, error: Array, first: Array, *, mass: Array, top: int, probability: float) -> Verdict:
     """Blocks in descending order of weight until ``mass`` of the weight is reached; ties: the lower block first.
 
-    logs: logarithms of the weights [heads, blocks], each within ``error`` [heads, 1]. first: bool [blocks], ranked ahead
-    of the others, in order of their index.
+    logs: logarithms of the weights [heads, blocks], each within ``error`` [heads, 1]. first: bool [blocks], ranked
+    ahead of the others, in order of their index.
     """
     blocks = logs.shape[1]
     weights = np.exp(logs - logs.max(axis=1, keepdims=True))

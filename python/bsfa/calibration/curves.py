@@ -75,11 +75,11 @@ def call_geometry(q: Tensor, k: Tensor, causal: bool, policy_m: int, policy_n: i
 
 
 def check_sharing(policy: ScoredPolicy) -> None:
-    """Raise :class:`bsfa.UnsupportedError` if heads share masks: what a head keeps then hangs on other thresholds."""
-    if policy.scoring.sharing != "none":
+    """Raise :class:`bsfa.UnsupportedError` for a union of masks: what a head keeps hangs on other heads' thresholds."""
+    if policy.scoring.sharing == "union":
         raise UnsupportedError(
-            f"{type(policy).__name__} with shared=True cannot be calibrated: a mask that several query heads share has "
-            "no curve per head. Calibrate with shared=False"
+            f"{type(policy).__name__} with shared=True cannot be calibrated: in a union of masks a head's recall "
+            "depends on the thresholds of the others. Calibrate with shared=False; the union keeps at least as much"
         )
 
 
@@ -96,6 +96,8 @@ def block_curves(
     tail: float = 1.0,
 ) -> BlockCurves:
     """Lost mass and density of a prompt at every threshold of ``grid``.
+
+    Where query heads share scores and a mask (``sharing="group"``), each has its own curves under that mask.
 
     q [1, S, Hq, D], k [1, S, Hkv, D], lse float32 [1, Hq, S] of dense attention. tail: share of the query tiles, 0 to 1
     (rounded up to whole tiles), whose mean loss is ``tail_lost``.
@@ -129,7 +131,9 @@ def block_curves(
     )
     visible = geometry.visible_blocks()
     queries = row_queries(geometry)
-    forced = mask.to_rows()
+    group = heads // scores.shape[1]  # query heads that share a score
+    scores = scores.repeat_interleave(group, dim=1) if group > 1 else scores
+    forced = mask.to_rows().repeat_interleave(group, dim=1)
     columns = torch.arange(blocks, device=q.device)
     lost = torch.zeros(geometry.num_rows, heads, points, dtype=torch.float64, device=q.device)
     count = torch.zeros(heads, points, dtype=torch.int64, device=q.device)
