@@ -55,7 +55,7 @@ def _run(
         warn_dense(reason)
     mask: BlockMask | None = None
     if selects is not None:
-        summary = pool(k, layout, selects.block_n) if selects.needs_summary else None
+        summary = pool(k, layout, selects.block_n, selects.summary_pooling) if selects.needs_summary else None
         mask = selects.select(make_selection(q, k, summary, layout, scale, softcap, prompt_lens))
         if mask is not None:
             check_mask_heads(mask, q, k)

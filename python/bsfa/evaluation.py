@@ -24,7 +24,7 @@ from bsfa.calibration.curves import call_geometry, row_queries
 from bsfa.calibration.forward import logits_at, prefill, synchronize
 from bsfa.policies import Policy, ScoredPolicy
 from bsfa.prompts import Prompt, TokenizedPrompt, length_bucket, length_name, tokenize
-from bsfa.stages import block_mass, pool_blocks, select_blocks
+from bsfa.stages import block_mass, select_for
 from bsfa.thresholds import ThresholdTable
 
 if TYPE_CHECKING:
@@ -155,8 +155,7 @@ class _DenseObserver(_Observer):
             policy = entry.layer(call.layer, call.q.device) if isinstance(entry, ThresholdTable) else entry
             if policy is None:
                 continue
-            summary = pool_blocks(call.k, block_n=policy.block_n) if policy.needs_summary else None
-            mask = select_blocks(call.q, summary, policy, seqlen_k=call.k.shape[1], **scale)
+            mask = select_for(call.q, call.k, policy, **scale)
             if not isinstance(mask, BlockMask):
                 continue
             sizes = (policy.block_m, policy.block_n)

@@ -15,6 +15,7 @@ by value; on a GPU they are not read back, so wrong values there are the caller'
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,6 +41,8 @@ from bsfa.layout import (
 from bsfa.limits import check_limits, check_tma
 from bsfa.policies import Policy, Selection
 from bsfa.policies.fixed import check_geometry
+
+POOLINGS = ("mean", "maxabs", "center")
 
 
 def resolve_scale(softmax_scale: float | None, head_dim: int, softcap: float) -> float:
@@ -108,20 +111,25 @@ def pool_blocks(
     k: Tensor,
     *,
     block_n: int = 128,
+    pooling: str = "mean",
     cu_seqlens_k: Tensor | None = None,
     max_seqlen_k: int | None = None,
     block_table: Tensor | None = None,
     seqlens_k: Tensor | None = None,
 ) -> Tensor:
-    """Mean key of every KV block: the BlockSummary that selection scores against.
+    """What stands for every KV block: the BlockSummary that selection scores against.
 
-    Returns ``[B, ceil(max_seqlen_k / block_n), Hkv, D]`` in k's dtype (float32 accumulation). The last block of a
-    sequence is divided by its true number of tokens; blocks past the end are zeros. ``block_n``: tokens.
+    Returns ``[B, ceil(max_seqlen_k / block_n), Hkv, D]`` in k's dtype. ``block_n``: tokens. ``pooling``: "mean"
+    (float32 accumulation; the last block of a sequence is divided by its true number of tokens), "maxabs" (per
+    dimension the value of largest magnitude, with its sign; ties: the earlier token) or "center" (token count // 2 of
+    the block); what a policy needs is its ``summary_pooling``. Blocks past the end are zeros.
     Raises ``ValueError``/``TypeError`` for bad input, :class:`bsfa.UnsupportedError` where there is no kernel.
     """
     check_block_sizes(1, block_n)
     check_data("k", k, (3, 4))
-    return pool(k, key_layout(k, cu_seqlens_k, max_seqlen_k, block_table, seqlens_k), block_n)
+    if pooling not in POOLINGS:
+        raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
+    return pool(k, key_layout(k, cu_seqlens_k, max_seqlen_k, block_table, seqlens_k), block_n, pooling)
 
 
 def pool(k: Tensor, layout: Layout, block_n: int, pooling: str = "mean") -> Tensor:
@@ -148,11 +156,33 @@ def make_selection(
     return Selection(q, layout, softmax_scale, softcap, prompt_lens, summary, k)
 
 
+def check_keys(
+    q: Tensor,
+    k: Tensor,
+    batch: int,
+    max_seqlen_k: int,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    block_table: Tensor | None,
+    seqlens_k: Tensor | None,
+) -> None:
+    """Raise unless ``k`` is what attention would take beside ``q``: ``batch`` sequences of up to ``max_seqlen_k``."""
+    check_data("k", k, (3, 4), q)
+    check_heads(q, k, None)
+    if cu_seqlens_q is not None and cu_seqlens_k is None and block_table is None:
+        raise ValueError("packed q needs packed k (cu_seqlens_k) or paged k (block_table)")
+    keys = key_layout(k, cu_seqlens_k, max_seqlen_k, block_table, seqlens_k)
+    if keys.batch != batch:
+        raise ValueError(f"q has batch {batch} but k has batch {keys.batch}")
+
+
 def select_blocks(
     q: Tensor,
     summary: Tensor | None,
     policy: Policy,
     *,
+    k: Tensor | None = None,
+    block_table: Tensor | None = None,
     seqlen_k: int | None = None,
     causal: bool = True,
     softmax_scale: float | None = None,
@@ -168,11 +198,15 @@ def select_blocks(
     """Which KV blocks each query tile attends to, by ``policy``; None means all (dense).
 
     q: ``[B, Sq, Hq, D]``, or packed ``[total_q, Hq, D]`` with ``cu_seqlens_q`` and ``max_seqlen_q``.
-    summary: result of :func:`pool_blocks` with ``policy.block_n``; None for policies that need no keys.
+    summary: result of :func:`pool_blocks` with ``policy.block_n`` and ``policy.summary_pooling``, where
+    ``policy.needs_summary``; else None.
+    k: the keys themselves, where ``policy.needs_keys``: batched, packed with ``cu_seqlens_k``, or paged with
+    ``block_table`` and ``seqlens_k``.
     KV lengths (tokens): ``seqlen_k`` for all sequences, or ``cu_seqlens_k``/``seqlens_k`` with ``max_seqlen_k``.
     prompt_lens: int32 [B], full prompt lengths, when this call is a chunk that does not end the prompt (they place
     ``last_tiles``); default: this call ends the prompt.
-    return_scores: also return the scores, float32 [rows, Hq, blocks] (-1: not visible), of a scored policy.
+    return_scores: also return the scores of a scored policy, float32 [rows, Hq, blocks] (-1: not visible), or
+    [rows, Hkv, blocks] where the query heads of a KV head share them.
     """
     check_policy(policy)
     check_data("q", q, (3, 4))
@@ -201,6 +235,11 @@ def select_blocks(
         check_length("max_seqlen_q", max_seqlen_q)
     if seqlen_k is not None and cu_seqlens_q is not None:
         seqlens_k = torch.full((batch,), seqlen_k, dtype=torch.int32, device=q.device)
+    if k is None:
+        if block_table is not None:
+            raise ValueError("block_table belongs to k")
+    else:
+        check_keys(q, k, batch, longest, cu_seqlens_q, cu_seqlens_k, block_table, seqlens_k)
     layout = Layout(
         batch,
         q.shape[1] if cu_seqlens_q is None else int(max_seqlen_q or 0),
@@ -209,6 +248,7 @@ def select_blocks(
         batch * q.shape[1] if cu_seqlens_q is None else q.shape[0],
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
+        block_table=block_table,
         seqlens_k=seqlens_k,
     )
     check_values(layout, None, None, None)
@@ -222,13 +262,23 @@ def select_blocks(
                 f"summary must be contiguous [B, blocks, Hkv, D] = [{want[0]}, {want[1]}, *, {want[2]}] for block_n = "
                 f"{policy.block_n}, got shape {tuple(summary.shape)}"
             )
-    selection = make_selection(q, None, summary, layout, scale, softcap, prompt_lens)
+    selection = make_selection(q, k, summary, layout, scale, softcap, prompt_lens)
     mask = policy.select(selection)
     if not return_scores:
         return mask
     if not hasattr(policy, "score"):
         raise ValueError(f"policy {type(policy).__name__} has no scores")
     return mask, policy.score(selection)
+
+
+def select_for(
+    q: Tensor, k: Tensor, policy: Policy, **options: Any
+) -> BlockMask | tuple[BlockMask | None, Tensor] | None:
+    """Pool and select for batched ``q`` and ``k``; ``options`` as in :func:`select_blocks`."""
+    summary = None
+    if policy.needs_summary:
+        summary = pool_blocks(k, block_n=policy.block_n, pooling=policy.summary_pooling)
+    return select_blocks(q, summary, policy, k=k, seqlen_k=k.shape[1], **options)
 
 
 def block_sparse_attention(
