@@ -16,11 +16,13 @@ from bsfa.doctor import doctor
 from bsfa.errors import DenseFallbackWarning, ThresholdMismatchError, UnsupportedError
 from bsfa.info import AttentionInfo
 from bsfa.stages import block_mass, block_sparse_attention, pool_blocks, select_blocks
+from bsfa.summary import BlockSummary
 from bsfa.thresholds import ThresholdTable
 
 __all__ = [
     "AttentionInfo",
     "BlockMask",
+    "BlockSummary",
     "DenseFallbackWarning",
     "MaskGeometry",
     "ThresholdMismatchError",
