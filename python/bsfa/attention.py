@@ -55,7 +55,7 @@ def _run(
     check_attention_kernel(q, k, v, None if selects is None else (selects.block_m, selects.block_n))
     if kept is not None:
         pools = selects if selects is not None and selects.needs_summary else None
-        kept.check_use(k, v, None if pools is None else pools.block_n, None if pools is None else "mean")
+        kept.check_use(k, v, None if pools is None else pools.block_n, None if pools is None else pools.summary_pooling)
     if reason is not None:
         warn_dense(reason)
     if kept is not None:  # in dense calls too: their tokens are keys of later ones
@@ -64,7 +64,8 @@ def _run(
     if selects is not None:
         summary = None
         if selects.needs_summary:
-            summary = pool(k, layout, selects.block_n) if kept is None else kept.gather_layout(layout)
+            pooling = selects.summary_pooling
+            summary = pool(k, layout, selects.block_n, pooling) if kept is None else kept.gather_layout(layout)
         mask = selects.select(make_selection(q, k, summary, layout, scale, softcap, prompt_lens))
         if mask is not None:
             check_mask_heads(mask, q, k)

@@ -151,8 +151,8 @@ class BlockSummary:
         The last ``seqlens_q[b]`` of the ``seqlens_k[b]`` tokens of sequence b are new: int32 [B], or ``cu_seqlens_q``
         int32 [B + 1] as packed queries have it, or neither if all sequences have ``max_seqlen_q``, the most new tokens
         of a sequence. Pools at most ``ceil(max_seqlen_q / block_n) + 1`` blocks of a sequence (pages that hold several
-        blocks: all blocks of the pages touched). The last block of a sequence is always pooled, new tokens or not: a
-        sequence that starts as a cached prefix may end inside a block.
+        blocks: all blocks of the pages touched). An incomplete last block is pooled even without new tokens: a sequence
+        that is a cached prefix may end inside a block.
 
         k_cache, block_table, seqlens_k: as in :func:`bsfa.attention_paged`. v_cache: required if values are kept.
         Takes the new tokens by position, not as a slot mapping: a slot says on which page a token lies but not where
@@ -272,9 +272,9 @@ class BlockSummary:
         if batch == 0 or max_pages == 0:
             return
         unit, pages = self._unit, self._unit // self.page_size
-        # Units that hold a sequence's new tokens or, if it has none, its last token: the first, and at most how many.
-        first = torch.minimum(seqlens_k - lengths_q, seqlens_k - 1).clamp(min=0)
-        first = torch.div(first, unit, rounding_mode="floor")
+        # Units that hold a sequence's new tokens or, if it has none, its last and incomplete block: the first, and at
+        # most how many.
+        first = torch.div((seqlens_k - lengths_q).clamp(min=0), unit, rounding_mode="floor")
         units = min((max(max_seqlen_q, 1) + unit - 2) // unit + 1, (max_pages * self.page_size + unit - 1) // unit)
         column = first[:, None] * pages + torch.arange(units * pages, dtype=torch.int32, device=block_table.device)
         # Columns past the table's end are past the sequence's: which page stands there does not matter.

@@ -58,11 +58,24 @@ class Policy:
 
     #: Name in threshold files and on the command line.
     name: ClassVar[str] = ""
-    #: Whether :meth:`select` needs pooled keys.
-    needs_summary: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_block_sizes(self.block_m, self.block_n)
+
+    @property
+    def needs_summary(self) -> bool:
+        """Whether :meth:`select` needs pooled keys (:func:`bsfa.pool_blocks` with :attr:`summary_pooling`)."""
+        return False
+
+    @property
+    def needs_keys(self) -> bool:
+        """Whether :meth:`select` needs the keys themselves."""
+        return False
+
+    @property
+    def summary_pooling(self) -> str:
+        """How the keys of a block are pooled, where :attr:`needs_summary`."""
+        return "mean"
 
     def select(self, selection: Selection) -> BlockMask | None:
         """The blocks to keep, or None for dense attention."""
@@ -98,7 +111,6 @@ class ScoredPolicy(Policy):
     keeps_at_least: ClassVar[bool] = True
     #: Raised whenever scores change meaning; stored in threshold files.
     version: ClassVar[int] = 1
-    needs_summary: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -137,6 +149,21 @@ class ScoredPolicy(Policy):
     def scoring(self) -> Scoring:
         """The scoring rule and its parameters."""
         raise NotImplementedError
+
+    @property
+    def needs_summary(self) -> bool:
+        """Whether the rule looks at pooled keys."""
+        return self.scoring.rule in ("relative_max", "pooled")
+
+    @property
+    def needs_keys(self) -> bool:
+        """Whether the rule looks at the keys themselves."""
+        return not self.needs_summary
+
+    @property
+    def summary_pooling(self) -> str:
+        """How keys and queries are pooled."""
+        return self.scoring.pooling
 
     @property
     def extras(self) -> Extras:
