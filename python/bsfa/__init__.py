@@ -15,6 +15,7 @@ from bsfa.block_mask import BlockMask, MaskGeometry
 from bsfa.doctor import doctor
 from bsfa.errors import DenseFallbackWarning, ThresholdMismatchError, UnsupportedError
 from bsfa.info import AttentionInfo
+from bsfa.plotting import plot_mask
 from bsfa.stages import block_mass, block_sparse_attention, pool_blocks, select_blocks
 from bsfa.summary import BlockSummary
 from bsfa.thresholds import ThresholdTable
@@ -35,6 +36,7 @@ __all__ = [
     "block_mass",
     "block_sparse_attention",
     "doctor",
+    "plot_mask",
     "policies",
     "pool_blocks",
     "select_blocks",

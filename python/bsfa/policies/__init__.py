@@ -8,6 +8,7 @@ variables.
 from __future__ import annotations
 
 from bsfa.policies.base import Policy, ScoredPolicy, Selection
+from bsfa.policies.composed import Composed, Intersection, PerLayer, Union
 from bsfa.policies.cumulative_mass import CumulativeMass
 from bsfa.policies.dense import Dense
 from bsfa.policies.fixed import Fixed
@@ -19,12 +20,16 @@ SCORED: dict[str, type[ScoredPolicy]] = {p.name: p for p in (RelativeMax, Cumula
 
 __all__ = [
     "SCORED",
+    "Composed",
     "CumulativeMass",
     "Dense",
     "Fixed",
+    "Intersection",
+    "PerLayer",
     "Policy",
     "RelativeMax",
     "ScoredPolicy",
     "Selection",
     "StaticPattern",
+    "Union",
 ]
