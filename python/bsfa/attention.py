@@ -19,6 +19,7 @@ from bsfa.stages import (
     resolve_layout,
     resolve_scale,
 )
+from bsfa.summary import BlockSummary
 
 Result = Tensor | tuple[Tensor | AttentionInfo, ...]
 
@@ -36,6 +37,7 @@ def _run(
     out: Tensor | None,
     return_lse: bool,
     return_info: bool,
+    kept: BlockSummary | None = None,
 ) -> Result:
     check_policy(policy)
     scale = resolve_scale(softmax_scale, q.shape[-1], softcap)
@@ -51,11 +53,19 @@ def _run(
         else:
             selects = policy
     check_attention_kernel(q, k, v, None if selects is None else (selects.block_m, selects.block_n))
+    if kept is not None:
+        pools = selects if selects is not None and selects.needs_summary else None
+        kept.check_use(k, v, None if pools is None else pools.block_n, None if pools is None else pools.summary_pooling)
     if reason is not None:
         warn_dense(reason)
+    if kept is not None:  # in dense calls too: their tokens are keys of later ones
+        kept.update_layout(k, v, layout)
     mask: BlockMask | None = None
     if selects is not None:
-        summary = pool(k, layout, selects.block_n, selects.summary_pooling) if selects.needs_summary else None
+        summary = None
+        if selects.needs_summary:
+            pooling = selects.summary_pooling
+            summary = pool(k, layout, selects.block_n, pooling) if kept is None else kept.gather_layout(layout)
         mask = selects.select(make_selection(q, k, summary, layout, scale, softcap, prompt_lens))
         if mask is not None:
             check_mask_heads(mask, q, k)
@@ -148,6 +158,7 @@ def attention_paged(
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
     policy: Policy | None = None,
+    summary: BlockSummary | None = None,
     causal: bool = True,
     softmax_scale: float | None = None,
     softcap: float = 0.0,
@@ -163,9 +174,14 @@ def attention_paged(
     seqlens_k: int32 [B], KV tokens including those of this chunk. Any page size; any page, token and head strides.
     q: ``[B, Sq, Hq, D]``, or packed ``[total_q, Hq, D]`` with ``cu_seqlens_q`` and ``max_seqlen_q``.
     max_seqlen_k: default, the capacity of ``block_table``; give the true maximum to keep masks small.
+    summary: a :class:`bsfa.BlockSummary` of this cache, used in place of pooling all keys. The call updates it for its
+    own tokens, the last ``seqlen_q`` of each sequence (whatever the policy, decode steps included), and selects by
+    it: the result is bitwise that without. Its block_n and pooling must be those of the policy (``ValueError``).
     """
+    if summary is not None and not isinstance(summary, BlockSummary):
+        raise TypeError(f"summary must be a bsfa.BlockSummary or None, got {type(summary).__name__}")
     layout = resolve_layout(
         q, k_cache, v_cache, causal, cu_seqlens_q, None, max_seqlen_q, max_seqlen_k, block_table, seqlens_k
     )
     options = (softmax_scale, softcap, window_left, prompt_lens, out, return_lse, return_info)
-    return _run(q, k_cache, v_cache, layout, policy, *options)
+    return _run(q, k_cache, v_cache, layout, policy, *options, kept=summary)

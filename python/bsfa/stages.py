@@ -39,7 +39,7 @@ from bsfa.layout import (
     varlen_layout,
 )
 from bsfa.limits import check_limits, check_tma
-from bsfa.policies import Policy, Selection
+from bsfa.policies import Composed, Policy, ScoredPolicy, Selection
 from bsfa.policies.fixed import check_geometry
 
 POOLINGS = ("mean", "maxabs", "center")
@@ -206,9 +206,14 @@ def select_blocks(
     prompt_lens: int32 [B], full prompt lengths, when this call is a chunk that does not end the prompt (they place
     ``last_tiles``); default: this call ends the prompt.
     return_scores: also return the scores of a scored policy, float32 [rows, Hq, blocks] (-1: not visible), or
-    [rows, Hkv, blocks] where the query heads of a KV head share them.
+    [rows, Hkv, blocks] where the query heads of a KV head share them. For a look at small sizes: they take rows x heads
+    x blocks x 4 bytes, 134 MB at 128K tokens and 32 heads, and are computed a second time. ``ValueError`` for policies
+    that have none, composed ones among them: ask their members.
     """
     check_policy(policy)
+    if return_scores and not isinstance(policy, ScoredPolicy):
+        hint = ": ask its members" if isinstance(policy, Composed) else ""
+        raise ValueError(f"policy {type(policy).__name__} has no scores{hint}")
     check_data("q", q, (3, 4))
     scale = resolve_scale(softmax_scale, q.shape[-1], softcap)
     batch = cu_seqlens_q.shape[0] - 1 if cu_seqlens_q is not None else q.shape[0]
@@ -266,8 +271,7 @@ def select_blocks(
     mask = policy.select(selection)
     if not return_scores:
         return mask
-    if not hasattr(policy, "score"):
-        raise ValueError(f"policy {type(policy).__name__} has no scores")
+    assert isinstance(policy, ScoredPolicy)
     return mask, policy.score(selection)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bsfa.policies.antidiagonal import Antidiagonal
 from bsfa.policies.base import Policy, ScoredPolicy, Selection
+from bsfa.policies.composed import Composed, Intersection, PerLayer, Union
 from bsfa.policies.cumulative_mass import CumulativeMass
 from bsfa.policies.dense import Dense
 from bsfa.policies.fixed import Fixed
@@ -21,12 +22,16 @@ SCORED: dict[str, type[ScoredPolicy]] = {p.name: p for p in (RelativeMax, Cumula
 __all__ = [
     "SCORED",
     "Antidiagonal",
+    "Composed",
     "CumulativeMass",
     "Dense",
     "Fixed",
+    "Intersection",
+    "PerLayer",
     "Policy",
     "RelativeMax",
     "ScoredPolicy",
     "Selection",
     "StaticPattern",
+    "Union",
 ]
