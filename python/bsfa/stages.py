@@ -301,6 +301,8 @@ def block_sparse_attention(
     max_seqlen_k: int | None = None,
     block_table: Tensor | None = None,
     seqlens_k: Tensor | None = None,
+    k_means: Tensor | None = None,
+    v_means: Tensor | None = None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Exact softmax attention over the kept blocks (None: all of them).
@@ -309,6 +311,14 @@ def block_sparse_attention(
     ``[Hq, total_q]``). A query that sees no key gives out = 0 and lse = -inf. ``window_left``: a query sees at most
     that many tokens before its own (needs ``causal``). ``out``: write into this tensor and return it, see
     :func:`bsfa.attention`.
+
+    k_means, v_means: correct for the blocks that ``mask`` drops, by the zero-order term of FlashPrefill V2 (arXiv
+    2608.19758). Both are what :func:`pool_blocks` returns for k and for v with ``mask.block_n``. A dropped block j of
+    ``len_j`` tokens that every row of the query tile would see whole enters the softmax as one key, with logit
+    ``cap(softmax_scale * q . k_means[j]) + ln(len_j)`` and value ``v_means[j]``, in numerator, denominator and lse
+    (``cap``: the softcap). Works for batched, packed and paged keys; not with ``window_left``; without a mask there is
+    nothing to correct, and they are ignored. On CUDA, where a value or mean is not finite, NaN may appear in tiles that
+    neither keep nor see its block: means are multiplied by 0, not left out, within their 128 blocks.
     """
     layout = resolve_layout(
         q, k, v, causal, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table, seqlens_k
@@ -321,8 +331,49 @@ def block_sparse_attention(
         check_mask_heads(mask, q, k)
     if out is not None:
         check_out(out, q, k, v)
+    means = check_means(k_means, v_means, q, k, v, mask, layout, window_left)
     check_attention_kernel(q, k, v, None if mask is None else (mask.block_m, mask.block_n))
-    return attend(q, k, v, mask, layout, scale, softcap, window_left, out)
+    return attend(q, k, v, mask, layout, scale, softcap, window_left, out, means)
+
+
+def check_means(
+    k_means: Tensor | None,
+    v_means: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask | None,
+    layout: Layout,
+    window_left: int | None,
+) -> tuple[Tensor, Tensor] | None:
+    """The means to correct with, checked; None without, and where there is no mask to correct."""
+    if k_means is None and v_means is None:
+        return None
+    if k_means is None or v_means is None:
+        raise ValueError("give both k_means and v_means, or neither")
+    block_n = 128 if mask is None else mask.block_n
+    for name, t, data in (("k_means", k_means, k), ("v_means", v_means, v)):
+        check_data(name, t, (4,), q)
+        want = (layout.batch, -(-layout.max_seqlen_k // block_n), k.shape[-2], data.shape[-1])
+        if mask is not None and (tuple(t.shape) != want or not t.is_contiguous()):
+            raise ValueError(
+                f"{name} must be contiguous [B, blocks, Hkv, D] = {list(want)}, as pool_blocks returns it for "
+                f"block_n = {block_n}, got shape {tuple(t.shape)}"
+            )
+    check_correction(True, window_left)
+    if mask is None:
+        return None
+    if q.device.type != "cpu":
+        check_tma("attention", k_means=k_means, v_means=v_means)
+    return k_means, v_means
+
+
+def check_correction(mean_correction: bool, window_left: int | None) -> None:
+    """Raise unless ``mean_correction`` is a bool, and off if there is a window."""
+    if not isinstance(mean_correction, bool):
+        raise TypeError(f"mean_correction must be a bool, got {type(mean_correction).__name__}")
+    if mean_correction and window_left is not None:
+        raise ValueError("mean correction cannot be combined with window_left")
 
 
 def check_attention_kernel(q: Tensor, k: Tensor, v: Tensor, blocks: tuple[int, int] | None) -> None:
@@ -356,8 +407,12 @@ def attend(
     softcap: float,
     window_left: int | None,
     out: Tensor | None = None,
+    means: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Run the attention operator on inputs that have been checked; ``out``: where to write, None for a new tensor."""
+    """Run the attention operator on inputs that have been checked; ``out``: where to write, None for a new tensor.
+
+    means: of k and v, for the correction of what the mask drops; only with a mask.
+    """
     if window_left is not None:
         if not isinstance(window_left, int) or isinstance(window_left, bool):
             raise TypeError(f"window_left must be an int (tokens) or None, got {type(window_left).__name__}")
@@ -375,8 +430,8 @@ def attend(
         layout.max_seqlen_k,
         None if mask is None else mask.words,
         None if mask is None else mask.counts,
-        None,
-        None,
+        None if means is None else means[0],
+        None if means is None else means[1],
         128 if mask is None else mask.block_m,
         128 if mask is None else mask.block_n,
         layout.causal,

@@ -50,6 +50,24 @@ cudaError_t make_maps(const AttentionParams& params, KernelParams& k) {
   return error;
 }
 
+// The means lie like keys whose tokens are blocks.
+cudaError_t make_mean_maps(const AttentionParams& params, KernelParams& k) {
+  const Problem& p = params.problem;
+  const int64_t blocks = ceil_div(p.kv.max_seqlen, kBlockKeys);
+  k.has_means = params.words != nullptr && params.k_means != nullptr && params.v_means != nullptr && blocks > 0 &&
+                p.batch > 0 && params.window_left < 0;
+  k.k_means = k.v_means = k.q;  // never used, but prefetched
+  if (!k.has_means) return cudaSuccess;
+  const int64_t row = int64_t{p.num_kv_heads} * p.head_dim;
+  TensorView view{const_cast<void*>(params.k_means), blocks * row, row, p.head_dim, p.batch, blocks};
+  const TensorExtent extent = extent_of(view, p.head_dim, p.num_kv_heads);
+  const int halves = p.head_dim / kBoxColumns;
+  const cudaError_t error = make_tensor_map(&k.k_means, view, extent, p.dtype, kBlockKeys, halves);
+  if (error != cudaSuccess) return error;
+  view.data = const_cast<void*>(params.v_means);
+  return make_tensor_map(&k.v_means, view, extent, p.dtype, kBlockKeys, halves);
+}
+
 Tiling tiling_of(const AttentionParams& params) {
   const Problem& p = params.problem;
   Tiling tiling{p, params.num_rows, p.num_q_heads, p.num_q_heads / p.num_kv_heads, params.window_left, params.words};
@@ -98,6 +116,7 @@ cudaError_t attention(const AttentionParams& params, void* workspace, cudaStream
   int sms = 0;
   cudaError_t error = num_sms(&sms);
   if (error == cudaSuccess) error = make_maps(params, k);
+  if (error == cudaSuccess) error = make_mean_maps(params, k);
   if (error == cudaSuccess) error = make_order(tiling_of(params), k.workspace, sms, stream);
   if (error != cudaSuccess) return error;
   const int ctas = static_cast<int>(std::min<int64_t>(sms, pairs));

@@ -25,12 +25,12 @@ struct LogitScale {
 };
 
 // `factor`: of the scores, beside softmax_scale. The maximum of the scores is that of the exponents only if the scale is
-// positive; else they are scaled first.
+// positive; else they are scaled first. So they are if it is too small to be divided by.
 inline LogitScale logit_scale(const Problem& problem, float factor = 1.0f) {
   const float scale = problem.softmax_scale * factor;
   const bool capped = problem.softcap != 0.0f;
   LogitScale s{};
-  s.transform = capped ? Transform::kCap : scale > 0.0f ? Transform::kNone : Transform::kScale;
+  s.transform = capped ? Transform::kCap : scale > 1e-30f ? Transform::kNone : Transform::kScale;
   s.scale_log2 = (s.transform == Transform::kNone ? scale : 1.0f) * kLog2e;
   s.inverse_scale_log2 = 1.0f / s.scale_log2;
   s.inner_scale = capped ? scale / problem.softcap : scale;

@@ -49,6 +49,12 @@ struct SequenceGeometry {
     const int32_t last = offset() + row_end(t) - 1;
     return last < 0 ? 0 : last / block_n + 1;
   }
+  // KV blocks [0, whole_blocks(t)) are seen whole by every row of tile t that belongs to this call.
+  BSFA_HOST_DEVICE int32_t whole_blocks(int32_t t) const {
+    if (!causal) return num_blocks();
+    const int32_t first = offset() + row_begin(t);
+    return first < 0 ? 0 : (first + 1) / block_n;
+  }
 };
 
 BSFA_HOST_DEVICE inline int32_t seqlen_q(const QueryLayout& query, int32_t sequence) {

@@ -167,8 +167,14 @@ class Consumer {
       return softmax_plain(s, rows_, rescale, p_.scale.scale_log2, p_.scale.inverse_scale_log2);
     }
     if (step.flags & kMasked) {
-      mask_scores(s, shared_.tiles[query_.slot].tile, step.first_key, warp_ * kStoreRows + lane_ / 4, p_.causal,
-                  p_.window_left);
+      const TileRow& tile = shared_.tiles[query_.slot].tile;
+      const int first_row = warp_ * kStoreRows + lane_ / 4;
+      if (step.flags & kMeans) {
+        const Columns& columns = shared_.columns[step.flags >> kColumnsShift];
+        weigh_means(s, tile, step.first_key, columns, first_row, p_.scale.inverse_scale_log2);
+      } else {
+        mask_scores(s, tile, step.first_key, first_row, p_.causal, p_.window_left);
+      }
     }
     rows_complete_ = softmax_any(s, rows_, rescale, step.flags & kFirst, p_.scale.scale_log2);
     return true;

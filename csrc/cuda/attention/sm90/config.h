@@ -79,16 +79,24 @@ struct TileInfo {
   int32_t head;
 };
 
-// One KV block of one tile, from the key load warp to both consumers: both sides read one list.
+// One KV block of one tile, from the key load warp to both consumers: both sides read one list. Or, in a step of means,
+// the means of kBlockKeys blocks instead of as many tokens.
 struct Step {
-  int32_t first_key;
-  uint32_t flags;
+  int32_t first_key;  // of means: the first block
+  uint32_t flags;     // StepFlags; of means: also the slot of their columns, from bit kColumnsShift
 };
 enum StepFlags : uint32_t {
   kFirst = 1,   // of its tile
   kLast = 2,    // of its tile
-  kMasked = 4,  // some row of the tile does not see the whole block, or (first step) is not of the sequence
+  kMasked = 4,  // some row of the tile does not see the whole block, or (first step) is not of the sequence; or means
   kEnd = 8,     // no block: there is no more work
+  kMeans = 16,
+};
+constexpr int kColumnsShift = 8;
+
+// Which means of a step enter the softmax, one bit each.
+struct Columns {
+  uint32_t words[kBlockKeys / 32];
 };
 
 template <class Config>
@@ -102,6 +110,9 @@ struct SharedStorage {
   Mbarrier key_empty[Config::kKeySlots], value_empty[Config::kValueSlots];
   Mbarrier value_tail;            // a V block whose tail is zeroed before it is handed over
   Step steps[Config::kKeySlots];  // of the K blocks
+  // Of the steps of means, in turn. They are read after the K slot is given back, but before the next one is: a slot
+  // more than K has is enough.
+  Columns columns[Config::kKeySlots + 1];
   TileInfo tiles[kQuerySlots];
   Work work[kWorkSlots];
 };
@@ -109,6 +120,8 @@ struct SharedStorage {
 // What the launch passes to the kernel, by value: the descriptors must lie in parameter memory.
 struct KernelParams {
   CUtensorMap q, k, v, out;
+  CUtensorMap k_means, v_means;  // [sequence, block, head, dim]; of the mean correction
+  bool has_means;
   Workspace workspace;
   const int32_t* words;  // null: dense
   int64_t num_words;     // of a row and head
