@@ -11,6 +11,7 @@ from bsfa.policies.base import Policy, ScoredPolicy, Selection
 from bsfa.policies.cumulative_mass import CumulativeMass
 from bsfa.policies.dense import Dense
 from bsfa.policies.fixed import Fixed
+from bsfa.policies.flex_prefill import FlexPrefill
 from bsfa.policies.relative_max import RelativeMax
 from bsfa.policies.static_pattern import StaticPattern
 
@@ -22,6 +23,7 @@ __all__ = [
     "CumulativeMass",
     "Dense",
     "Fixed",
+    "FlexPrefill",
     "Policy",
     "RelativeMax",
     "ScoredPolicy",
