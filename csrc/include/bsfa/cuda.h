@@ -10,6 +10,19 @@ namespace bsfa::cuda {
 // float16 and bfloat16, any head_dim, page size and strides (rows on 16 bytes are fastest), batch up to 65535.
 cudaError_t pool_blocks(const PoolParams& params, cudaStream_t stream);
 
+// Scratch memory of probe_attention(), on the device: 1.5 KiB per query head and 1024 keys.
+int64_t probe_attention_workspace_bytes(const ProbeParams& params);
+
+// Whether probe_attention() can run this: float16 and bfloat16, head_dim 64 or 128, block_m up to 128, rows of q and k
+// on 16 bytes, batch up to 65535.
+bool probe_attention_supports(const ProbeParams& params);
+
+// Any page size, page, token and head strides. Four kernels; `workspace` may be reused once they are done.
+cudaError_t probe_attention(const ProbeParams& params, void* workspace, cudaStream_t stream);
+
+// Any block sizes.
+cudaError_t pattern_mask(const PatternParams& params, cudaStream_t stream);
+
 // Scratch memory of attention(), on the device: 32 bytes per mask row and 12 per mask row and query head.
 int64_t attention_workspace_bytes(const AttentionParams& params);
 
