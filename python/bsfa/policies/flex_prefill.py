@@ -131,7 +131,7 @@ class FlexPrefill(Policy):
         query_aware = self._is_query_aware(selection, vertical_mass, blocks)
         if layout.causal:
             slash_groups = self._best(slash, _block_sums(slash, self.block_n), thresholds, query_aware, blocks)
-            slash_blocks = _touched(slash_groups, self.block_m, self.block_n)
+            slash_blocks = _touched(slash_groups, reach(self.block_m, self.block_n))
         else:
             slash_blocks = torch.zeros_like(vertical_mass, dtype=torch.bool)
         vertical_blocks = self._best(vertical, vertical_mass, thresholds, query_aware, blocks)
@@ -197,16 +197,20 @@ def _block_sums(tokens: Tensor, block: int) -> Tensor:
     return torch.nn.functional.pad(tokens, (0, -tokens.shape[-1] % block)).unflatten(-1, (-1, block)).sum(-1)
 
 
-def _touched(groups: Tensor, block_m: int, block_n: int) -> Tensor:
-    """Block diagonals, counted from a tile's last block, that distances of these groups touch.
+def reach(block_m: int, block_n: int) -> int:
+    """Further block diagonals that a group of ``block_n`` distances touches beyond its own, 1 for equal sizes.
 
-    Group s, distances s * block_n .. (s + 1) * block_n - 1, reaches from a block those s and s + 1 before it. Where a
-    tile is longer than a block, its first rows lie some blocks before its last.
+    Distances s * block_n .. (s + 1) * block_n - 1 lead from a tile's last block to those s and, unless it is one token
+    long, s + 1 before it, and from its first row, some blocks earlier, to earlier ones. Tiles begin at multiples of
+    block_m; the most that any can reach.
     """
-    if block_m % block_n == 0:
-        further = block_m // block_n
-    else:
-        further = 1 if block_n % block_m == 0 else 1 - (1 - block_m) // block_n
+    step = math.gcd(block_m, block_n)  # where in a block tiles begin: at multiples of it
+    starts = (block_n - step, max(block_n - 2 * step, 0))
+    return max((r + block_m - 1) // block_n + 1 - (r + 1) // block_n for r in starts)
+
+
+def _touched(groups: Tensor, further: int) -> Tensor:
+    """Block diagonals, counted from a tile's last block, that distances of these groups touch."""
     result = groups
     for shift in range(1, min(further, groups.shape[-1] - 1) + 1):
         result = result | torch.nn.functional.pad(groups[..., :-shift], (shift, 0))
