@@ -44,8 +44,7 @@ def probe(q: Array, k: Array, rows: int, causal: bool, scale: float, softcap: fl
         p /= p.sum(axis=1, keepdims=True)
         vertical[:, :seen] += p / count
         if causal:
-            for j in range(seen):
-                slash[:, position - j] += p[:, j] / count
+            slash[:, :seen] += p[:, ::-1] / count  # key `position`, the last one seen, is 0 tokens away
     return vertical, slash
 
 
@@ -142,7 +141,7 @@ def want_masks(inputs: Inputs, b: int, summary: torch.Tensor, policy: FlexPrefil
         if vertical[h].sum() > 0:
             distance = divergence(in_blocks(vertical[h], case.block_n) / vertical[h].sum(), estimated[h])
             aware[h] = distance < policy.tau
-            head_sure[h] = abs(distance - policy.tau) > 1e-4
+            head_sure[h] = policy.tau == 0 or abs(distance - policy.tau) > 1e-4
         budget = (float(gammas[h]), case.block_n, policy.min_budget, policy.max_budget, not aware[h])
         patterns.append((best_blocks(vertical[h], *budget), best_blocks(slash[h], *budget)))
     for t, tile in enumerate(tiles):
@@ -465,8 +464,8 @@ def structured(kind: str, length: int, dim: int) -> tuple[torch.Tensor, torch.Te
         k[201] += 20.0 * direction
     else:  # "smooth": what the means say is what the tokens do
         owner = torch.randn(length // 16 + 1, dim, generator=g)[torch.arange(length) // 16]
-        q += direction
-        k += owner
+        q += 6.0 * direction
+        k += 3.0 * owner
     return q, k
 
 
@@ -482,14 +481,13 @@ def test_masks_of_structured_inputs(kind: str, dtype: torch.dtype) -> None:
     inputs.queries[0] = q[:, None].repeat(1, 4, 1).to(dtype)
     inputs.keys[0] = k[:, None].repeat(1, 2, 1).to(dtype)
     inputs.lay_out()
-    mask, aware = check_masks(inputs, policy_for(case, gamma=0.9, tau=0.1), exempt=0.05)
+    # Gamma counts tokens, so few sharp lines scattered over blocks need a budget to be kept.
+    mask, aware = check_masks(inputs, policy_for(case, gamma=0.9, tau=0.1, min_budget=80), exempt=0.05)
     rows = mask.to_rows()[:, 0].numpy()
     assert float(mask.density()) < 0.75
     own = np.arange(25)
-    if kind == "smooth":
-        assert aware[0].all()
-    else:
-        assert not aware[0].any()
+    # Whether block means tell where the attention goes.
+    assert aware[0].all() == aware[0].any() == (kind in ("smooth", "block-diagonal"))
     if kind == "verticals":
         for token in (37, 150, 290):
             assert rows[token // 16 :, token // 16].all()
