@@ -13,6 +13,7 @@
 #include "bsfa/cuda.h"
 #include "bsfa/geometry.h"
 #include "convert.h"
+#include "convert_pattern.h"
 
 namespace bsfa::torch_ops {
 namespace {
@@ -171,6 +172,43 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
   return {out, lse};
 }
 
+std::tuple<Tensor, Tensor> probe_attention(const Tensor& q, const Tensor& k, const OptionalTensor& cu_seqlens_q,
+                                           const OptionalTensor& cu_seqlens_k, const OptionalTensor& block_table,
+                                           const OptionalTensor& seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
+                                           int64_t block_m, bool causal, double softmax_scale, double softcap) {
+  ProbeParams p = probe_params(q, k, cu_seqlens_q, cu_seqlens_k, block_table, seqlens_k, max_seqlen_q, max_seqlen_k,
+                               block_m, causal, softmax_scale, softcap);
+  STD_TORCH_CHECK(cuda::probe_attention_supports(p),
+                  "this dtype, head_dim, block_m or these strides have no CUDA kernel of probe_attention");
+  const Launch launch(q);
+  const std::vector<int64_t> shape = {p.problem.batch, p.problem.num_q_heads, max_seqlen_k};
+  Tensor vertical = torch::stable::new_empty(q, shape, ScalarType::Float);
+  Tensor slash = torch::stable::new_empty(q, shape, ScalarType::Float);
+  if (vertical.numel() == 0) return {vertical, slash};
+  p.vertical = static_cast<float*>(vertical.data_ptr());
+  p.slash = static_cast<float*>(slash.data_ptr());
+  const std::vector<int64_t> scratch = {cuda::probe_attention_workspace_bytes(p)};
+  Tensor workspace = torch::stable::new_empty(q, scratch, ScalarType::Byte);
+  check_launch(cuda::probe_attention(p, workspace.data_ptr(), launch.stream()), "probe_attention");
+  return {vertical, slash};
+}
+
+std::tuple<Tensor, Tensor> pattern_mask(const Tensor& base, const Tensor& query_aware, const Tensor& vertical,
+                                        const Tensor& slash, const OptionalTensor& cu_seqlens_q,
+                                        const OptionalTensor& cu_seqlens_k, const OptionalTensor& seqlens_k,
+                                        int64_t max_seqlen_q, int64_t max_seqlen_k, int64_t block_m, int64_t block_n,
+                                        bool causal, int64_t sink_blocks, int64_t window_blocks) {
+  PatternParams p = pattern_params(base, query_aware, vertical, slash, cu_seqlens_q, cu_seqlens_k, seqlens_k,
+                                   max_seqlen_q, max_seqlen_k, block_m, block_n, causal, sink_blocks, window_blocks);
+  const Launch launch(base);
+  Tensor words = new_tensor(base, {p.num_rows, p.problem.num_q_heads, p.num_words}, ScalarType::Int);
+  Tensor counts = new_tensor(base, {p.num_rows, p.problem.num_q_heads}, ScalarType::Int);
+  p.words = static_cast<int32_t*>(words.data_ptr());
+  p.counts = static_cast<int32_t*>(counts.data_ptr());
+  check_launch(cuda::pattern_mask(p, launch.stream()), "pattern_mask");
+  return {words, counts};
+}
+
 // JSON: one row per compiled CUDA kernel, with the keys of bsfa._C.kernels(); `rule` where a row is of some score rules
 // only.
 std::string cuda_kernels() {
@@ -184,6 +222,9 @@ std::string cuda_kernels() {
      "blocks": "128x128", "rule": "relative_max, flat64, antidiagonal"},
     {"op": "select_blocks", "device": "cuda", "arch": "sm_90a", "dtypes": "bfloat16, float16", "head_dim": "1..256",
      "blocks": "128x128", "rule": "pooled"},
+    {"op": "probe_attention", "device": "cuda", "arch": "sm_90a", "dtypes": "bfloat16, float16",
+     "head_dim": "64, 128", "blocks": "128x128"},
+    {"op": "pattern_mask", "device": "cuda", "arch": "sm_90a", "dtypes": "int32", "head_dim": "any"},
     {"op": "attention", "device": "cuda", "arch": "sm_90a", "dtypes": "bfloat16, float16", "head_dim": "64, 128",
      "blocks": "128x128"}
   ])";
@@ -207,6 +248,8 @@ STABLE_TORCH_LIBRARY_IMPL(bsfa, CUDA, m) {
   m.impl("pool_blocks", TORCH_BOX(&pool_blocks));
   m.impl("score_blocks", TORCH_BOX(&score_blocks));
   m.impl("select_blocks", TORCH_BOX(&select_blocks));
+  m.impl("probe_attention", TORCH_BOX(&probe_attention));
+  m.impl("pattern_mask", TORCH_BOX(&pattern_mask));
   m.impl("attention", TORCH_BOX(&attention));
   m.impl("attention_out", TORCH_BOX(&attention_out));
 }

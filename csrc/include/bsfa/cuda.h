@@ -28,6 +28,18 @@ int64_t select_workspace_bytes(const ScoreParams& params);
 // may be reused once the kernels are done.
 cudaError_t score_blocks(const ScoreParams& params, void* workspace, cudaStream_t stream);
 cudaError_t select_blocks(const SelectParams& params, void* workspace, cudaStream_t stream);
+// Scratch memory of probe_attention(), on the device: 1.5 KiB per query head and 1024 keys.
+int64_t probe_attention_workspace_bytes(const ProbeParams& params);
+
+// Whether probe_attention() can run this: float16 and bfloat16, head_dim 64 or 128, block_m up to 128, rows of q and k
+// on 16 bytes, batch up to 65535.
+bool probe_attention_supports(const ProbeParams& params);
+
+// Any page size, page, token and head strides. Four kernels; `workspace` may be reused once they are done.
+cudaError_t probe_attention(const ProbeParams& params, void* workspace, cudaStream_t stream);
+
+// Any block sizes.
+cudaError_t pattern_mask(const PatternParams& params, cudaStream_t stream);
 
 // Scratch memory of attention(), on the device: 32 bytes per mask row and 12 per mask row and query head.
 int64_t attention_workspace_bytes(const AttentionParams& params);

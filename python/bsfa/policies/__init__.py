@@ -13,6 +13,7 @@ from bsfa.policies.composed import Composed, Intersection, PerLayer, Union
 from bsfa.policies.cumulative_mass import CumulativeMass
 from bsfa.policies.dense import Dense
 from bsfa.policies.fixed import Fixed
+from bsfa.policies.flex_prefill import FlexPrefill
 from bsfa.policies.relative_max import RelativeMax
 from bsfa.policies.static_pattern import StaticPattern
 
@@ -26,6 +27,7 @@ __all__ = [
     "CumulativeMass",
     "Dense",
     "Fixed",
+    "FlexPrefill",
     "Intersection",
     "PerLayer",
     "Policy",
