@@ -13,7 +13,8 @@ namespace bsfa::cuda::select::strided {
 template <class Config>
 class Consumer {
   using Element = typename Config::Element;
-  using Rule = std::conditional_t<Config::kFlat, FlatRule, AntidiagonalRule>;
+  using TileRule = std::conditional_t<Config::kRule == Rule::kFlat, FlatRule,
+                                      AntidiagonalRule<Config::kRule == Rule::kAntidiagonalCapped>>;
 
  public:
   __device__ Consumer(SharedStorage& shared, const KernelParams& p)
@@ -33,10 +34,8 @@ class Consumer {
     const auto slice = mma.get_thread_slice(thread_);
     const auto query_part = slice.partition_fragment_A(query);
     const auto key_part = slice.partition_fragment_B(key);
-    auto s = partition_fragment_C(mma, Shape<Int<kQueryGroups>, Int<kKeyGroups>>{});
-    static_assert(size(decltype(s){}) == 4 * kColumnTiles);
 
-    const auto issue = [&](bool accumulate) __attribute__((always_inline)) {
+    const auto issue = [&](auto& s, bool accumulate) __attribute__((always_inline)) {
       shared_.full[slot_.slot].wait(slot_.parity);
       warpgroup_fence_operand(s);
       warpgroup_arrive();
@@ -53,14 +52,17 @@ class Consumer {
     for (;;) {
       const Unit unit = next_unit();
       if (unit.head < 0) return;
-      Rule rule(p_, unit);
+      TileRule rule(p_, unit);
       for (int32_t tile = 0; tile < unit.segment.key_tiles; ++tile) {
-        issue(false);
+        // New registers for each tile: the old ones need not live through the rule.
+        auto s = partition_fragment_C(mma, Shape<Int<kQueryGroups>, Int<kKeyGroups>>{});
+        static_assert(size(decltype(s){}) == 4 * kColumnTiles);
+        issue(s, false);
         int before = slot_.slot;
         slot_.advance();
 #pragma unroll 1
         for (int32_t step = 1; step < steps; ++step) {
-          issue(true);
+          issue(s, true);
           warpgroup_wait<1>();
           release(before);
           before = slot_.slot;
@@ -72,18 +74,17 @@ class Consumer {
         rule.take(s, p_, unit, tile);
       }
       rule.finish(p_, unit);
+      __syncwarp();
+      if (lane_ == 0) shared_.work_empty[work_.slot].arrive();
+      work_.advance();
     }
   }
 
  private:
-  __device__ Unit next_unit() {
+  __device__ Unit next_unit() const {
     shared_.work_full[work_.slot].wait(work_.parity);
     const Work& work = shared_.work[work_.slot];
-    const Unit unit{work.segment, __shfl_sync(kAllLanes, work.head, 0), warp_ / 4, warp_ % 4, lane_};
-    __syncwarp();
-    if (lane_ == 0) shared_.work_empty[work_.slot].arrive();
-    work_.advance();
-    return unit;
+    return {work.segment, __shfl_sync(kAllLanes, work.head, 0), warp_ / 4, warp_ % 4, lane_};
   }
 
   __device__ void release(int slot) const {

@@ -23,9 +23,9 @@ constexpr int kConsumerThreads = kConsumers * kWarpgroup;
 constexpr int kProducerWarps = 4;
 constexpr int kConsumerWarps = kConsumers * 4;
 
-// setmaxnreg, per thread: 96 * 128 + 208 * 256 registers of 65536.
-constexpr int kProducerRegisters = 96;
-constexpr int kConsumerRegisters = 208;
+// setmaxnreg, per thread: 80 * 128 + 216 * 256 registers of 65536.
+constexpr int kProducerRegisters = 80;
+constexpr int kConsumerRegisters = 216;
 static_assert((kProducerRegisters + kConsumers * kConsumerRegisters) * kWarpgroup <= 65536, "the register file");
 
 constexpr int kQueryGroups = 128;  // of an output tile
@@ -40,10 +40,12 @@ constexpr int kMinStride = 4, kMaxStride = 64;
 static_assert(kStages >= 4);
 static_assert(kTileRows == kBlockKeys && kTileRows % kMaxStride == 0, "a tile's own block has its own number");
 
-template <typename Element_, bool kFlat_>
+enum class Rule { kFlat, kAntidiagonal, kAntidiagonalCapped };  // the flat rule caps what it stores, without a kernel
+
+template <typename Element_, Rule kRule_>
 struct Config {
   using Element = Element_;
-  static constexpr bool kFlat = kFlat_;  // kFlat64, else kAntidiagonal
+  static constexpr Rule kRule = kRule_;
   static_assert(sizeof(Element) == 2);
 
   // Rows of 128 bytes, each swizzled within its group of 8.
@@ -87,6 +89,7 @@ struct Work {
 struct SharedStorage {
   alignas(1024) char query[kStages][kQueryBytes];
   alignas(1024) char key[kStages][kKeyBytes];
+  alignas(16) int64_t key_offset[kKeyGroups];  // [row % 16][row / 16]: where the tile's key groups begin (load.h)
   Mbarrier full[kStages], empty[kStages];
   Mbarrier work_full[kWorkSlots], work_empty[kWorkSlots];
   Work work[kWorkSlots];
@@ -112,9 +115,8 @@ struct KernelParams {
   int32_t stride;
   int32_t stride_shift;  // stride = 1 << stride_shift
   int32_t halves;        // steps per token: head_dim / 64
-  // A product x counts as x * scale_log2 or, capped, cap_log2 * tanh(x * inner_scale / (2 log2 e)).
-  float scale_log2;
-  float inner_scale;
+  // A product x is the base-2 logit x * scale or, capped, cap_log2 * (1 - 2 / (2^(x * scale) + 1)).
+  float scale;
   float cap_log2;  // 0: off
   float* scores;
   int32_t max_blocks;

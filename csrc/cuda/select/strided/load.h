@@ -53,12 +53,12 @@ class Loader {
         index = __shfl_sync(kAllLanes, next, 0);
       }
       shared_.work_full[slot.slot].wait(slot.parity);
-      const Segment segment = work.segment;
-      const int32_t head = work.head;
+      if (work.head < 0) break;
+      for (int32_t tile = 0; tile < work.segment.key_tiles; ++tile) {
+        load_tile(work.segment, work.head, tile * kKeyGroups);
+      }
       __syncwarp();
       if (lane_ == 0) shared_.work_empty[slot.slot].arrive();
-      if (head < 0) break;
-      for (int32_t tile = 0; tile < segment.key_tiles; ++tile) load_tile(segment, head, tile * kKeyGroups);
     }
     finish_copies<0>();
   }
@@ -68,6 +68,9 @@ class Loader {
   static constexpr int kCopyRows = kWarpgroup / kChunks;  // rows that the warpgroup copies at once
   static constexpr int kQueryCopies = kQueryGroups / kCopyRows;
   static constexpr int kKeyCopies = kKeyGroups / kCopyRows;
+  static constexpr int kWarpRows = 32 / kChunks;
+  static constexpr int kWarpGroups = kWarpRows * kKeyCopies;  // key groups that a warp copies
+  static_assert(kWarpGroups % 32 == 0);
   static_assert(kCopyRows % 8 == 0, "the swizzle of a thread's rows is the same");
 
   // Unit `index`. A KV head whose units keep all SMs busy is worked off before the next, so that its keys are read from
@@ -120,11 +123,12 @@ class Loader {
     const uint16_t* query = p_.q + segment.query_batch * p_.q_batch_stride + head * p_.q_head_stride +
                             (int64_t{segment.query_token} + row_ * stride) * p_.q_token_stride + column();
     const uint16_t* key = p_.k + kv_head * p_.k_head_stride + column();
-    const Keys keys{pages, key_batch * p_.k_batch_stride + int64_t{segment.key_token} * p_.k_token_stride,
-                    (first_group + row_) << shift, segment.seqlen_k};
+    const bool paged = p_.block_table != nullptr;
+    const Keys keys{pages, paged ? 0 : key_batch * p_.k_batch_stride + int64_t{segment.key_token} * p_.k_token_stride,
+                    first_group, segment.seqlen_k};
 
     for (int32_t t = 0; t < stride; ++t) {
-      const int32_t query_t = Config::kFlat ? t : stride - 1 - t;
+      const int32_t query_t = Config::kRule == Rule::kFlat ? t : stride - 1 - t;
       if (!k_by_tma && (t == 0 || p_.groups_cross_pages)) locate_keys(keys, t);
       for (int32_t half = 0; half < p_.halves; ++half) {
         const int s = slot_.slot;
@@ -165,40 +169,44 @@ class Loader {
                                  token >> p_.stride_shift, token & (p_.stride - 1), head, batch);
   }
 
-  // Keys of one sequence, as a thread copies them: its rows are groups every kCopyRows.
   struct Keys {
     const int32_t* pages;
-    int64_t start;        // of the sequence, elements; if not paged
-    int32_t first_token;  // of this thread's first group
+    int64_t start;        // of the sequence, elements; 0 if paged
+    int32_t first_group;  // of the tile
     int32_t seqlen;
   };
 
-  // Where this thread's groups begin, elements; or, if they cross pages, would begin if all lay where token t does.
-  __device__ void locate_keys(const Keys& keys, int32_t t) {
+  // Where the groups that this warp copies begin, elements; or, if they cross pages, would begin if all lay where token t
+  // does. Each lane looks up two of them for all.
+  __device__ void locate_keys(const Keys& keys, int32_t t) const {
+    __syncwarp();  // the last ones have been read
 #pragma unroll
-    for (int i = 0; i < kKeyCopies; ++i) {
-      const int32_t token = keys.first_token + (i * kCopyRows << p_.stride_shift) + t;
-      offset_[i] = 0;
-      if (token >= keys.seqlen) continue;
-      if (p_.block_table == nullptr) {
-        offset_[i] = keys.start + int64_t{token - t} * p_.k_token_stride;
-      } else {
-        int page, row;
-        p_.page_size(page, row, token);
-        offset_[i] = __ldg(keys.pages + page) * p_.k_batch_stride + int64_t{row - t} * p_.k_token_stride;
+    for (int n = 0; n < kWarpGroups / 32; ++n) {
+      const int entry = n * 32 + lane_;
+      const int row = warp_ * kWarpRows + entry / kKeyCopies + entry % kKeyCopies * kCopyRows;
+      const int32_t token = ((keys.first_group + row) << p_.stride_shift) + t;
+      int64_t offset = 0;
+      if (token < keys.seqlen) {
+        int page = 0, place = token;
+        if (p_.block_table != nullptr) p_.page_size(page, place, token);
+        offset = keys.start + int64_t{place - t} * p_.k_token_stride;
+        if (p_.block_table != nullptr) offset += __ldg(keys.pages + page) * p_.k_batch_stride;
       }
+      shared_.key_offset[warp_ * kWarpGroups + entry] = offset;
     }
+    __syncwarp();
   }
 
   // Tokens that do not count are not read: their address is one that surely exists.
   __device__ void copy_keys(const Keys& keys, const uint16_t* key, int32_t t, int32_t half, int slot) const {
     const uint32_t target = shared_address(shared_.key[slot]) + target_;
     const uint16_t* source = key + t * p_.k_token_stride + half * kBoxColumns;
+    const int64_t* offsets = shared_.key_offset + row_ * kKeyCopies;
+    const int32_t first = ((keys.first_group + row_) << p_.stride_shift) + t;
 #pragma unroll
     for (int i = 0; i < kKeyCopies; ++i) {
-      const int32_t token = keys.first_token + (i * kCopyRows << p_.stride_shift) + t;
-      const bool valid = token < keys.seqlen;
-      copy_async(target + i * (kCopyRows * kRowBytes), valid ? source + offset_[i] : p_.k, valid);
+      const bool valid = first + (i * kCopyRows << p_.stride_shift) < keys.seqlen;
+      copy_async(target + i * (kCopyRows * kRowBytes), valid ? source + offsets[i] : p_.k, valid);
     }
   }
 
@@ -235,7 +243,6 @@ class Loader {
   const uint32_t target_;  // and where, in the slot
   RingPosition<kStages> slot_;
   int copied_slot_ = -1;  // whose copies by this warp may still be under way
-  int64_t offset_[kKeyCopies];
 };
 
 }  // namespace bsfa::cuda::select::strided

@@ -16,7 +16,7 @@ constexpr int kColumnTiles = kKeyGroups / 8;
 
 // The thread's place, and the unit it works on.
 struct Unit {
-  Segment segment;
+  const Segment& segment;  // in shared memory
   int32_t head;
   int warpgroup;
   int warp;  // of the warpgroup
@@ -60,18 +60,16 @@ class Target {
   int32_t tiles_, limit_, first_, slope_;
 };
 
-// Softcap through exp: the tanh instruction's error of 2^-11, times the cap, would show.
-template <class Tensor>
-__device__ __forceinline__ void to_logits(Tensor& s, const KernelParams& p) {
-  if (p.cap_log2 > 0.0f) {
-#pragma unroll
-    for (int i = 0; i < cute::size(Tensor{}); ++i) {
-      s(i) = p.cap_log2 * (1.0f - __fdividef(2.0f, exp2f(s(i) * p.inner_scale) + 1.0f));
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < cute::size(Tensor{}); ++i) s(i) *= p.scale_log2;
-  }
+__device__ __forceinline__ float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Softcap of a scaled product, through exp, tanh(x) = 1 - 2 / (exp(2 x) + 1): the tanh instruction's error of 2^-11, times
+// the cap, would show.
+__device__ __forceinline__ float capped(float x, const KernelParams& p) {
+  return p.cap_log2 - 2.0f * p.cap_log2 * reciprocal(exp2f(x) + 1.0f);
 }
 
 // The larger one; NaN if one is: a NaN must show in the block's score.
@@ -106,7 +104,6 @@ class FlatRule {
 
   template <class Tensor>
   __device__ __forceinline__ void take(Tensor& s, const KernelParams& p, const Unit& unit, int32_t tile) {
-    to_logits(s, p);
     const int32_t groups = ceil_div(unit.segment.seqlen_k, kFlatStride);
     const int32_t first_block = tile * (kKeyGroups / 2) + unit.lane % 4;
     const bool odd = unit.lane & 4;
@@ -119,11 +116,13 @@ class FlatRule {
       float top[2];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const float pair = both ? max_or_nan(s(4 * j + 2 * h), s(4 * j + 2 * h + 1)) : s(4 * j + 2 * h);
+        const float x = s(4 * j + 2 * h) * p.scale, y = s(4 * j + 2 * h + 1) * p.scale;
+        const float pair = both ? max_or_nan(x, y) : x;
         top[h] = exists_[h] ? pair : -INFINITY;
       }
       const float other = __shfl_xor_sync(kAllLanes, odd ? top[0] : top[1], 4);
-      const float logit = max_or_nan(odd ? top[1] : top[0], other);
+      float logit = max_or_nan(odd ? top[1] : top[0], other);
+      if (p.cap_log2 > 0.0f) logit = capped(logit, p);
       if (target_.sees(out_tile, block)) *target_.at(out_tile, block) = logit;
     }
   }
@@ -138,6 +137,7 @@ class FlatRule {
 // kAntidiagonal. While key tiles pass, the sum of 2^logit over each (row, block) is stashed, as its base-2 logarithm; at
 // the segment's end the sums over whole rows are known, and the weights are made from the stash. A thread reads back
 // what itself has written: no barrier, and all of it in 16-byte pieces side by side.
+template <bool kCapped>
 class AntidiagonalRule {
  public:
   __device__ AntidiagonalRule(const KernelParams& p, const Unit& unit)
@@ -153,13 +153,15 @@ class AntidiagonalRule {
 
   template <class Tensor>
   __device__ __forceinline__ void take(Tensor& s, const KernelParams& p, const Unit& unit, int32_t tile) {
-    to_logits(s, p);
+#pragma unroll
+    for (int i = 0; i < cute::size(Tensor{}); ++i) s(i) = kCapped ? capped(s(i) * p.scale, p) : s(i) * p.scale;
     const int32_t first = tile * kKeyGroups;
     if (__any_sync(kAllLanes, min(limit_[0], limit_[1]) < first + kKeyGroups)) {
       const int32_t column = first + unit.lane % 4 * 2;
+      const int32_t left[2] = {limit_[0] - column, limit_[1] - column};
 #pragma unroll
       for (int i = 0; i < cute::size(Tensor{}); ++i) {
-        if (column + i / 4 * 8 + i % 2 >= limit_[i / 2 % 2]) s(i) = -INFINITY;
+        if (i / 4 * 8 + i % 2 >= left[i / 2 % 2]) s(i) = -INFINITY;
       }
     }
     // Pairs of columns: s(4 * j + 2 * h) becomes the sum of two exponentials.
