@@ -48,8 +48,8 @@ class BlockWalk {
   uint32_t word_;
 };
 
-// The blocks whose means a tile adds: those that all its rows see and its mask drops. In chunks of kBlockKeys blocks, last
-// one first, without those that have nothing to add. Warp-collective; each lane holds one word.
+// The blocks whose means a tile adds: those that all its rows see and its mask drops. In chunks of kBlockKeys,
+// last one first, without those that have nothing to add. Warp-collective; each lane holds one word.
 class MeansWalk {
  public:
   // `word`: what a BlockWalk over `range` starts with. `end`: the blocks that all rows see.

@@ -45,8 +45,8 @@ __device__ __forceinline__ void mask_scores(Tensor& s, const TileRow& tile, int3
   }
 }
 
-// The same for a step of means, whose columns are blocks: those that are not to be added become -inf, the others get the
-// logarithm of their number of tokens. `unit`: log2 in units of the scores.
+// The same for a step of means, whose columns are blocks: those that are not to be added become -inf, the others get
+// the logarithm of their number of tokens. `unit`: log2 in units of the scores.
 template <class Tensor>
 __device__ __forceinline__ void weigh_means(Tensor& s, const TileRow& tile, int32_t first_block, const Columns& columns,
                                             int first_row, float unit) {
