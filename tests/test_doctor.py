@@ -12,7 +12,15 @@ import torch
 import bsfa
 from bsfa import _library
 
-OPERATIONS = {"pool_blocks", "score_blocks", "select_blocks", "attention", "block_mass"}
+OPERATIONS = {
+    "pool_blocks",
+    "score_blocks",
+    "select_blocks",
+    "probe_attention",
+    "pattern_mask",
+    "attention",
+    "block_mass",
+}
 
 
 def test_doctor() -> None:

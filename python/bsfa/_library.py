@@ -20,7 +20,15 @@ except ImportError as error:  # pragma: no cover - depends on the installation
     ) from error
 
 # The operations. attention_out is no further one but attention into a given tensor; a device has both or none.
-OPERATORS = ("pool_blocks", "score_blocks", "select_blocks", "attention", "block_mass")
+OPERATORS = (
+    "pool_blocks",
+    "score_blocks",
+    "select_blocks",
+    "probe_attention",
+    "pattern_mask",
+    "attention",
+    "block_mass",
+)
 
 #: Why the CUDA library is not in use; None if it is.
 cuda_missing: str | None = None

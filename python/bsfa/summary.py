@@ -213,6 +213,11 @@ class BlockSummary:
         assert layout.block_table is not None and layout.seqlens_k is not None
         return self._gather(self.keys, layout)
 
+    def gather_values_layout(self, layout: Layout) -> Tensor:
+        """:meth:`gather_values` for an attention call."""
+        assert self.values is not None
+        return self._gather(self.values, layout)
+
     # ---- how --------------------------------------------------------------------------------------------------------
 
     def _check_cache(self, k_cache: Tensor, v_cache: Tensor | None) -> None:

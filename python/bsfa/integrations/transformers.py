@@ -133,6 +133,7 @@ class _LayerState:
     policy: Policy | None
     record: bool
     density: Tensor | None = None
+    mean_correction: bool = False
 
 
 _observers: WeakKeyDictionary[nn.Module, list[Callback]] = WeakKeyDictionary()
@@ -257,6 +258,7 @@ def _prefill(
     window_left = None if facts.window is None else facts.window - 1
     options: dict[str, Any] = {
         "policy": None if reason else policy,
+        "mean_correction": reason is None and policy is not None and state is not None and state.mean_correction,
         "causal": facts.causal,
         "softmax_scale": scale,
         "softcap": softcap,
@@ -416,7 +418,11 @@ def _beside(module: nn.Module, policy: Policy | None) -> Policy | None:
 
 
 def set_policy(
-    model: nn.Module, policy: Policy | Sequence[Policy | None] | LayerPolicies | None, *, record: bool = False
+    model: nn.Module,
+    policy: Policy | Sequence[Policy | None] | LayerPolicies | None,
+    *,
+    record: bool = False,
+    mean_correction: bool = False,
 ) -> None:
     """Choose the blocks that each layer of ``model`` attends to in prefill; switches the model to "bsfa".
 
@@ -426,16 +432,19 @@ def set_policy(
     belong to this model (and to deep copies made afterwards), replace earlier ones, and act on its causal attention
     layers.
     record: keep the density of each layer's last prefill call for :func:`density`.
+    mean_correction: as in :func:`bsfa.attention`, for every layer with a policy.
 
     Raises ``TypeError``/``ValueError`` for a policy that does not fit, :class:`bsfa.UnsupportedError` for a model that
     does not use transformers' attention interface, and whatever ``check_model`` raises. Policies set before then stay.
     """
+    if not isinstance(mean_correction, bool):
+        raise TypeError(f"mean_correction must be a bool, got {type(mean_correction).__name__}")
     layers = _attention_layers(model)
     chosen = _per_layer(model, policy, layers)
     _use_bsfa(model)
     for index, modules in layers.items():
         for module in modules:
-            state: Any = _LayerState(_beside(module, chosen[index]), record)
+            state: Any = _LayerState(_beside(module, chosen[index]), record, mean_correction=mean_correction)
             module._bsfa_state = state
 
 
