@@ -17,6 +17,7 @@ from bsfa.policies import (
     CumulativeMass,
     Dense,
     Fixed,
+    FlexPrefill,
     Intersection,
     PerLayer,
     Policy,
@@ -166,6 +167,26 @@ def test_one_summary_for_each_kind_of_pooling(layout: str) -> None:
     with pytest.raises(ValueError, match="pass k"):
         summary = bsfa.pool_blocks(inputs.k, block_n=16, **inputs.layout_k)
         bsfa.select_blocks(inputs.q, summary, policy, **inputs.layout_select)
+
+
+@pytest.mark.parametrize("layout", [BATCHED, PAGED])
+def test_the_mean_correction_takes_means(layout: str) -> None:
+    """Whatever the members pool by, and whether means are kept beside the cache or not."""
+    inputs = Case(lengths=((150, 300), (150, 300)), hq=4, hkv=2, layout=layout, **SIZES).make()
+    other = CumulativeMass(mass=0.3, pooling="maxabs", **SIZES)
+    for policy in (Union(other), Union(other, BEST), Union(BEST, other), Intersection(BEST, FlexPrefill(**SIZES))):
+        out, info = inputs.run(policy, mean_correction=True, return_info=True)
+        want = inputs.run(Fixed(mask=info.mask), mean_correction=True)
+        assert float(info.density()) < 1.0 and torch.equal(out, want)
+        if layout == PAGED:
+            pages, page_size, hkv, dim = inputs.k.shape
+            summary = bsfa.BlockSummary.allocate(
+                pages, page_size, hkv, dim, block_n=16, dtype=inputs.k.dtype, pooling=policy.summary_pooling,
+                head_dim_v=inputs.v.shape[-1],
+            )  # fmt: skip
+            before = inputs.seqlens_k - 150
+            summary.update(inputs.k, inputs.block_table, before, max_seqlen_q=150, v_cache=inputs.v)
+            assert torch.equal(inputs.run(policy, mean_correction=True, summary=summary), want)
 
 
 def test_errors() -> None:

@@ -75,6 +75,17 @@ def test_shared_pages(page_size: int, block_n: int) -> None:
     cache.check()
 
 
+@pytest.mark.parametrize("pooling", ["maxabs", "center"])
+@pytest.mark.parametrize(("page_size", "block_n"), [(16, 64), (64, 16), (5, 15)])
+def test_other_poolings(page_size: int, block_n: int, pooling: str) -> None:
+    """The centre of a block moves as the block grows."""
+    cache = Cache(page_size, num_pages=400 // page_size + 4, block_n=block_n, pooling=pooling, values=True)
+    cache.add(), cache.add()
+    for step in ({0: 100, 1: 7}, {0: 1, 1: 60}, {0: 63, 1: 0}, {0: 30, 1: 1}):
+        cache.step(step)
+        cache.check()
+
+
 def test_pages_are_reused() -> None:
     cache = Cache(16, num_pages=24, block_n=64)
     a, b = cache.add(), cache.add()

@@ -9,7 +9,6 @@ from bsfa.errors import warn_dense
 from bsfa.info import AttentionInfo
 from bsfa.layout import Layout, check_out
 from bsfa.policies import Dense, Policy
-from bsfa.policies.base import ScoredPolicy
 from bsfa.stages import (
     attend,
     check_attention_kernel,
@@ -24,11 +23,6 @@ from bsfa.stages import (
 from bsfa.summary import BlockSummary
 
 Result = Tensor | tuple[Tensor | AttentionInfo, ...]
-
-
-def _pooling(policy: Policy) -> str:
-    """How the summary of ``policy`` is pooled."""
-    return policy.scoring.pooling if isinstance(policy, ScoredPolicy) else "mean"
 
 
 def _run(
@@ -80,12 +74,17 @@ def _run(
         if mask is not None:
             check_mask_heads(mask, q, k)
         if mask is not None and mean_correction:
-            # The policy has pooled k already, perhaps in the way that is wanted here.
-            plain = selects.block_n == mask.block_n and _pooling(selects) == "mean"
-            k_means = summary if summary is not None and plain else pool(k, layout, mask.block_n)
-            has_values = kept is not None and kept.values is not None and kept.block_n == mask.block_n
-            v_means = kept.gather_values_layout(layout) if kept and has_values else pool(v, layout, mask.block_n)
-            means = (k_means, v_means)
+            # The policy has pooled k already, perhaps in the way that is wanted here; or the means are kept.
+            k_means = v_means = None
+            if summary is not None and selects.block_n == mask.block_n and selects.summary_pooling == "mean":
+                k_means = summary
+            if kept is not None and kept.block_n == mask.block_n:
+                if k_means is None and kept.pooling == "mean":
+                    k_means = kept.gather_layout(layout)
+                if kept.values is not None:
+                    v_means = kept.gather_values_layout(layout)
+            k_means = pool(k, layout, mask.block_n) if k_means is None else k_means
+            means = (k_means, pool(v, layout, mask.block_n) if v_means is None else v_means)
     out, lse = attend(q, k, v, mask, layout, scale, softcap, window_left, out, means)
     if not return_lse and not return_info:
         return out

@@ -359,8 +359,7 @@ class BlockMask:
         heads = max(self.num_heads, other.num_heads)
         if heads % self.num_heads or heads % other.num_heads:
             raise ValueError(f"masks with {self.num_heads} and {other.num_heads} heads cannot be combined")
-        a = self.words.repeat_interleave(heads // self.num_heads, dim=1)
-        b = other.words.repeat_interleave(heads // other.num_heads, dim=1)
+        a, b = (w.unsqueeze(2).expand(-1, -1, heads // w.shape[1], -1).flatten(1, 2) for w in (self.words, other.words))
         words = a | b if union else a & b
         return BlockMask(words, popcount(words).sum(-1, dtype=torch.int32), self.geometry)
 
