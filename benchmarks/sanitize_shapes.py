@@ -95,6 +95,14 @@ def attention() -> None:
             attend(q, k, v, None, block_table=table, **cache, **queries)
             q = data(4, 100, heads_q)
             attend(q, k, v, random_mask(q, heads_kv, **cache), block_table=table, **cache)
+            means = {"k_means": bsfa.pool_blocks(k, block_table=table, **cache)}
+            means |= {"v_means": bsfa.pool_blocks(v, block_table=table, **cache)}
+            attend(q, k, v, random_mask(q, heads_q, **cache), block_table=table, **cache, **means)
+
+        for causal in (True, False):  # a mask row of several steps of means, and a tail
+            q, k, v = data(1, 200, heads_q), data(1, 17_000, heads_kv), data(1, 17_000, heads_kv)
+            means = {"k_means": bsfa.pool_blocks(k), "v_means": bsfa.pool_blocks(v)}
+            attend(q, k, v, random_mask(q, heads_kv, seqlen_k=17_000, causal=causal), causal=causal, **means)
 
 
 def means_of_dropped_blocks() -> None:

@@ -16,7 +16,7 @@ from bsfa import evaluation
 from bsfa.calibration import choose, collect
 from bsfa.evaluation import evaluate
 from bsfa.integrations.transformers import observe, set_policy
-from bsfa.policies import RelativeMax, StaticPattern
+from bsfa.policies import PerLayer, RelativeMax, StaticPattern
 from bsfa.prompts import Prompt, length_bucket, length_name, load_prompts, parse_prompt, tokenize
 from tiny_model import make_model, make_prompts, make_rows, make_tokenizer, write_rows
 
@@ -226,3 +226,20 @@ def test_refusals(lm: tuple[Any, Any]) -> None:
         evaluate(model, tokenizer, make_prompts(1), {"x": POLICY}, corrected=("y",))
     report = evaluate(model, tokenizer, [Prompt("amber river castle")], {})
     assert math.isnan(report.runs["dense"].accuracy.share)
+
+
+def test_policies_per_layer(lm: tuple[Any, Any]) -> None:
+    """A list by hand is run and measured like a table; a layer without a policy is dense."""
+    model, tokenizer = lm
+    prompts = make_prompts(2)
+    strict = RelativeMax(alpha=1.0, sink_blocks=0, window_blocks=1, last_tiles=0, block_m=16, block_n=16)
+    entries = {"both": PerLayer([None, strict]), "all": PerLayer([strict, strict]), "same": strict}
+    runs = evaluate(model, tokenizer, prompts, entries).runs
+    assert runs["both"].policy == "per layer: dense, relative-max"
+    first, second = runs["both"].layer_density
+    assert first == [1.0] * 4 and max(second) < 1.0 and runs["both"].layer_recall[0] == [1.0] * 4
+    assert runs["both"].layer_recall[1] == runs["same"].layer_recall[1]
+    for name in ("layer_density", "layer_recall", "prose_loss"):
+        assert getattr(runs["all"], name) == getattr(runs["same"], name)
+    with pytest.raises(ValueError, match="2 layers, but 3"):
+        evaluate(model, tokenizer, prompts, {"x": PerLayer([strict] * 3)})

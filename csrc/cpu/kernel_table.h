@@ -4,6 +4,7 @@
 #include "attention.h"
 #include "block_mass.h"
 #include "pool.h"
+#include "probe.h"
 #include "score.h"
 
 #define BSFA_STRING(x) #x
@@ -13,8 +14,8 @@ namespace bsfa::cpu::BSFA_ISA {
 namespace {
 
 constexpr Kernels kTable = {
-    BSFA_NAME(BSFA_ISA), pool_scratch,   pool_block,         score_scratch,   score_tile,
-    attention_scratch,   attention_tile, block_mass_scratch, block_mass_tile,
+    BSFA_NAME(BSFA_ISA), pool_scratch,       pool_block,      score_scratch, score_tile,   attention_scratch,
+    attention_tile,      block_mass_scratch, block_mass_tile, probe_scratch, probe_maxima, probe_spread,
 };
 
 }  // namespace

@@ -24,6 +24,20 @@ struct TileItem {
   int64_t weight = 0;    // amount of work, for the order only
 };
 
+// The probe rows of one sequence, [row_begin, seqlen_q), of one group of heads, against a span of keys.
+struct ProbeItem {
+  TileItem tile;  // its tile, mask_row and weight are not used
+  int32_t row_begin = 0;
+  int32_t key_begin = 0;
+  int32_t key_end = 0;
+
+  // The least distance of a row from a key of the span; may be negative. Causal only.
+  int32_t first_distance() const { return tile.geometry.offset() + row_begin - (key_end - 1); }
+};
+
+// Floats that probe_spread may add zeros to after the last distance: a subtile of the widest vectors.
+constexpr int32_t kProbePadding = 64;
+
 // Query rows, over all heads of an item, whose state a kernel keeps at a time (a tile of more rows takes several passes
 // over its blocks). The state of a row is D + Dv floats; together at most 512 KiB.
 constexpr int32_t pass_rows(int32_t head_dim, int32_t head_dim_v) { return head_dim + head_dim_v > 256 ? 256 : 512; }
@@ -40,22 +54,34 @@ constexpr int32_t heads_per_item(const Problem& problem) {
   return heads < 1 ? 1 : (heads < group ? heads : group);
 }
 
+// The same for scores: where heads share a mask, one item takes the whole group.
+constexpr int32_t heads_per_item(const ScoreParams& params) {
+  const int32_t group = params.problem.num_q_heads / params.problem.num_kv_heads;
+  return params.sharing == HeadSharing::kNone ? heads_per_item(params.problem) : group;
+}
+
 // Keys that are packed and multiplied at a time: a KV block, or a part of a larger one.
 constexpr int32_t kChunk = 128;
 
 // Scratch is 64-byte aligned; each operation says how many floats it wants.
 struct Kernels {
   const char* name;
-  // Mean of KV block `block` of `sequence`, all heads, into params.out.
+  // What stands for KV block `block` of `sequence`, all heads, into params.out.
   int64_t (*pool_scratch)(const PoolParams& params);
   void (*pool_block)(const PoolParams& params, int32_t sequence, int32_t seqlen, int32_t block, float* scratch);
-  // kRelativeMax: scores[h * max_blocks + j] = score of block j, j < visible. kPooled: the logits s_j.
+  // scores[h * max_blocks + j], j < visible: the score of block j for kRelativeMax (kGroup: one row for all heads), its
+  // base-2 logit for kPooled and kFlat64, its weight for kAntidiagonal.
   int64_t (*score_scratch)(const ScoreParams& params);
   void (*score_tile)(const ScoreParams& params, const TileItem& item, float* scratch, float* scores);
   int64_t (*attention_scratch)(const AttentionParams& params);
   void (*attention_tile)(const AttentionParams& params, const TileItem& item, float* scratch);
   int64_t (*block_mass_scratch)(const BlockMassParams& params);
   void (*block_mass_tile)(const BlockMassParams& params, const TileItem& item, float* scratch);
+  // The two passes of probe_attention over a span of keys; see probe.h for what they fill.
+  int64_t (*probe_scratch)(const ProbeParams& params);
+  void (*probe_maxima)(const ProbeParams& params, const ProbeItem& item, float* statistics, float* scratch);
+  void (*probe_spread)(const ProbeParams& params, const ProbeItem& item, const float* lse, float* vertical,
+                       float* slash, int64_t slash_stride, float* scratch);
 };
 
 const Kernels& generic_kernels();

@@ -27,7 +27,8 @@ py::dict build_info() {
 // One row per compiled CPU kernel; the CUDA library reports its own (operator bsfa::cuda_kernels).
 py::list kernels() {
   py::list rows;
-  for (const char* op : {"pool_blocks", "score_blocks", "select_blocks", "attention", "block_mass"}) {
+  for (const char* op :
+       {"pool_blocks", "score_blocks", "select_blocks", "attention", "block_mass", "probe_attention", "pattern_mask"}) {
     py::dict row;
     row["op"] = op;
     row["device"] = "cpu";

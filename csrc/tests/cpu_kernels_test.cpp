@@ -16,7 +16,10 @@
 
 namespace {
 
-std::vector<float> check_attention(Fixture& f, const std::string& where, int mask_heads, bool dense) {
+enum class Mask { kDense, kPlain, kCorrected };
+
+std::vector<float> check_attention(Fixture& f, const std::string& where, int mask_heads, Mask kind) {
+  const bool dense = kind == Mask::kDense, corrected = kind == Mask::kCorrected;
   const Case& c = f.c;
   const int num_words = (f.max_blocks + 31) / 32;
   std::vector<int32_t> words(int64_t{f.num_rows} * mask_heads * num_words + 1);
@@ -37,6 +40,17 @@ std::vector<float> check_attention(Fixture& f, const std::string& where, int mas
   params.mask_heads = mask_heads;
   params.num_words = num_words;
   params.window_left = c.window_left;
+  Storage k_means, v_means;  // any numbers will do
+  if (corrected) {
+    const int64_t count = int64_t{f.problem.batch} * f.max_blocks * c.hkv;
+    std::normal_distribution<double> normal;
+    for (auto [means, size] : {std::pair(&k_means, count * c.d), std::pair(&v_means, count * c.dv)}) {
+      means->resize(c.dtype, size + 1);
+      for (int64_t i = 0; i < size; ++i) means->set(i, normal(f.random));
+    }
+    params.k_means = k_means.bytes.data();
+    params.v_means = v_means.bytes.data();
+  }
   bsfa::cpu::attention(params, threads(1));
   const std::vector<unsigned char> first_out = f.out.bytes;
   const std::vector<float> first_lse = lse;
@@ -55,12 +69,29 @@ std::vector<float> check_attention(Fixture& f, const std::string& where, int mas
           seen.emplace_back(n, f.logit(b, r, h, n));
           top = std::max(top, seen.back().second);
         }
+        const int first_row = f.rows_of(b, f.mask_row(b, r) - f.rows_before[b]).front();
+        const auto mean_row = [&](int j) {
+          return (static_cast<int64_t>(b) * f.max_blocks + j) * c.hkv + h / f.group();
+        };
+        for (int j = 0; corrected && j < f.blocks(b); ++j) {
+          if (bit(words, row, num_words, j) || (c.causal && (j + 1) * c.block_n > f.position(b, first_row) + 1))
+            continue;
+          const int tokens = std::min(c.block_n, f.lk(b) - j * c.block_n);
+          double s = 0.0;
+          for (int i = 0; i < c.d; ++i)
+            s += f.q.get(f.q_index(f.q_view, b, r, h) + i) * k_means.get(mean_row(j) * c.d + i);
+          seen.emplace_back(-1 - j, f.cap(s) + std::log(tokens));  // numbers below 0: means
+          top = std::max(top, seen.back().second);
+        }
         std::vector<double> sum(c.dv);
         double total = 0.0;
         for (const auto& [n, s] : seen) {
           const double p = std::exp(s - top);
           total += p;
-          for (int i = 0; i < c.dv; ++i) sum[i] += p * f.v.get(f.k_index(f.v_view, b, n, h / f.group()) + i);
+          for (int i = 0; i < c.dv; ++i) {
+            sum[i] += p * (n < 0 ? v_means.get(mean_row(-1 - n) * c.dv + i)
+                                 : f.v.get(f.k_index(f.v_view, b, n, h / f.group()) + i));
+          }
         }
         const double want_lse = seen.empty() ? -kInf : top + std::log(total);
         const int64_t li = f.lse_index(b, r, h), oi = f.q_index(f.out_view, b, r, h);
@@ -460,9 +491,11 @@ int main() {
       const std::string where = std::string(isa) + ", " + c.name;
       Fixture f(c);
       const Storage summary = check_pool(f, where);
-      const std::vector<float> lse = check_attention(f, where + ", dense", 1, true);
+      const std::vector<float> lse = check_attention(f, where + ", dense", 1, Mask::kDense);
       for (int mask_heads : {c.hq, c.hkv, 1}) {
-        check_attention(f, where + ", mask heads " + std::to_string(mask_heads), mask_heads, false);
+        const std::string heads = ", mask heads " + std::to_string(mask_heads);
+        check_attention(f, where + heads, mask_heads, Mask::kPlain);
+        if (c.window_left < 0) check_attention(f, where + heads + ", corrected", mask_heads, Mask::kCorrected);
       }
       check_block_mass(f, where, lse);
       check_scores(f, where, summary, bsfa::ScoreRule::kRelativeMax);

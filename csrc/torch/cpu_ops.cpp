@@ -5,6 +5,7 @@
 #include "bsfa/cpu.h"
 #include "bsfa/geometry.h"
 #include "convert.h"
+#include "convert_pattern.h"
 #include "schedule.h"
 #include "schemas.h"
 
@@ -174,6 +175,45 @@ Tensor block_mass(const Tensor& q, const Tensor& k, const Tensor& lse, const Opt
   return mass;
 }
 
+std::tuple<Tensor, Tensor> probe_attention(const Tensor& q, const Tensor& k, const OptionalTensor& cu_seqlens_q,
+                                           const OptionalTensor& cu_seqlens_k, const OptionalTensor& block_table,
+                                           const OptionalTensor& seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
+                                           int64_t block_m, bool causal, double softmax_scale, double softcap) {
+  ProbeParams p = probe_params(q, k, cu_seqlens_q, cu_seqlens_k, block_table, seqlens_k, max_seqlen_q, max_seqlen_k,
+                               block_m, causal, softmax_scale, softcap);
+  check_kv_values(p.problem.kv, k, p.problem.batch);
+  check_problem_values(p.problem, q, -1);
+  Tensor vertical = new_tensor(q, {p.problem.batch, p.problem.num_q_heads, max_seqlen_k}, ScalarType::Float);
+  Tensor slash = new_tensor(q, {p.problem.batch, p.problem.num_q_heads, max_seqlen_k}, ScalarType::Float);
+  p.vertical = static_cast<float*>(vertical.data_ptr());
+  p.slash = static_cast<float*>(slash.data_ptr());
+  if (vertical.numel() > 0) cpu::probe_attention(p, executor());
+  return {vertical, slash};
+}
+
+std::tuple<Tensor, Tensor> pattern_mask(const Tensor& base, const Tensor& query_aware, const Tensor& vertical,
+                                        const Tensor& slash, const OptionalTensor& cu_seqlens_q,
+                                        const OptionalTensor& cu_seqlens_k, const OptionalTensor& seqlens_k,
+                                        int64_t max_seqlen_q, int64_t max_seqlen_k, int64_t block_m, int64_t block_n,
+                                        bool causal, int64_t sink_blocks, int64_t window_blocks) {
+  PatternParams p = pattern_params(base, query_aware, vertical, slash, cu_seqlens_q, cu_seqlens_k, seqlens_k,
+                                   max_seqlen_q, max_seqlen_k, block_m, block_n, causal, sink_blocks, window_blocks);
+  int64_t rows = 0;
+  for (int32_t b = 0; b < p.problem.batch; ++b) {
+    const SequenceGeometry g = sequence_geometry(p.problem, b);
+    STD_TORCH_CHECK(g.seqlen_q >= 0 && g.seqlen_q <= max_seqlen_q && g.seqlen_k >= 0 && g.seqlen_k <= max_seqlen_k,
+                    "sequence ", b, " has ", g.seqlen_q, " queries and ", g.seqlen_k, " keys: not in 0 .. max_seqlen");
+    rows += g.num_tiles();
+  }
+  STD_TORCH_CHECK(rows <= p.num_rows, "base has ", p.num_rows, " rows, this problem needs ", rows);
+  Tensor words = new_tensor(base, {p.num_rows, p.problem.num_q_heads, p.num_words}, ScalarType::Int);
+  Tensor counts = new_tensor(base, {p.num_rows, p.problem.num_q_heads}, ScalarType::Int);
+  p.words = static_cast<int32_t*>(words.data_ptr());
+  p.counts = static_cast<int32_t*>(counts.data_ptr());
+  if (counts.numel() > 0) cpu::pattern_mask(p, executor());
+  return {words, counts};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(bsfa, m) {
@@ -189,6 +229,8 @@ STABLE_TORCH_LIBRARY_IMPL(bsfa, CPU, m) {
   m.impl("attention", TORCH_BOX(&attention));
   m.impl("attention_out", TORCH_BOX(&attention_out));
   m.impl("block_mass", TORCH_BOX(&block_mass));
+  m.impl("probe_attention", TORCH_BOX(&probe_attention));
+  m.impl("pattern_mask", TORCH_BOX(&pattern_mask));
 }
 
 }  // namespace bsfa::torch_ops

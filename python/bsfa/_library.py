@@ -20,18 +20,26 @@ except ImportError as error:  # pragma: no cover - depends on the installation
     ) from error
 
 # The operations. attention_out is no further one but attention into a given tensor; a device has both or none.
-OPERATORS = ("pool_blocks", "score_blocks", "select_blocks", "attention", "block_mass")
+OPERATORS = (
+    "pool_blocks",
+    "score_blocks",
+    "select_blocks",
+    "probe_attention",
+    "pattern_mask",
+    "attention",
+    "block_mass",
+)
 
 #: Why the CUDA library is not in use; None if it is.
 cuda_missing: str | None = None
 
 
 def cuda_library_path() -> Path | None:
-    """The CUDA library that was built into this package, if any."""
-    folder = Path(__file__).parent / "lib"
-    plain = folder / "libbsfa_cuda.so"  # CMake's name; setup.py's carries the Python version
-    found = [plain] if plain.exists() else sorted(folder.glob("libbsfa_cuda*.so"))
-    return found[0] if found else None
+    """The CUDA library that was built into this package, if any: of CMake's and setup.py's, which carries the Python
+    version in its name, the one that was built last.
+    """
+    found = sorted((Path(__file__).parent / "lib").glob("libbsfa_cuda*.so"))
+    return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
 
 
 def _load_cuda() -> str | None:

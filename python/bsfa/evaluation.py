@@ -23,15 +23,15 @@ from bsfa.block_mask import BlockMask
 from bsfa.calibration.collect import Progress, dense_model, prefill_work, text_config
 from bsfa.calibration.curves import call_geometry, row_queries
 from bsfa.calibration.forward import logits_at, prefill, synchronize
-from bsfa.policies import Policy, ScoredPolicy
+from bsfa.policies import PerLayer, Policy
 from bsfa.prompts import Prompt, TokenizedPrompt, length_bucket, length_name, tokenize
-from bsfa.stages import block_mass, pool_blocks, select_blocks
+from bsfa.stages import block_mass, select_for
 from bsfa.thresholds import ThresholdTable
 
 if TYPE_CHECKING:
     from bsfa.integrations.transformers import AttentionCall
 
-Entry = ThresholdTable | Policy | None
+Entry = ThresholdTable | PerLayer | Policy | None
 
 DENSE = "dense"
 PROSE_TOKENS = 4096  # scored prose tokens per prompt, evenly spaced
@@ -209,11 +209,10 @@ class _DenseObserver(_Observer):
         self.density[call.layer][DENSE] = self.recall[call.layer][DENSE] = everything
         for name, entry in self.entries.items():
             self.recall[call.layer][name] = everything
-            policy = entry.layer(call.layer, call.q.device) if isinstance(entry, ThresholdTable) else entry
+            policy = entry.layer(call.layer, call.q.device) if isinstance(entry, ThresholdTable | PerLayer) else entry
             if policy is None:
                 continue
-            summary = pool_blocks(call.k, block_n=policy.block_n) if policy.needs_summary else None
-            mask = select_blocks(call.q, summary, policy, seqlen_k=call.k.shape[1], **scale)
+            mask = select_for(call.q, call.k, policy, **scale)
             if not isinstance(mask, BlockMask):
                 continue
             sizes = (policy.block_m, policy.block_n)
@@ -284,8 +283,8 @@ def _score(logits: Tensor, targets: Tensor, step: int = 512) -> tuple[Tensor, Te
     return torch.cat(nll).cpu(), torch.cat(right).cpu()
 
 
-def _on_device(entry: Entry, device: torch.device) -> Policy | list[ScoredPolicy | None] | None:
-    if isinstance(entry, ThresholdTable):
+def _on_device(entry: Entry, device: torch.device) -> Policy | list[Policy | None] | None:
+    if isinstance(entry, ThresholdTable | PerLayer):
         return [entry.layer(i, device) for i in range(entry.num_layers)]
     return entry
 
@@ -294,6 +293,9 @@ def describe(entry: Entry) -> str:
     """A short name of what an entry runs."""
     if isinstance(entry, ThresholdTable):
         return f"{entry.policy.name}, target recall {entry.target_recall}"
+    if isinstance(entry, PerLayer):
+        names = dict.fromkeys(DENSE if p is None else p.name for p in entry.policies)
+        return f"per layer: {', '.join(names)}"
     return DENSE if entry is None else entry.name
 
 
@@ -307,7 +309,7 @@ def evaluate(
     max_length: int | None = None,
     progress: Progress | None = None,
 ) -> EvaluationReport:
-    """Run the model densely and with each of ``tables`` (threshold tables or policies, by name) over the prompts.
+    """Run the model densely and with each of ``tables`` (by name: ThresholdTable, policy or PerLayer) over the prompts.
 
     A question is right iff the argmax is the text's token at every token of its answer. Prose loss is over at most 4096
     evenly spaced prose tokens a prompt (fewer with a large vocabulary), the same for every run. ``corrected``: names of
@@ -327,10 +329,10 @@ def evaluate(
     if unknown:
         raise ValueError(f"corrected names entries that do not exist: {', '.join(unknown)}")
     for entry in tables.values():
-        if isinstance(entry, ThresholdTable):
+        if isinstance(entry, ThresholdTable | PerLayer):
             entry.check_model(model)
         elif entry is not None and not isinstance(entry, Policy):
-            raise TypeError(f"expected a ThresholdTable, a policy or None, got {type(entry).__name__}")
+            raise TypeError(f"expected a ThresholdTable, a policy, a PerLayer or None, got {type(entry).__name__}")
     config = text_config(model)
     layers = int(config.num_hidden_layers)
     tokenized = [tokenize(p, tokenizer, max_length) for p in prompts]

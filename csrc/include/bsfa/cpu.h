@@ -19,6 +19,8 @@ void score_blocks(const ScoreParams& params, const Executor& executor);
 void select_blocks(const SelectParams& params, const Executor& executor);
 void attention(const AttentionParams& params, const Executor& executor);
 void block_mass(const BlockMassParams& params, const Executor& executor);
+void probe_attention(const ProbeParams& params, const Executor& executor);
+void pattern_mask(const PatternParams& params, const Executor& executor);
 
 // "avx512", "avx2" or "generic": what this process uses on this machine.
 const char* instruction_set();
