@@ -89,9 +89,31 @@ def attention() -> None:
             attend(q, k, v, random_mask(q, heads_kv, **cache), block_table=table, **cache)
 
 
+def probe_and_patterns() -> None:
+    probe = torch.ops.bsfa.probe_attention
+    for dtype, dim in ((torch.bfloat16, 64), (torch.float16, 128)):
+        for causal in (True, False):
+            for seqlen_q, seqlen_k in ((1, 1), (130, 1300), (64, 1025), (300, 20)):
+                q, k = (torch.randn(2, n, h, dim).to("cuda", dtype) for n, h in ((seqlen_q, 4), (seqlen_k, 2)))
+                probe(q, k, None, None, None, None, seqlen_q, seqlen_k, 128, causal, 0.1, 3.0)
+            lengths, queries = [129, 0, 1, 1100], int32([0, 129, 130, 130, 200])
+            q = torch.randn(200, 4, dim).to("cuda", dtype)
+            for page_size in (1, 16, 128):
+                table, pages = random_pages(lengths, page_size)
+                pool = torch.randn(pages, page_size, 2, dim).to("cuda", dtype)
+                probe(q, pool, queries, None, table, int32(lengths), 129, 1100, 128, causal, 0.1, 0.0)
+    for words in (1, 40):
+        length = words * 32 * 16 - 3
+        base, bits = (torch.full((n, 4, words), -1, dtype=torch.int32, device="cuda") for n in (words * 4 + 9, 3))
+        sizes = (length, length, 128, 16, True, 1, 2)
+        ends = int32([0, 5, 5, length])
+        torch.ops.bsfa.pattern_mask(base, bits[..., 0].contiguous(), bits, bits, ends, ends, None, *sizes)
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     pool_blocks()
+    probe_and_patterns()
     if "attention" in KERNELS["cuda"]:
         attention()
     torch.cuda.synchronize()
