@@ -152,6 +152,47 @@ void check_block_mass(Fixture& f, const std::string& where, const std::vector<fl
   }
 }
 
+void check_probe(Fixture& f, const std::string& where) {
+  const Case& c = f.c;
+  const int width = f.problem.kv.max_seqlen;
+  bsfa::ProbeParams params;
+  params.problem = f.problem;
+  params.q = f.q_view;
+  params.k = f.k_view;
+  std::vector<float> vertical(int64_t{f.problem.batch} * c.hq * width + 1, kNaN), slash = vertical;
+  params.vertical = vertical.data();
+  params.slash = slash.data();
+  bsfa::cpu::probe_attention(params, threads(3));
+  const std::vector<float> first_vertical = vertical, first_slash = slash;
+  bsfa::cpu::probe_attention(params, threads(1));
+  if (std::memcmp(vertical.data(), first_vertical.data(), vertical.size() * 4) != 0 ||
+      std::memcmp(slash.data(), first_slash.data(), slash.size() * 4) != 0) {
+    fail(where, "probe by workers", 0, 0);
+  }
+  std::vector<double> want_vertical(vertical.size(), 0.0), want_slash(slash.size(), 0.0);
+  for (size_t b = 0; b < c.lengths.size(); ++b) {
+    const int rows = std::min(f.problem.block_m, f.lq(b));
+    for (int h = 0; h < c.hq; ++h) {
+      const int64_t first = (static_cast<int64_t>(b) * c.hq + h) * width;
+      for (int r = f.lq(b) - rows; r < f.lq(b); ++r) {
+        const int end = c.causal ? std::min(f.position(b, r) + 1, f.lk(b)) : f.lk(b);
+        std::vector<double> p(std::max(end, 0));
+        double top = -kInf, total = 0.0;
+        for (int n = 0; n < end; ++n) top = std::max(top, p[n] = f.logit(b, r, h, n));
+        for (double& x : p) total += x = std::exp(x - top);
+        for (int n = 0; n < end; ++n) {
+          want_vertical[first + n] += p[n] / total / rows;
+          if (c.causal) want_slash[first + f.position(b, r) - n] += p[n] / total / rows;
+        }
+      }
+    }
+  }
+  for (size_t i = 0; i + 1 < vertical.size(); ++i) {
+    if (!close(vertical[i], want_vertical[i], 1e-6, 3e-5)) fail(where, "vertical", vertical[i], want_vertical[i]);
+    if (!close(slash[i], want_slash[i], 1e-6, 3e-5)) fail(where, "slash", slash[i], want_slash[i]);
+  }
+}
+
 Storage check_pool(Fixture& f, const std::string& where) {
   const Case& c = f.c;
   bsfa::PoolParams params;
@@ -566,6 +607,7 @@ int main() {
         check_attention(f, where + heads, mask_heads, Mask::kPlain);
         if (c.window_left < 0) check_attention(f, where + heads + ", corrected", mask_heads, Mask::kCorrected);
       }
+      check_probe(f, where);
       check_block_mass(f, where, lse);
       check_scores(f, where, summary, bsfa::ScoreRule::kRelativeMax);
       check_scores(f, where, summary, bsfa::ScoreRule::kPooled);
