@@ -272,6 +272,8 @@ def test_many_sequences(rule: Rule) -> None:
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("softcap", "scale"), [(5.0, None), (0.0, -0.3), (20.0, 1.5), (0.0, 0.0)])
 def test_logits(softcap: float, scale: float | None, causal: bool, rule: Rule) -> None:
+    if scale == 0.0 and rule.rule == "antidiagonal":
+        pytest.skip("equal weights, but for the rounding of sums: nothing says how they rank")
     check(replace(BASE, lengths=((400, 1200),), softcap=softcap, scale=scale, causal=causal), rule)
 
 
