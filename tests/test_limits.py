@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ POOL = {"op": "pool_blocks", "device": "cuda", "arch": "sm_90a", "dtypes": "bflo
 ATTENTION = {**POOL, "op": "attention", "head_dim": "64, 128", "blocks": "128x128"}
 SELECT = {**ATTENTION, "op": "select_blocks", "rule": "relative_max, flat64"}
 SELECT_POOLED = {**SELECT, "head_dim": "1..256", "rule": "pooled"}
+SELECT_DIAGONALS = {**SELECT, "rule": "antidiagonal", "stride": "4..64"}
 CPU = {**POOL, "device": "cpu", "dtypes": "float32", "head_dim": "1..256"}
 
 
@@ -36,7 +38,9 @@ def test_parse() -> None:
 def test_rules() -> None:
     some, pooled = limits.parse([SELECT, SELECT_POOLED])["select_blocks", "cuda"]
     assert some.rules == ("relative_max", "flat64") and pooled.rules == ("pooled",)
-    assert limits.parse([ATTENTION])["attention", "cuda"][0].rules is None
+    attention = limits.parse([ATTENTION])["attention", "cuda"][0]
+    assert attention.rules is attention.strides is some.strides is None
+    assert limits.parse([SELECT_DIAGONALS])["select_blocks", "cuda"][0].strides == ((4, 64),)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +69,7 @@ def test_this_build() -> None:
 def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fake tensors on a device 0 of capability 9.0, with the kernels of the table above."""
     monkeypatch.setitem(_library.KERNELS, "cuda", frozenset({"pool_blocks", "select_blocks", "attention"}))
-    monkeypatch.setattr(limits, "LIMITS", limits.parse([POOL, ATTENTION, SELECT, SELECT_POOLED]))
+    monkeypatch.setattr(limits, "LIMITS", limits.parse([POOL, ATTENTION, SELECT, SELECT_POOLED, SELECT_DIAGONALS]))
     monkeypatch.setattr(limits, "_capability_of", {0: 90})
     torch.compiler.reset()
     with FakeTensorMode():
@@ -90,12 +94,16 @@ def attend(q: Tensor | None = None, k: Tensor | None = None, v: Tensor | None = 
     return bsfa.attention(q, k, k if v is None else v, **options)
 
 
-class Antidiagonals(CumulativeMass):
-    """A rule that the table above does not have."""
+@dataclass(frozen=True, eq=False)
+class Ruled(CumulativeMass):
+    """A policy that asks for any rule."""
+
+    rule: str
+    stride: int
 
     @property
     def scoring(self) -> Scoring:
-        return Scoring("antidiagonal")
+        return Scoring(self.rule, stride=self.stride)
 
 
 SUPPORTED: list[Callable[[], Any]] = [
@@ -139,7 +147,8 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: select(RelativeMax(), make(2, 300, 4, 96)), "'select_blocks'.*head_dim 96: its kernels take 64, 128"),
     (lambda: select(CumulativeMass(), make(2, 300, 4, 64, dtype=torch.float32)), "'select_blocks'.*float32"),
     (lambda: select(RelativeMax(), make(2, 300, 4, 64, strides=(300 * 260, 260, 65, 1))), r"q\.contiguous\(\)"),
-    (lambda: select(Antidiagonals()), "'select_blocks'.*score rule antidiagonal, which has no kernel"),
+    (lambda: select(Ruled("antidiagonal", 2)), "'select_blocks'.*a stride of 2: its kernels take 4..64"),
+    (lambda: select(Ruled("something", 16)), "'select_blocks'.*score rule something, which has no kernel"),
     (lambda: bsfa.pool_blocks(make(2, 300, 2, 64, dtype=torch.float32)), "'pool_blocks'.*float32"),
     (lambda: bsfa.block_mass(*[make(2, 300, 2, 64)] * 2, make(2, 2, 300, dtype=torch.float32)), "'block_mass'"),
 ]

@@ -62,7 +62,8 @@ Tensor new_workspace(const Tensor& like, int64_t bytes) {
 }
 
 void check_selection(const ScoreParams& s) {
-  STD_TORCH_CHECK(cuda::select_supports(s), "this dtype, head_dim, block size or head sharing has no CUDA kernel");
+  STD_TORCH_CHECK(cuda::select_supports(s),
+                  "this dtype, head_dim, block size, stride or head sharing has no CUDA kernel");
   STD_TORCH_CHECK(cuda::select_fits(s), s.max_blocks,
                   " KV blocks are more than the CUDA kernels of this rule can rank");
   const int64_t rows = max_mask_rows(s.problem, s.q.tokens);
@@ -209,17 +210,17 @@ std::tuple<Tensor, Tensor> pattern_mask(const Tensor& base, const Tensor& query_
   return {words, counts};
 }
 
-// JSON: one row per compiled CUDA kernel, with the keys of bsfa._C.kernels(); `rule` where a row is of some score rules
-// only.
+// JSON: one row per compiled CUDA kernel, with the keys of bsfa._C.kernels(); `rule`
+// where a row is of some score rules only, `stride` of antidiagonals.
 std::string cuda_kernels() {
   return R"([
     {"op": "pool_blocks", "device": "cuda", "arch": "sm_90a", "dtypes": "bfloat16, float16", "head_dim": "any"},
     {"op": "score_blocks", "device": "cuda", "arch": "sm_90a", "dtypes": "bfloat16, float16", "head_dim": "64, 128",
-     "blocks": "128x128", "rule": "relative_max, flat64, antidiagonal"},
+     "blocks": "128x128", "rule": "relative_max, flat64, antidiagonal", "stride": "4..64"},
     {"op": "score_blocks", "device": "cuda", "arch": "sm_90a", "dtypes": "bfloat16, float16", "head_dim": "1..256",
      "blocks": "128x128", "rule": "pooled"},
     {"op": "select_blocks", "device": "cuda", "arch": "sm_90a", "dtypes": "bfloat16, float16", "head_dim": "64, 128",
-     "blocks": "128x128", "rule": "relative_max, flat64, antidiagonal"},
+     "blocks": "128x128", "rule": "relative_max, flat64, antidiagonal", "stride": "4..64"},
     {"op": "select_blocks", "device": "cuda", "arch": "sm_90a", "dtypes": "bfloat16, float16", "head_dim": "1..256",
      "blocks": "128x128", "rule": "pooled"},
     {"op": "probe_attention", "device": "cuda", "arch": "sm_90a", "dtypes": "bfloat16, float16",

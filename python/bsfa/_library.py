@@ -66,7 +66,7 @@ KERNELS: dict[str, frozenset[str]] = {
 
 
 def kernel_table() -> list[dict[str, Any]]:
-    """The compiled kernels: one row each with op, device, arch, dtypes, head_dim, and blocks where not all will do."""
+    """The compiled kernels: one row each with op, device, arch, dtypes, head_dim; blocks, rule, stride if not all."""
     rows: list[dict[str, Any]] = list(_C.kernels())
     if cuda_missing is None:
         rows += json.loads(torch.ops.bsfa.cuda_kernels())

@@ -34,6 +34,7 @@ class Limits:
     head_dims: tuple[Range, ...] | None
     blocks: tuple[Blocks, ...] | None
     rules: tuple[str, ...] | None = None  #: score rules, of operations that have them
+    strides: tuple[Range, ...] | None = None  #: of the rule antidiagonal
 
 
 def _capabilities(arch: str) -> Range:
@@ -74,6 +75,7 @@ def parse(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str], tuple[Limits,
             _ranges(row["head_dim"]),
             _blocks(row.get("blocks", "any")),
             tuple(rule.strip() for rule in row["rule"].split(",")) if "rule" in row else None,
+            _ranges(row.get("stride", "any")),
         )
         key = (row["op"], row["device"])
         table[key] = (*table.get(key, ()), limits)
@@ -109,10 +111,12 @@ def check_limits(
     head_dim: int,
     blocks: Blocks | None = None,
     rule: str | None = None,
+    stride: int | None = None,
 ) -> None:
     """Raise :class:`UnsupportedError` unless a kernel of ``op`` can run this on ``device``.
 
-    blocks: block_m and block_n of the mask; None where there is none. rule: the score rule of a selection.
+    blocks: block_m and block_n of the mask; None where there is none. rule: the score rule of a selection;
+    stride: that of its groups of tokens, None where it has no such groups.
     """
     require_kernel(op, device)
     rows = LIMITS.get((op, device.type))
@@ -145,6 +149,13 @@ def check_limits(
         raise UnsupportedError(
             f"{cannot} with head_dim {head_dim}: its kernels take {takes}. Pad the head_dim with zeros (and keep the "
             "softmax_scale of the true one), or move the tensors to the CPU."
+        )
+    rows, fit = tuple(fit), [r for r in fit if stride is None or _in_ranges(stride, r.strides)]
+    if not fit:
+        takes = _numbers(x for r in rows for x in r.strides or ())
+        raise UnsupportedError(
+            f"{cannot} with a stride of {stride}: its kernels take {takes}. Give the policy such a stride, or move the "
+            "tensors to the CPU."
         )
     if blocks is not None and not any(r.blocks is None or blocks in r.blocks for r in fit):
         takes = ", ".join(f"{m} x {n}" for r in fit for m, n in r.blocks or ())

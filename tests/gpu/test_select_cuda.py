@@ -272,6 +272,8 @@ def test_many_sequences(rule: Rule) -> None:
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("softcap", "scale"), [(5.0, None), (0.0, -0.3), (20.0, 1.5), (0.0, 0.0)])
 def test_logits(softcap: float, scale: float | None, causal: bool, rule: Rule) -> None:
+    if scale == 0.0 and rule.rule == "antidiagonal":
+        pytest.skip("equal weights, but for the rounding of sums: nothing says how they rank")
     check(replace(BASE, lengths=((400, 1200),), softcap=softcap, scale=scale, causal=causal), rule)
 
 
@@ -284,7 +286,7 @@ def test_pooled_head_dims(dim: int, strides: str, pooling: str) -> None:
     check(ragged, replace(POOLED, pooling=pooling))
 
 
-@pytest.mark.parametrize("stride", [4, 8, 16, 32, 64, 128])
+@pytest.mark.parametrize("stride", [4, 8, 16, 32, 64])
 @pytest.mark.parametrize("layout", [BATCHED, PACKED, PAGED])
 def test_strides_of_antidiagonals(stride: int, layout: str) -> None:
     lengths = ((300, 1300),) * 2 if layout == BATCHED else CHUNKS
@@ -535,6 +537,8 @@ def test_memory(rule: Rule) -> None:
         (replace(BASE, dim=96), RELATIVE_MAX, "no CUDA kernel"),
         (replace(BASE, dim=32), FLAT64, "no CUDA kernel"),
         (BASE, replace(RELATIVE_MAX, sharing="union"), "no CUDA kernel"),
+        (BASE, replace(ANTIDIAGONAL, stride=2), "stride or head sharing has no CUDA kernel"),
+        (BASE, replace(ANTIDIAGONAL, stride=128), "stride or head sharing has no CUDA kernel"),
     ],
     ids=str,
 )

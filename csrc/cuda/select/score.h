@@ -1,7 +1,9 @@
-// Scores of a slab of mask rows, for the rules whose blocks are picked from scores by a kernel of their own (pick.h).
+// Scores of (query tile, KV block) pairs by the rules that need tensor cores, for a slab of mask rows at a time.
 #pragma once
 
 #include <cuda_runtime_api.h>
+
+#include <cstdint>
 
 #include "../common/schedule.h"
 #include "bsfa/params.h"
@@ -10,7 +12,7 @@ namespace bsfa::cuda::select {
 
 // Mask rows [row_begin, row_end) whose scores are made at a time; scores [row_end - row_begin, Hq, max_blocks].
 struct Slab {
-  const TileRow* rows;  // of all mask rows
+  const TileRow* rows;
   int32_t row_begin;
   int32_t row_end;
   float* scores;

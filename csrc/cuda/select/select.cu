@@ -14,8 +14,11 @@
 namespace bsfa::cuda {
 namespace {
 
-constexpr int64_t kSlabBytes = 32 << 20;  // of scores, and of what grows with them
-constexpr int32_t kSlabStep = 16;         // rows
+// Scores of a slab, and what grows with them. kFlat64 works on 64 mask rows at a time, which at a million tokens and 32
+// heads are 68 MB; all others do with less.
+constexpr int64_t kSlabBytes = 40 << 20;
+constexpr int64_t kFlatSlabBytes = 72 << 20;
+constexpr int32_t kSlabStep = 16;  // rows
 constexpr int32_t kMostSlabRows = 1 << 20;
 constexpr int kUsualSms = 132;  // of an H100 or H200, to speak of memory where there is no device
 
@@ -27,10 +30,12 @@ bool is_strided(ScoreRule rule) { return rule == ScoreRule::kFlat64 || rule == S
 int32_t slab_rows(const ScoreParams& params) {
   const int64_t row_bytes =
       int64_t{params.problem.num_q_heads} * (params.max_blocks + params.problem.head_dim) * sizeof(float);
-  const int64_t fits = std::max<int64_t>(kSlabBytes / std::max<int64_t>(row_bytes, 1), 1);
+  const int64_t bytes = params.rule == ScoreRule::kFlat64 ? kFlatSlabBytes : kSlabBytes;
+  const int64_t fits = std::max<int64_t>(bytes / std::max<int64_t>(row_bytes, 1), 1);
+  const int64_t group = params.rule == ScoreRule::kFlat64 ? 64 : params.stride;  // tokens: rows of one output tile
   int64_t step = kSlabStep;
-  if (params.rule == ScoreRule::kAntidiagonal && fits >= int64_t{2} * params.stride) {
-    step = std::max<int64_t>(int64_t{2} * params.stride, step);
+  for (const int64_t wanted : {group, 2 * group}) {
+    if (is_strided(params.rule) && wanted > step && fits >= wanted) step = wanted;
   }
   const int64_t rows = std::min<int64_t>(fits >= step ? fits / step * step : fits, kMostSlabRows);
   return static_cast<int32_t>(std::min(rows, params.num_rows));
@@ -103,7 +108,8 @@ bool select_supports(const ScoreParams& params) {
   if (!halves || p.block_m != kTileRows || p.block_n != kBlockKeys) return false;
   if (params.rule == ScoreRule::kPooled) return p.head_dim >= 1 && p.head_dim <= 256;
   if (params.rule == ScoreRule::kRelativeMax && params.sharing == HeadSharing::kUnion) return false;
-  return p.head_dim == 64 || p.head_dim == 128;
+  const bool stride_fits = params.rule != ScoreRule::kAntidiagonal || (params.stride >= 4 && params.stride <= 64);
+  return stride_fits && (p.head_dim == 64 || p.head_dim == 128);
 }
 
 bool select_fits(const ScoreParams& params) {

@@ -14,7 +14,7 @@ cudaError_t pool_blocks(const PoolParams& params, cudaStream_t stream);
 constexpr int32_t kMaxSelectBlocks = 51200;
 
 // Whether score_blocks() and select_blocks() have kernels for this: float16 and bfloat16 on sm_90, tiles and blocks of
-// 128 tokens; head_dim 64 or 128, but 1 to 256 for kPooled; no HeadSharing::kUnion of kRelativeMax.
+// 128 tokens; head_dim 64 or 128, but 1 to 256 for kPooled; a stride of 4 to 64; no HeadSharing::kUnion of kRelativeMax.
 bool select_supports(const ScoreParams& params);
 
 // Whether a row of max_blocks fits in their shared memory.

@@ -218,7 +218,8 @@ class ScoredPolicy(Policy):
 
     def _score_arguments(self, s: Selection, op: str) -> tuple[object, ...]:
         blocks, rule = (self.block_m, self.block_n), self.scoring.rule
-        check_limits(op, s.q.device, s.q.dtype, s.q.shape[-1], blocks, rule)
+        stride = self.scoring.stride if rule == "antidiagonal" else None
+        check_limits(op, s.q.device, s.q.dtype, s.q.shape[-1], blocks, rule, stride)
         if self.needs_summary and s.summary is None:
             raise ValueError(f"{type(self).__name__} needs pooled keys: pass the result of bsfa.pool_blocks")
         if self.needs_keys and s.k is None:

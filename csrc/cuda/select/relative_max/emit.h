@@ -53,8 +53,7 @@ class Emitter {
       const float x = score(energy[j], top);
       return threshold < 0.0f || !(x < threshold || x <= 0.0f);
     });
-    const auto share = static_cast<int32_t>(p.min_ratio * static_cast<float>(work_.visible));
-    const int32_t at_least = min(max(p.min_blocks, share), work_.visible);
+    const int32_t at_least = best_blocks(p.min_blocks, p.min_ratio, work_.visible);
     if (!everything_ && at_least > 0) {
       // The row's energies are not needed any more: its scores take their place, as keys.
       auto* keys = reinterpret_cast<uint32_t*>(energy);
