@@ -40,12 +40,10 @@ constexpr int kMinStride = 4, kMaxStride = 64;
 static_assert(kStages >= 4);
 static_assert(kTileRows == kBlockKeys && kTileRows % kMaxStride == 0, "a tile's own block has its own number");
 
-enum class Rule { kFlat, kAntidiagonal, kAntidiagonalCapped };  // the flat rule caps what it stores, without a kernel
-
-template <typename Element_, Rule kRule_>
+template <typename Element_, bool kFlat_>
 struct Config {
   using Element = Element_;
-  static constexpr Rule kRule = kRule_;
+  static constexpr bool kFlat = kFlat_;  // kFlat64, else kAntidiagonal
   static_assert(sizeof(Element) == 2);
 
   // Rows of 128 bytes, each swizzled within its group of 8.

@@ -57,9 +57,8 @@ cudaError_t launch_kernel(const KernelParams& params, int num_ctas, cudaStream_t
 
 template <typename Element>
 cudaError_t launch(const KernelParams& params, bool flat, int num_ctas, cudaStream_t stream) {
-  if (flat) return launch_kernel<Config<Element, Rule::kFlat>>(params, num_ctas, stream);
-  return params.cap_log2 > 0.0f ? launch_kernel<Config<Element, Rule::kAntidiagonalCapped>>(params, num_ctas, stream)
-                                : launch_kernel<Config<Element, Rule::kAntidiagonal>>(params, num_ctas, stream);
+  return flat ? launch_kernel<Config<Element, true>>(params, num_ctas, stream)
+              : launch_kernel<Config<Element, false>>(params, num_ctas, stream);
 }
 
 }  // namespace bsfa::cuda::select::strided

@@ -128,7 +128,7 @@ class Loader {
                     first_group, segment.seqlen_k};
 
     for (int32_t t = 0; t < stride; ++t) {
-      const int32_t query_t = Config::kRule == Rule::kFlat ? t : stride - 1 - t;
+      const int32_t query_t = Config::kFlat ? t : stride - 1 - t;
       if (!k_by_tma && (t == 0 || p_.groups_cross_pages)) locate_keys(keys, t);
       for (int32_t half = 0; half < p_.halves; ++half) {
         const int s = slot_.slot;

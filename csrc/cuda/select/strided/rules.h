@@ -137,7 +137,6 @@ class FlatRule {
 // kAntidiagonal. While key tiles pass, the sum of 2^logit over each (row, block) is stashed, as its base-2 logarithm; at
 // the segment's end the sums over whole rows are known, and the weights are made from the stash. A thread reads back
 // what itself has written: no barrier, and all of it in 16-byte pieces side by side.
-template <bool kCapped>
 class AntidiagonalRule {
  public:
   __device__ AntidiagonalRule(const KernelParams& p, const Unit& unit)
@@ -154,7 +153,11 @@ class AntidiagonalRule {
   template <class Tensor>
   __device__ __forceinline__ void take(Tensor& s, const KernelParams& p, const Unit& unit, int32_t tile) {
 #pragma unroll
-    for (int i = 0; i < cute::size(Tensor{}); ++i) s(i) = kCapped ? capped(s(i) * p.scale, p) : s(i) * p.scale;
+    for (int i = 0; i < cute::size(Tensor{}); ++i) s(i) *= p.scale;
+    if (p.cap_log2 > 0.0f) {
+#pragma unroll
+      for (int i = 0; i < cute::size(Tensor{}); ++i) s(i) = capped(s(i), p);
+    }
     const int32_t first = tile * kKeyGroups;
     if (__any_sync(kAllLanes, min(limit_[0], limit_[1]) < first + kKeyGroups)) {
       const int32_t column = first + unit.lane % 4 * 2;
@@ -227,11 +230,12 @@ class AntidiagonalRule {
   }
 
  private:
-  // Values per thread, row and key tile, and how many tiles' make 16 pieces of 16 bytes.
+  // Values per thread, row and key tile; pieces of 16 bytes that they are stashed in, and that are read at once.
   template <int kStride>
   static constexpr int kValues = kStride / 2;
   template <int kStride>
   static constexpr int kPieces = kStride / 4;
+  template <int kStride>
   static constexpr int kBatch = 16;
 
   // Value i of a lane is that of the key tile's block
@@ -288,13 +292,13 @@ class AntidiagonalRule {
     if (second) warps_meet();
     const Target target(p, unit);
     const bool exists[2] = {unit.exists(unit.row(0), kStride), unit.exists(unit.row(1), kStride)};
-    constexpr int kTilesAtOnce = kBatch / kPieces<kStride>;
+    constexpr int kTilesAtOnce = kBatch<kStride> / kPieces<kStride>;
     for (int32_t first = 0; first < unit.segment.key_tiles; first += kTilesAtOnce) {
       const int32_t left = unit.segment.key_tiles - first;
       const float4* pieces = stash_ + int64_t{first} * (kPieces<kStride> * kConsumerThreads);
-      float4 batch[kBatch];
+      float4 batch[kBatch<kStride>];
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
+      for (int i = 0; i < kBatch<kStride>; ++i) {
         if (i / kPieces<kStride> < left) batch[i] = __ldcs(pieces + i * kConsumerThreads);
       }
 #pragma unroll
