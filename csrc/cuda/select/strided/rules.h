@@ -146,7 +146,8 @@ class AntidiagonalRule {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int32_t own = unit.segment.first_group + unit.row(h) + 1;
-      limit_[h] = p.causal ? min(own, unit.segment.key_groups) : unit.segment.key_groups;
+      const int32_t limit = p.causal ? min(own, unit.segment.key_groups) : unit.segment.key_groups;
+      limit_[h] = unit.exists(unit.row(h), p.stride) ? limit : 0;
     }
   }
 
@@ -291,7 +292,6 @@ class AntidiagonalRule {
     };
     if (second) warps_meet();
     const Target target(p, unit);
-    const bool exists[2] = {unit.exists(unit.row(0), kStride), unit.exists(unit.row(1), kStride)};
     constexpr int kTilesAtOnce = kBatch<kStride> / kPieces<kStride>;
     for (int32_t first = 0; first < unit.segment.key_tiles; first += kTilesAtOnce) {
       const int32_t left = unit.segment.key_tiles - first;
@@ -318,7 +318,7 @@ class AntidiagonalRule {
         for (int h = 0; h < 2; ++h) {
 #pragma unroll
           for (int i = 0; i < kValues<kStride>; ++i) {
-            w[h][i] = exists[h] ? exp2f(flat[h * kValues<kStride> + i] + minus[h]) : 0.0f;
+            w[h][i] = exp2f(flat[h * kValues<kStride> + i] + minus[h]);
           }
         }
         sum_rows<kStride>(w, unit, target, (first + k) * (2 * kStride), second);
@@ -383,7 +383,7 @@ class AntidiagonalRule {
   float4* stash_;     // of this thread
   float base_[2];     // running maximum
   float sum_[2];      // this thread's share, relative to the base
-  int32_t limit_[2];  // key groups [0, limit) are visible
+  int32_t limit_[2];  // key groups [0, limit) are visible; rows that do not exist see none
 };
 
 }  // namespace bsfa::cuda::select::strided
