@@ -23,10 +23,13 @@ constexpr int kConsumerThreads = kConsumers * kWarpgroup;
 constexpr int kProducerWarps = 4;
 constexpr int kConsumerWarps = kConsumers * 4;
 
-// setmaxnreg, per thread: 80 * 128 + 216 * 256 registers of 65536.
-constexpr int kProducerRegisters = 80;
+// setmaxnreg, per thread. The pool is what the CTA is launched with, 168 a thread: to ask for more than that would wait
+// for ever.
+constexpr int kLaunchRegisters = 168;
+constexpr int kProducerRegisters = 72;
 constexpr int kConsumerRegisters = 216;
-static_assert((kProducerRegisters + kConsumers * kConsumerRegisters) * kWarpgroup <= 65536, "the register file");
+static_assert(kLaunchRegisters * kThreads <= 65536 && kLaunchRegisters % 8 == 0, "the register file");
+static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= kLaunchRegisters * (1 + kConsumers), "the pool");
 
 constexpr int kQueryGroups = 128;  // of an output tile
 constexpr int kKeyGroups = 256;

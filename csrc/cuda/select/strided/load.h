@@ -203,7 +203,7 @@ class Loader {
     const uint16_t* source = key + t * p_.k_token_stride + half * kBoxColumns;
     const int64_t* offsets = shared_.key_offset + row_ * kKeyCopies;
     const int32_t first = ((keys.first_group + row_) << p_.stride_shift) + t;
-#pragma unroll
+#pragma unroll 4
     for (int i = 0; i < kKeyCopies; ++i) {
       const bool valid = first + (i * kCopyRows << p_.stride_shift) < keys.seqlen;
       copy_async(target + i * (kCopyRows * kRowBytes), valid ? source + offsets[i] : p_.k, valid);
@@ -214,7 +214,7 @@ class Loader {
     const uint32_t target = shared_address(shared_.query[slot]) + target_;
     const uint16_t* source = query + t * p_.q_token_stride + half * kBoxColumns;
     const int64_t step = (kCopyRows * p_.q_token_stride) << p_.stride_shift;
-#pragma unroll
+#pragma unroll 4
     for (int i = 0; i < kQueryCopies; ++i) {
       const int32_t token = ((row_ + i * kCopyRows) << p_.stride_shift) + t;
       const bool valid = token >= segment.query_begin && token < segment.query_end;

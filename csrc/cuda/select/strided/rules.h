@@ -134,6 +134,13 @@ class FlatRule {
   bool exists_[2];
 };
 
+// The same number, of which the compiler knows nothing: what is made from it is not kept in registers across the main
+// loop.
+__device__ __forceinline__ int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // kAntidiagonal. While key tiles pass, the sum of 2^logit over each (row, block) is stashed, as its base-2 logarithm; at
 // the segment's end the sums over whole rows are known, and the weights are made from the stash. A thread reads back
 // what itself has written: no barrier, and all of it in 16-byte pieces side by side.
@@ -192,17 +199,18 @@ class AntidiagonalRule {
       }
       sum_[h] = sum_[h] * exp2f(before + minus) + ((sums[0] + sums[1]) + (sums[2] + sums[3]));
     }
+    const int lane = opaque(unit.lane);
     switch (p.stride) {
       case 4:
-        return put<4>(s, tile, unit.lane);
+        return put<4>(s, tile, lane);
       case 8:
-        return put<8>(s, tile, unit.lane);
+        return put<8>(s, tile, lane);
       case 16:
-        return put<16>(s, tile, unit.lane);
+        return put<16>(s, tile, lane);
       case 32:
-        return put<32>(s, tile, unit.lane);
+        return put<32>(s, tile, lane);
       default:
-        return put<64>(s, tile, unit.lane);
+        return put<64>(s, tile, lane);
     }
   }
 
@@ -216,17 +224,18 @@ class AntidiagonalRule {
       // Rows that see nothing: all their logarithms are -inf.
       minus[h] = sum == 0.0f ? 0.0f : -(base_[h] + log2f(sum));
     }
+    const Unit here{unit.segment, unit.head, unit.warpgroup, opaque(unit.warp), opaque(unit.lane)};
     switch (p.stride) {
       case 4:
-        return weigh<4>(p, unit, minus);
+        return weigh<4>(p, here, minus);
       case 8:
-        return weigh<8>(p, unit, minus);
+        return weigh<8>(p, here, minus);
       case 16:
-        return weigh<16>(p, unit, minus);
+        return weigh<16>(p, here, minus);
       case 32:
-        return weigh<32>(p, unit, minus);
+        return weigh<32>(p, here, minus);
       default:
-        return weigh<64>(p, unit, minus);
+        return weigh<64>(p, here, minus);
     }
   }
 
