@@ -38,6 +38,11 @@ constexpr int kWorkSlots = 2;  // units that the producer is ahead
 constexpr int kRowBytes = kBoxColumns * 2;
 constexpr int kQueryBytes = kQueryGroups * kRowBytes;  // of a step
 constexpr int kKeyBytes = kKeyGroups * kRowBytes;
+constexpr int kChunks = kRowBytes / 16;          // copies of 16 bytes in a row
+constexpr int kCopyRows = kWarpgroup / kChunks;  // rows that the producer's threads copy at once
+constexpr int kQueryCopies = kQueryGroups / kCopyRows;
+constexpr int kKeyCopies = kKeyGroups / kCopyRows;
+constexpr int kOffsetPitch = kKeyCopies + 1;
 constexpr int kFlatStride = 64;
 constexpr int kMinStride = 4, kMaxStride = 64;
 static_assert(kStages >= 4);
@@ -90,7 +95,8 @@ struct Work {
 struct SharedStorage {
   alignas(1024) char query[kStages][kQueryBytes];
   alignas(1024) char key[kStages][kKeyBytes];
-  alignas(16) int64_t key_offset[kKeyGroups];  // [row % 16][row / 16]: where the tile's key groups begin (load.h)
+  // [row % 16][row / 16], padded against bank conflicts: where the tile's key groups begin (load.h)
+  int64_t key_offset[kCopyRows * kOffsetPitch];
   Mbarrier full[kStages], empty[kStages];
   Mbarrier work_full[kWorkSlots], work_empty[kWorkSlots];
   Work work[kWorkSlots];

@@ -64,10 +64,6 @@ class Loader {
   }
 
  private:
-  static constexpr int kChunks = kRowBytes / 16;
-  static constexpr int kCopyRows = kWarpgroup / kChunks;  // rows that the warpgroup copies at once
-  static constexpr int kQueryCopies = kQueryGroups / kCopyRows;
-  static constexpr int kKeyCopies = kKeyGroups / kCopyRows;
   static constexpr int kWarpRows = 32 / kChunks;
   static constexpr int kWarpGroups = kWarpRows * kKeyCopies;  // key groups that a warp copies
   static_assert(kWarpGroups % 32 == 0);
@@ -183,7 +179,8 @@ class Loader {
 #pragma unroll
     for (int n = 0; n < kWarpGroups / 32; ++n) {
       const int entry = n * 32 + lane_;
-      const int row = warp_ * kWarpRows + entry / kKeyCopies + entry % kKeyCopies * kCopyRows;
+      const int first = warp_ * kWarpRows + entry / kKeyCopies, i = entry % kKeyCopies;
+      const int row = first + i * kCopyRows;
       const int32_t token = ((keys.first_group + row) << p_.stride_shift) + t;
       int64_t offset = 0;
       if (token < keys.seqlen) {
@@ -192,7 +189,7 @@ class Loader {
         offset = keys.start + int64_t{place - t} * p_.k_token_stride;
         if (p_.block_table != nullptr) offset += __ldg(keys.pages + page) * p_.k_batch_stride;
       }
-      shared_.key_offset[warp_ * kWarpGroups + entry] = offset;
+      shared_.key_offset[first * kOffsetPitch + i] = offset;
     }
     __syncwarp();
   }
@@ -201,7 +198,7 @@ class Loader {
   __device__ void copy_keys(const Keys& keys, const uint16_t* key, int32_t t, int32_t half, int slot) const {
     const uint32_t target = shared_address(shared_.key[slot]) + target_;
     const uint16_t* source = key + t * p_.k_token_stride + half * kBoxColumns;
-    const int64_t* offsets = shared_.key_offset + row_ * kKeyCopies;
+    const int64_t* offsets = shared_.key_offset + row_ * kOffsetPitch;
     const int32_t first = ((keys.first_group + row_) << p_.stride_shift) + t;
 #pragma unroll 4
     for (int i = 0; i < kKeyCopies; ++i) {
