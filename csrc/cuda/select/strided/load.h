@@ -6,9 +6,9 @@
 // zeros for tokens that do not count. Q and K choose independently, tile by tile.
 //
 // full[slot] has 5 arrivals: the issuing lane's, which carries the bytes of TMA (possibly none), and one per warp: at
-// once if the warp has copied nothing, else when its copies have landed, which is looked at one step later. At that time
-// the producer has seen slot s + 1 empty, so the consumers have let go of step s - 3; they do that before they wait for
-// step s: no deadlock with 4 slots.
+// once if the warp has copied nothing, else when its copies have landed, which is looked at one step later. At that
+// time the producer has seen slot s + 1 empty, so the consumers have let go of step s - 3; they do that before they
+// wait for step s: no deadlock with 4 slots.
 #pragma once
 
 #include "config.h"
@@ -172,8 +172,8 @@ class Loader {
     int32_t seqlen;
   };
 
-  // Where the groups that this warp copies begin, elements; or, if they cross pages, would begin if all lay where token t
-  // does. Each lane looks up two of them for all.
+  // Where the groups that this warp copies begin, elements; or, if they cross pages, would begin if all lay where token
+  // t does. Each lane looks up two of them for all.
   __device__ void locate_keys(const Keys& keys, int32_t t) const {
     __syncwarp();  // the last ones have been read
 #pragma unroll

@@ -2,8 +2,8 @@
 //
 // A thread's accumulators: element 4 * j + 2 * h + c is row 16 * warp + lane / 4 + 8 * h of the warpgroup and column
 // 8 * j + 2 * (lane % 4) + c. A query tile is 128 / stride rows, a KV block as many columns, so everything below is a
-// reduction over a power of two of neighbours. Reductions over lanes halve: a lane keeps one half of its values and gives
-// the other away, so that in the end every lane has values of its own to store.
+// reduction over a power of two of neighbours. Reductions over lanes halve: a lane keeps one half of its values and
+// gives the other away, so that in the end every lane has values of its own to store.
 //
 // Both rules have to_logits() (products to base-2 logits), take() (one tile) and finish() (the segment's end).
 #pragma once
@@ -66,8 +66,8 @@ __device__ __forceinline__ float reciprocal(float x) {
   return y;
 }
 
-// Softcap of a scaled product, through exp, tanh(x) = 1 - 2 / (exp(2 x) + 1): the tanh instruction's error of 2^-11, times
-// the cap, would show.
+// Softcap of a scaled product, through exp, tanh(x) = 1 - 2 / (exp(2 x) + 1): the tanh instruction's error of 2^-11,
+// times the cap, would show.
 __device__ __forceinline__ float capped(float x, const KernelParams& p) {
   return p.cap_log2 - 2.0f * p.cap_log2 * reciprocal(exp2f(x) + 1.0f);
 }
@@ -79,8 +79,8 @@ __device__ __forceinline__ float max_or_nan(float a, float b) {
   return c;
 }
 
-// Lanes that differ in bit kBit of their number share kCount values each: the one whose bit is set keeps the sums of the
-// upper half, the other those of the lower.
+// Lanes that differ in bit kBit of their number share kCount values each: the one whose bit is set keeps the sums of
+// the upper half, the other those of the lower.
 template <int kCount, int kBit, int kSize>
 __device__ __forceinline__ void halve(float (&v)[kSize], int lane) {
   static_assert(kCount % 2 == 0 && kCount <= kSize);
@@ -93,8 +93,8 @@ __device__ __forceinline__ void halve(float (&v)[kSize], int lane) {
   }
 }
 
-// kFlat64. The logit of a (tile, block) is the largest of its 2 x 2 pairs of groups: columns c = 0 and 1 of a thread, and
-// the rows of lanes that differ in bit 4.
+// kFlat64. The logit of a (tile, block) is the largest of its 2 x 2 pairs of groups: columns c = 0 and 1 of a thread,
+// and the rows of lanes that differ in bit 4.
 class FlatRule {
  public:
   __device__ FlatRule(const KernelParams& p, const Unit& unit) : target_(p, unit) {
@@ -141,8 +141,8 @@ __device__ __forceinline__ int opaque(int x) {
   return x;
 }
 
-// kAntidiagonal. While key tiles pass, the sum of 2^logit over each (row, block) is stashed, as its base-2 logarithm; at
-// the segment's end the sums over whole rows are known, and the weights are made from the stash. A thread reads back
+// kAntidiagonal. While key tiles pass, the sum of 2^logit over each (row, block) is stashed, as its base-2 logarithm;
+// at the segment's end the sums over whole rows are known, and the weights are made from the stash. A thread reads back
 // what itself has written: no barrier, and all of it in 16-byte pieces side by side.
 class AntidiagonalRule {
  public:

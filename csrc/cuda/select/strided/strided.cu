@@ -1,8 +1,8 @@
 // Scores by kFlat64 and kAntidiagonal: from ScoreParams and a slab of mask rows to the kernel.
 //
-// segments   one CTA: finds the runs of mask rows whose query groups make one output tile, and puts them in order, longest
-//            first (a counting sort by key tiles; the order within a length is left to chance and does not show in the
-//            results)
+// segments   one CTA: finds the runs of mask rows whose query groups make one output tile, and puts them in order,
+//            longest first (a counting sort by key tiles; the order within a length is left to chance and does not show
+//            in the results)
 // strided    kernel.h
 // Memory     scratch: the queue, one Segment per mask row of the slab and, for the antidiagonal rule, per CTA one float
 //            for each of its 128 query groups and each block.
