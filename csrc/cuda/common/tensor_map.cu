@@ -21,6 +21,18 @@ decltype(&cuTensorMapEncodeTiled) encode_function() {
   return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
 }
 
+cudaError_t encode(CUtensorMap* map, void* data, DType dtype, const cuuint64_t (&sizes)[5],
+                   const cuuint64_t (&strides)[4], const cuuint32_t (&box)[5]) {
+  const auto function = encode_function();
+  if (function == nullptr) return cudaErrorNotSupported;
+  const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
+  const CUresult result =
+      function(map, dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 5,
+               data, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+               CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
 // Strides in bytes of {token, head, batch}. A dimension of one element is never stepped along: its stride may be odd.
 void strides_of(const TensorView& view, const TensorExtent& extent, int64_t (&bytes)[3]) {
   const int64_t sizes[3] = {extent.tokens, extent.heads, extent.batch};
@@ -40,8 +52,6 @@ bool tensor_map_fits(const TensorView& view, const TensorExtent& extent) {
 
 cudaError_t make_tensor_map(CUtensorMap* map, const TensorView& view, const TensorExtent& extent, DType dtype,
                             int32_t tokens, int32_t pieces) {
-  const auto encode = encode_function();
-  if (encode == nullptr) return cudaErrorNotSupported;
   if (!tensor_map_fits(view, extent)) return cudaErrorInvalidValue;
   int64_t bytes[3];
   strides_of(view, extent, bytes);
@@ -51,12 +61,20 @@ cudaError_t make_tensor_map(CUtensorMap* map, const TensorView& view, const Tens
                                at_least_one(extent.heads), at_least_one(extent.batch)};
   const cuuint64_t strides[4] = {stride(bytes[0]), kBoxColumns * kElementBytes, stride(bytes[1]), stride(bytes[2])};
   const cuuint32_t box[5] = {kBoxColumns, static_cast<cuuint32_t>(tokens), static_cast<cuuint32_t>(pieces), 1, 1};
-  const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
-  const CUresult result =
-      encode(map, dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 5,
-             view.data, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+  return encode(map, view.data, dtype, sizes, strides, box);
+}
+
+cudaError_t make_group_map(CUtensorMap* map, const TensorView& view, const TensorExtent& extent, DType dtype,
+                           int32_t stride, int32_t groups) {
+  if (!tensor_map_fits(view, extent) || extent.tokens < stride) return cudaErrorInvalidValue;
+  int64_t bytes[3];
+  strides_of(view, extent, bytes);
+  const auto size = [](int64_t n) { return static_cast<cuuint64_t>(n); };
+  const cuuint64_t sizes[5] = {size(extent.dim), size(extent.tokens / stride), size(stride), size(extent.heads),
+                               size(extent.batch)};
+  const cuuint64_t strides[4] = {size(stride * bytes[0]), size(bytes[0]), size(bytes[1]), size(bytes[2])};
+  const cuuint32_t box[5] = {kBoxColumns, static_cast<cuuint32_t>(groups), 1, 1, 1};
+  return encode(map, view.data, dtype, sizes, strides, box);
 }
 
 }  // namespace bsfa::cuda

@@ -13,8 +13,7 @@ namespace bsfa::cuda::select::strided {
 template <class Config>
 class Consumer {
   using Element = typename Config::Element;
-  using TileRule = std::conditional_t<Config::kRule == Rule::kFlat, FlatRule,
-                                      AntidiagonalRule<Config::kRule == Rule::kAntidiagonalCapped>>;
+  using Rule = std::conditional_t<Config::kFlat, FlatRule, AntidiagonalRule>;
 
  public:
   __device__ Consumer(SharedStorage& shared, const KernelParams& p)
@@ -52,7 +51,7 @@ class Consumer {
     for (;;) {
       const Unit unit = next_unit();
       if (unit.head < 0) return;
-      TileRule rule(p_, unit);
+      Rule rule(p_, unit);
       for (int32_t tile = 0; tile < unit.segment.key_tiles; ++tile) {
         // New registers for each tile: the old ones need not live through the rule.
         auto s = partition_fragment_C(mma, Shape<Int<kQueryGroups>, Int<kKeyGroups>>{});

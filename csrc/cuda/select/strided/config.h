@@ -23,10 +23,13 @@ constexpr int kConsumerThreads = kConsumers * kWarpgroup;
 constexpr int kProducerWarps = 4;
 constexpr int kConsumerWarps = kConsumers * 4;
 
-// setmaxnreg, per thread: 80 * 128 + 216 * 256 registers of 65536.
-constexpr int kProducerRegisters = 80;
+// setmaxnreg, per thread. The pool is what the CTA is launched with, 168 a thread: to ask for more than that would wait
+// for ever.
+constexpr int kLaunchRegisters = 168;
+constexpr int kProducerRegisters = 72;
 constexpr int kConsumerRegisters = 216;
-static_assert((kProducerRegisters + kConsumers * kConsumerRegisters) * kWarpgroup <= 65536, "the register file");
+static_assert(kLaunchRegisters * kThreads <= 65536 && kLaunchRegisters % 8 == 0, "the register file");
+static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= kLaunchRegisters * (1 + kConsumers), "the pool");
 
 constexpr int kQueryGroups = 128;  // of an output tile
 constexpr int kKeyGroups = 256;
@@ -35,17 +38,20 @@ constexpr int kWorkSlots = 2;  // units that the producer is ahead
 constexpr int kRowBytes = kBoxColumns * 2;
 constexpr int kQueryBytes = kQueryGroups * kRowBytes;  // of a step
 constexpr int kKeyBytes = kKeyGroups * kRowBytes;
+constexpr int kChunks = kRowBytes / 16;          // copies of 16 bytes in a row
+constexpr int kCopyRows = kWarpgroup / kChunks;  // rows that the producer's threads copy at once
+constexpr int kQueryCopies = kQueryGroups / kCopyRows;
+constexpr int kKeyCopies = kKeyGroups / kCopyRows;
+constexpr int kOffsetPitch = kKeyCopies + 1;
 constexpr int kFlatStride = 64;
 constexpr int kMinStride = 4, kMaxStride = 64;
 static_assert(kStages >= 4);
 static_assert(kTileRows == kBlockKeys && kTileRows % kMaxStride == 0, "a tile's own block has its own number");
 
-enum class Rule { kFlat, kAntidiagonal, kAntidiagonalCapped };  // the flat rule caps what it stores, without a kernel
-
-template <typename Element_, Rule kRule_>
+template <typename Element_, bool kFlat_>
 struct Config {
   using Element = Element_;
-  static constexpr Rule kRule = kRule_;
+  static constexpr bool kFlat = kFlat_;  // kFlat64, else kAntidiagonal
   static_assert(sizeof(Element) == 2);
 
   // Rows of 128 bytes, each swizzled within its group of 8.
@@ -89,7 +95,8 @@ struct Work {
 struct SharedStorage {
   alignas(1024) char query[kStages][kQueryBytes];
   alignas(1024) char key[kStages][kKeyBytes];
-  alignas(16) int64_t key_offset[kKeyGroups];  // [row % 16][row / 16]: where the tile's key groups begin (load.h)
+  // [row % 16][row / 16], padded against bank conflicts: where the tile's key groups begin (load.h)
+  int64_t key_offset[kCopyRows * kOffsetPitch];
   Mbarrier full[kStages], empty[kStages];
   Mbarrier work_full[kWorkSlots], work_empty[kWorkSlots];
   Work work[kWorkSlots];

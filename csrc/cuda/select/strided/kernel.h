@@ -1,8 +1,8 @@
 // Scores of strided token groups on Hopper: x[r, c] = sum over t < stride of q[r, t'] . k[c, t], then kFlat64 or
 // kAntidiagonal (params.h).
 //
-// Tile      128 query groups x 256 key groups; a CTA works on one (segment, query head) after the other, through all key
-//           tiles that the segment sees, until none is left.
+// Tile      128 query groups x 256 key groups; a CTA works on one (segment, query head) after the other, through all
+//           key tiles that the segment sees, until none is left.
 // Roles     warpgroup 0 fetches (load.h), its warp 0 also hands out units; warpgroups 1 and 2 compute 64 query groups
 //           each (compute.h) and turn scores into logits or weights (rules.h).
 // Memory    four steps of 48 KB in shared memory, 64 columns of one token of every group each; the antidiagonal rule
@@ -57,9 +57,8 @@ cudaError_t launch_kernel(const KernelParams& params, int num_ctas, cudaStream_t
 
 template <typename Element>
 cudaError_t launch(const KernelParams& params, bool flat, int num_ctas, cudaStream_t stream) {
-  if (flat) return launch_kernel<Config<Element, Rule::kFlat>>(params, num_ctas, stream);
-  return params.cap_log2 > 0.0f ? launch_kernel<Config<Element, Rule::kAntidiagonalCapped>>(params, num_ctas, stream)
-                                : launch_kernel<Config<Element, Rule::kAntidiagonal>>(params, num_ctas, stream);
+  return flat ? launch_kernel<Config<Element, true>>(params, num_ctas, stream)
+              : launch_kernel<Config<Element, false>>(params, num_ctas, stream);
 }
 
 }  // namespace bsfa::cuda::select::strided

@@ -6,9 +6,9 @@
 // zeros for tokens that do not count. Q and K choose independently, tile by tile.
 //
 // full[slot] has 5 arrivals: the issuing lane's, which carries the bytes of TMA (possibly none), and one per warp: at
-// once if the warp has copied nothing, else when its copies have landed, which is looked at one step later. At that time
-// the producer has seen slot s + 1 empty, so the consumers have let go of step s - 3; they do that before they wait for
-// step s: no deadlock with 4 slots.
+// once if the warp has copied nothing, else when its copies have landed, which is looked at one step later. At that
+// time the producer has seen slot s + 1 empty, so the consumers have let go of step s - 3; they do that before they
+// wait for step s: no deadlock with 4 slots.
 #pragma once
 
 #include "config.h"
@@ -64,10 +64,6 @@ class Loader {
   }
 
  private:
-  static constexpr int kChunks = kRowBytes / 16;
-  static constexpr int kCopyRows = kWarpgroup / kChunks;  // rows that the warpgroup copies at once
-  static constexpr int kQueryCopies = kQueryGroups / kCopyRows;
-  static constexpr int kKeyCopies = kKeyGroups / kCopyRows;
   static constexpr int kWarpRows = 32 / kChunks;
   static constexpr int kWarpGroups = kWarpRows * kKeyCopies;  // key groups that a warp copies
   static_assert(kWarpGroups % 32 == 0);
@@ -128,7 +124,7 @@ class Loader {
                     first_group, segment.seqlen_k};
 
     for (int32_t t = 0; t < stride; ++t) {
-      const int32_t query_t = Config::kRule == Rule::kFlat ? t : stride - 1 - t;
+      const int32_t query_t = Config::kFlat ? t : stride - 1 - t;
       if (!k_by_tma && (t == 0 || p_.groups_cross_pages)) locate_keys(keys, t);
       for (int32_t half = 0; half < p_.halves; ++half) {
         const int s = slot_.slot;
@@ -176,14 +172,15 @@ class Loader {
     int32_t seqlen;
   };
 
-  // Where the groups that this warp copies begin, elements; or, if they cross pages, would begin if all lay where token t
-  // does. Each lane looks up two of them for all.
+  // Where the groups that this warp copies begin, elements; or, if they cross pages, would begin if all lay where token
+  // t does. Each lane looks up two of them for all.
   __device__ void locate_keys(const Keys& keys, int32_t t) const {
     __syncwarp();  // the last ones have been read
 #pragma unroll
     for (int n = 0; n < kWarpGroups / 32; ++n) {
       const int entry = n * 32 + lane_;
-      const int row = warp_ * kWarpRows + entry / kKeyCopies + entry % kKeyCopies * kCopyRows;
+      const int first = warp_ * kWarpRows + entry / kKeyCopies, i = entry % kKeyCopies;
+      const int row = first + i * kCopyRows;
       const int32_t token = ((keys.first_group + row) << p_.stride_shift) + t;
       int64_t offset = 0;
       if (token < keys.seqlen) {
@@ -192,7 +189,7 @@ class Loader {
         offset = keys.start + int64_t{place - t} * p_.k_token_stride;
         if (p_.block_table != nullptr) offset += __ldg(keys.pages + page) * p_.k_batch_stride;
       }
-      shared_.key_offset[warp_ * kWarpGroups + entry] = offset;
+      shared_.key_offset[first * kOffsetPitch + i] = offset;
     }
     __syncwarp();
   }
@@ -201,9 +198,9 @@ class Loader {
   __device__ void copy_keys(const Keys& keys, const uint16_t* key, int32_t t, int32_t half, int slot) const {
     const uint32_t target = shared_address(shared_.key[slot]) + target_;
     const uint16_t* source = key + t * p_.k_token_stride + half * kBoxColumns;
-    const int64_t* offsets = shared_.key_offset + row_ * kKeyCopies;
+    const int64_t* offsets = shared_.key_offset + row_ * kOffsetPitch;
     const int32_t first = ((keys.first_group + row_) << p_.stride_shift) + t;
-#pragma unroll
+#pragma unroll 4
     for (int i = 0; i < kKeyCopies; ++i) {
       const bool valid = first + (i * kCopyRows << p_.stride_shift) < keys.seqlen;
       copy_async(target + i * (kCopyRows * kRowBytes), valid ? source + offsets[i] : p_.k, valid);
@@ -214,7 +211,7 @@ class Loader {
     const uint32_t target = shared_address(shared_.query[slot]) + target_;
     const uint16_t* source = query + t * p_.q_token_stride + half * kBoxColumns;
     const int64_t step = (kCopyRows * p_.q_token_stride) << p_.stride_shift;
-#pragma unroll
+#pragma unroll 4
     for (int i = 0; i < kQueryCopies; ++i) {
       const int32_t token = ((row_ + i * kCopyRows) << p_.stride_shift) + t;
       const bool valid = token >= segment.query_begin && token < segment.query_end;

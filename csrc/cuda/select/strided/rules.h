@@ -2,8 +2,8 @@
 //
 // A thread's accumulators: element 4 * j + 2 * h + c is row 16 * warp + lane / 4 + 8 * h of the warpgroup and column
 // 8 * j + 2 * (lane % 4) + c. A query tile is 128 / stride rows, a KV block as many columns, so everything below is a
-// reduction over a power of two of neighbours. Reductions over lanes halve: a lane keeps one half of its values and gives
-// the other away, so that in the end every lane has values of its own to store.
+// reduction over a power of two of neighbours. Reductions over lanes halve: a lane keeps one half of its values and
+// gives the other away, so that in the end every lane has values of its own to store.
 //
 // Both rules have to_logits() (products to base-2 logits), take() (one tile) and finish() (the segment's end).
 #pragma once
@@ -66,8 +66,8 @@ __device__ __forceinline__ float reciprocal(float x) {
   return y;
 }
 
-// Softcap of a scaled product, through exp, tanh(x) = 1 - 2 / (exp(2 x) + 1): the tanh instruction's error of 2^-11, times
-// the cap, would show.
+// Softcap of a scaled product, through exp, tanh(x) = 1 - 2 / (exp(2 x) + 1): the tanh instruction's error of 2^-11,
+// times the cap, would show.
 __device__ __forceinline__ float capped(float x, const KernelParams& p) {
   return p.cap_log2 - 2.0f * p.cap_log2 * reciprocal(exp2f(x) + 1.0f);
 }
@@ -79,8 +79,8 @@ __device__ __forceinline__ float max_or_nan(float a, float b) {
   return c;
 }
 
-// Lanes that differ in bit kBit of their number share kCount values each: the one whose bit is set keeps the sums of the
-// upper half, the other those of the lower.
+// Lanes that differ in bit kBit of their number share kCount values each: the one whose bit is set keeps the sums of
+// the upper half, the other those of the lower.
 template <int kCount, int kBit, int kSize>
 __device__ __forceinline__ void halve(float (&v)[kSize], int lane) {
   static_assert(kCount % 2 == 0 && kCount <= kSize);
@@ -93,8 +93,8 @@ __device__ __forceinline__ void halve(float (&v)[kSize], int lane) {
   }
 }
 
-// kFlat64. The logit of a (tile, block) is the largest of its 2 x 2 pairs of groups: columns c = 0 and 1 of a thread, and
-// the rows of lanes that differ in bit 4.
+// kFlat64. The logit of a (tile, block) is the largest of its 2 x 2 pairs of groups: columns c = 0 and 1 of a thread,
+// and the rows of lanes that differ in bit 4.
 class FlatRule {
  public:
   __device__ FlatRule(const KernelParams& p, const Unit& unit) : target_(p, unit) {
@@ -134,10 +134,16 @@ class FlatRule {
   bool exists_[2];
 };
 
-// kAntidiagonal. While key tiles pass, the sum of 2^logit over each (row, block) is stashed, as its base-2 logarithm; at
-// the segment's end the sums over whole rows are known, and the weights are made from the stash. A thread reads back
+// The same number, of which the compiler knows nothing: what is made from it is not kept in registers across the main
+// loop.
+__device__ __forceinline__ int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
+// kAntidiagonal. While key tiles pass, the sum of 2^logit over each (row, block) is stashed, as its base-2 logarithm;
+// at the segment's end the sums over whole rows are known, and the weights are made from the stash. A thread reads back
 // what itself has written: no barrier, and all of it in 16-byte pieces side by side.
-template <bool kCapped>
 class AntidiagonalRule {
  public:
   __device__ AntidiagonalRule(const KernelParams& p, const Unit& unit)
@@ -147,14 +153,19 @@ class AntidiagonalRule {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int32_t own = unit.segment.first_group + unit.row(h) + 1;
-      limit_[h] = p.causal ? min(own, unit.segment.key_groups) : unit.segment.key_groups;
+      const int32_t limit = p.causal ? min(own, unit.segment.key_groups) : unit.segment.key_groups;
+      limit_[h] = unit.exists(unit.row(h), p.stride) ? limit : 0;
     }
   }
 
   template <class Tensor>
   __device__ __forceinline__ void take(Tensor& s, const KernelParams& p, const Unit& unit, int32_t tile) {
 #pragma unroll
-    for (int i = 0; i < cute::size(Tensor{}); ++i) s(i) = kCapped ? capped(s(i) * p.scale, p) : s(i) * p.scale;
+    for (int i = 0; i < cute::size(Tensor{}); ++i) s(i) *= p.scale;
+    if (p.cap_log2 > 0.0f) {
+#pragma unroll
+      for (int i = 0; i < cute::size(Tensor{}); ++i) s(i) = capped(s(i), p);
+    }
     const int32_t first = tile * kKeyGroups;
     if (__any_sync(kAllLanes, min(limit_[0], limit_[1]) < first + kKeyGroups)) {
       const int32_t column = first + unit.lane % 4 * 2;
@@ -188,17 +199,18 @@ class AntidiagonalRule {
       }
       sum_[h] = sum_[h] * exp2f(before + minus) + ((sums[0] + sums[1]) + (sums[2] + sums[3]));
     }
+    const int lane = opaque(unit.lane);
     switch (p.stride) {
       case 4:
-        return put<4>(s, tile, unit.lane);
+        return put<4>(s, tile, lane);
       case 8:
-        return put<8>(s, tile, unit.lane);
+        return put<8>(s, tile, lane);
       case 16:
-        return put<16>(s, tile, unit.lane);
+        return put<16>(s, tile, lane);
       case 32:
-        return put<32>(s, tile, unit.lane);
+        return put<32>(s, tile, lane);
       default:
-        return put<64>(s, tile, unit.lane);
+        return put<64>(s, tile, lane);
     }
   }
 
@@ -212,26 +224,28 @@ class AntidiagonalRule {
       // Rows that see nothing: all their logarithms are -inf.
       minus[h] = sum == 0.0f ? 0.0f : -(base_[h] + log2f(sum));
     }
+    const Unit here{unit.segment, unit.head, unit.warpgroup, opaque(unit.warp), opaque(unit.lane)};
     switch (p.stride) {
       case 4:
-        return weigh<4>(p, unit, minus);
+        return weigh<4>(p, here, minus);
       case 8:
-        return weigh<8>(p, unit, minus);
+        return weigh<8>(p, here, minus);
       case 16:
-        return weigh<16>(p, unit, minus);
+        return weigh<16>(p, here, minus);
       case 32:
-        return weigh<32>(p, unit, minus);
+        return weigh<32>(p, here, minus);
       default:
-        return weigh<64>(p, unit, minus);
+        return weigh<64>(p, here, minus);
     }
   }
 
  private:
-  // Values per thread, row and key tile, and how many tiles' make 16 pieces of 16 bytes.
+  // Values per thread, row and key tile; pieces of 16 bytes that they are stashed in, and that are read at once.
   template <int kStride>
   static constexpr int kValues = kStride / 2;
   template <int kStride>
   static constexpr int kPieces = kStride / 4;
+  template <int kStride>
   static constexpr int kBatch = 16;
 
   // Value i of a lane is that of the key tile's block
@@ -287,14 +301,13 @@ class AntidiagonalRule {
     };
     if (second) warps_meet();
     const Target target(p, unit);
-    const bool exists[2] = {unit.exists(unit.row(0), kStride), unit.exists(unit.row(1), kStride)};
-    constexpr int kTilesAtOnce = kBatch / kPieces<kStride>;
+    constexpr int kTilesAtOnce = kBatch<kStride> / kPieces<kStride>;
     for (int32_t first = 0; first < unit.segment.key_tiles; first += kTilesAtOnce) {
       const int32_t left = unit.segment.key_tiles - first;
       const float4* pieces = stash_ + int64_t{first} * (kPieces<kStride> * kConsumerThreads);
-      float4 batch[kBatch];
+      float4 batch[kBatch<kStride>];
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
+      for (int i = 0; i < kBatch<kStride>; ++i) {
         if (i / kPieces<kStride> < left) batch[i] = __ldcs(pieces + i * kConsumerThreads);
       }
 #pragma unroll
@@ -314,7 +327,7 @@ class AntidiagonalRule {
         for (int h = 0; h < 2; ++h) {
 #pragma unroll
           for (int i = 0; i < kValues<kStride>; ++i) {
-            w[h][i] = exists[h] ? exp2f(flat[h * kValues<kStride> + i] + minus[h]) : 0.0f;
+            w[h][i] = exp2f(flat[h * kValues<kStride> + i] + minus[h]);
           }
         }
         sum_rows<kStride>(w, unit, target, (first + k) * (2 * kStride), second);
@@ -379,7 +392,7 @@ class AntidiagonalRule {
   float4* stash_;     // of this thread
   float base_[2];     // running maximum
   float sum_[2];      // this thread's share, relative to the base
-  int32_t limit_[2];  // key groups [0, limit) are visible
+  int32_t limit_[2];  // key groups [0, limit) are visible; rows that do not exist see none
 };
 
 }  // namespace bsfa::cuda::select::strided
