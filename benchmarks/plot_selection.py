@@ -79,7 +79,8 @@ def draw(report: dict[str, Any]) -> Figure:
     left, right = figure.subplots(1, 2)
     share(left, rows)
     speedup(right, speedups)
-    for axes, place in ((left, "upper right"), (right, "upper left")):
+    for axes, place in ((left, "upper right"), (right, "lower right")):
+        axes.margins(y=0.12)  # room for the annotations
         axes.grid(alpha=0.3)
         axes.legend(loc=place, fontsize=9, frameon=False)
     clocks = [m["clock_mhz"] for m in rows.values() if m["clock_mhz"]]

@@ -5,12 +5,13 @@
 
 Sources: benchmarks/results/demo.txt (printed by examples/demo.py), cpu.json and h200.json. The parts on attention and
 selection are empty until h200.json holds the suites 'attention' and 'select'; draw their images first:
-python benchmarks/plot_attention.py, plot_selection.py.
+python benchmarks/plot_attention.py, plot_selection.py. The part on policies is what examples/compare_policies.py wrote.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import re
 import sys
@@ -186,6 +187,65 @@ def selection() -> str:
     return "\n".join(lines)
 
 
+#: Rows of policies_tiny_lm.csv that the README shows: policy, beginning of its parameters.
+SHOWN = (
+    ("dense", ""),
+    ("static", "sink 2 window 16"),
+    ("relative-max", "alpha 0.12"),
+    ("relative-max shared", "alpha 0.12"),
+    ("relative-max, mean correction", "alpha 0.12"),
+    ("relative-max calibrated", "target 0.95"),
+    ("relative-max, density matched", "as target 0.95"),
+    ("cumulative-mass mean", "mass 0.95"),
+    ("cumulative-mass flat64", "mass 0.95"),
+    ("flex-prefill", "gamma 0.95 tau 0.1 min_budget 1024"),
+    ("antidiagonal", "stride 16 mass 0.9"),
+    ("oracle", "mass 0.95"),
+)
+
+
+def policies() -> str:
+    """Quality of the policies on the shipped model, as a section; empty if examples/compare_policies.py has not run."""
+    if not (RESULTS / "policies_tiny_lm.csv").is_file():
+        return ""
+    with open(RESULTS / "policies_tiny_lm.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    facts = json.loads((RESULTS / "policies_tiny_lm.json").read_text())
+    settings = facts["settings"]
+    lengths = list(settings["prompts_by_length"])
+    lines = [
+        "## What each policy keeps and loses",
+        "",
+        f"On the shipped model's own queries and keys, {sum(settings['prompts_by_length'].values())} prompts "
+        f"({settings['machine']}, {settings['dtype']}; `examples/compare_policies.py`, all rows in "
+        "`benchmarks/results/policies_tiny_lm.csv`). The oracle keeps the fewest blocks with that share of the true "
+        "mass; *density matched* is one alpha for all heads with the calibrated table's density.",
+        "",
+        "![Mass lost, text loss and needles against density, by policy](docs/images/policies_tiny_lm.png)",
+        "",
+        f"| policy | | {' | '.join(f'blocks kept, {n}' for n in lengths)} | mass kept | text loss | "
+        f"{' | '.join(f'needles, {n}' for n in lengths)} |",
+        "|---|---|" + "---|" * (2 + 2 * len(lengths)),
+    ]
+    for policy, parameters in SHOWN:
+        row = next(r for r in rows if r["policy"] == policy and r["parameters"].startswith(parameters))
+        kept = " | ".join(f"{float(row[f'density_{n}']):.1%}" for n in lengths)
+        right = " | ".join(f"{row[f'needles_right_{n}']}/{row[f'needles_asked_{n}']}" for n in lengths)
+        lines.append(
+            f"| {policy} | {row['parameters']} | {kept} | {float(row['recall']):.2%} | "
+            f"{float(row['loss_change']):+.2%} | {right} |"
+        )
+    better = [f"{row['target']:.2f}" for row in facts["equal_density"] if row["dominates"]]
+    all_targets = ", ".join(f"{row['target']:.2f}" for row in facts["equal_density"])
+    lines += [
+        "",
+        "Calibrated per layer and head, `RelativeMax` is no worse than with one alpha of equal density in mass kept, "
+        f"text loss and needles, and better in one of them, at targets {', '.join(better) or 'none'} "
+        f"(of {all_targets}).",
+    ]
+    return "\n".join(lines)
+
+
 def filled(text: str) -> str:
     """README.md with all marked places replaced."""
     for name, section in (
@@ -193,6 +253,7 @@ def filled(text: str) -> str:
         ("benchmarks", benchmarks),
         ("attention", attention),
         ("selection", selection),
+        ("policies", policies),
     ):
         content = section()
         content += "\n" if content else ""

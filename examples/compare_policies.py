@@ -55,6 +55,7 @@ ALPHAS = (0.05, 0.12, 0.18, 0.5)
 MASSES = (0.90, 0.95, 0.99)
 SAME_DENSITY = 5e-4  # densities this close are equal
 BISECTIONS = 24
+MASS_UNITS = 2.0**40
 
 # Families of runs: their names in the table and the plot.
 STATIC, GLOBAL, SHARED, MATCHED = "static", "relative-max", "relative-max shared", "relative-max, density matched"
@@ -90,9 +91,10 @@ class Oracle(Policy):
             "softcap": selection.softcap,
         }
         _, lse = bsfa.block_sparse_attention(q, k, k, None, **options)
-        mass = attention_mass(q, k, lse, block_m=self.block_m, block_n=self.block_n, **options).double()
+        mass = attention_mass(q, k, lse, block_m=self.block_m, block_n=self.block_n, **options)
         geometry = MaskGeometry.of(layout, self.block_m, self.block_n, q.device)
-        ordered, order = mass.sort(dim=-1, descending=True, stable=True)
+        # Sums of integers: the same on a GPU whatever the order of its additions.
+        ordered, order = (mass.double() * MASS_UNITS).to(torch.int64).sort(dim=-1, descending=True, stable=True)
         before = ordered.cumsum(-1) - ordered
         kept = torch.zeros_like(mass, dtype=torch.bool)
         kept.scatter_(-1, order, before < self.mass * ordered.sum(-1, keepdim=True))

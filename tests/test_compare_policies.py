@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import importlib.util
 import sys
 from pathlib import Path
@@ -61,7 +62,7 @@ def test_comparison(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     calibration = make_prompts(8, words=300)
     tables = script.calibrate(model, tokenizer, calibration, TARGETS, BLOCK, lambda *x: progress("calibrating", *x))
-    prompts = make_prompts(2, words=300, seed=9)
+    prompts = make_prompts(2, words=400, seed=9)
     report, runs = script.compare(model, tokenizer, prompts, tables, BLOCK, progress)
     assert seen == dict.fromkeys(("calibrating", "matching densities", "evaluating"), 1.0)
 
@@ -73,8 +74,8 @@ def test_comparison(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     by_name = {f"{row['policy']} {row['parameters']}": row for row in rows}
     for mass in (0.9, 0.95):
         assert by_name[f"{script.ORACLE} mass {mass}"]["recall"] >= mass
-    plain, corrected = by_name[f"{script.GLOBAL} alpha 0.5"], by_name[f"{script.CORRECTED} alpha 0.5"]
-    assert plain["recall"] == corrected["recall"] and plain["density"] < 1 and plain["loss"] != corrected["loss"]
+    plain, corrected = (report.runs[f"{family} alpha 0.5"] for family in (script.GLOBAL, script.CORRECTED))
+    assert plain.recall == corrected.recall and plain.density < 1 and plain.prose_loss != corrected.prose_loss
     for length in report.prompts_by_length:
         dense = report.runs[DENSE].accuracy_by_task_and_length["single"][length]
         assert (dense.right, dense.asked) == (rows[0][f"needles_right_{length}"], rows[0][f"needles_asked_{length}"])
@@ -96,6 +97,18 @@ def test_comparison(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     script.plot(rows, list(report.prompts_by_length)[-1], tmp_path / "a.png", "caption")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["a.csv", "a.png"]
+    # The README's section finds its rows; here target 0.7 stands for 0.95.
+    for row in rows:
+        row["parameters"] = row["parameters"].replace("target 0.7", "target 0.95")
+    settings = {"prompts_by_length": report.prompts_by_length, "machine": "m", "dtype": "float32"}
+    script.write_csv(tmp_path / "policies_tiny_lm.csv", rows)
+    text = script.json.dumps({"settings": settings, "equal_density": found})
+    script.write_text(tmp_path / "policies_tiny_lm.json", text)
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    readme = importlib.import_module("readme")
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    assert readme.policies().count("\n| ") == 1 + len(readme.SHOWN)
+
     console = script.Console(width=200, file=open(tmp_path / "out.txt", "w"))  # noqa: SIM115
     script.show(console, rows, list(report.prompts_by_length), "title")
     script.show_dominance(console, found)

@@ -15,7 +15,7 @@ import bsfa
 from bsfa import evaluation
 from bsfa.calibration import choose, collect
 from bsfa.evaluation import evaluate
-from bsfa.integrations.transformers import observe
+from bsfa.integrations.transformers import observe, set_policy
 from bsfa.policies import PerLayer, RelativeMax, StaticPattern
 from bsfa.prompts import Prompt, length_bucket, length_name, load_prompts, parse_prompt, tokenize
 from tiny_model import make_model, make_prompts, make_rows, make_tokenizer, write_rows
@@ -185,13 +185,15 @@ def test_subsampling_is_even_and_the_same_for_all(lm: tuple[Any, Any], monkeypat
 
 
 def test_mean_correction(lm: tuple[Any, Any]) -> None:
-    """Same blocks, other outputs: nearer to dense than dropping them."""
+    """The first layer keeps the same blocks, and its output is another."""
     model, tokenizer = lm
     policy = StaticPattern(**BLOCKS, sink_blocks=0, window_blocks=1)
     entries = {"plain": policy, "corrected": policy}
     runs = evaluate(model, tokenizer, make_prompts(3), entries, corrected=("corrected",)).runs
     assert runs["plain"].layer_density[0] == runs["corrected"].layer_density[0]
     assert runs["plain"].prose_loss != runs["corrected"].prose_loss
+    with pytest.raises(TypeError, match="mean_correction"):
+        set_policy(model, policy, mean_correction="yes")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("tokens", [1, 31, 64, 200])

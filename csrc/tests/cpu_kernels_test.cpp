@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <map>
 #include <string>
 #include <utility>
 #include <vector>
@@ -151,6 +152,47 @@ void check_block_mass(Fixture& f, const std::string& where, const std::vector<fl
   }
 }
 
+void check_probe(Fixture& f, const std::string& where) {
+  const Case& c = f.c;
+  const int width = f.problem.kv.max_seqlen;
+  bsfa::ProbeParams params;
+  params.problem = f.problem;
+  params.q = f.q_view;
+  params.k = f.k_view;
+  std::vector<float> vertical(int64_t{f.problem.batch} * c.hq * width + 1, kNaN), slash = vertical;
+  params.vertical = vertical.data();
+  params.slash = slash.data();
+  bsfa::cpu::probe_attention(params, threads(3));
+  const std::vector<float> first_vertical = vertical, first_slash = slash;
+  bsfa::cpu::probe_attention(params, threads(1));
+  if (std::memcmp(vertical.data(), first_vertical.data(), vertical.size() * 4) != 0 ||
+      std::memcmp(slash.data(), first_slash.data(), slash.size() * 4) != 0) {
+    fail(where, "probe by workers", 0, 0);
+  }
+  std::vector<double> want_vertical(vertical.size(), 0.0), want_slash(slash.size(), 0.0);
+  for (size_t b = 0; b < c.lengths.size(); ++b) {
+    const int rows = std::min(f.problem.block_m, f.lq(b));
+    for (int h = 0; h < c.hq; ++h) {
+      const int64_t first = (static_cast<int64_t>(b) * c.hq + h) * width;
+      for (int r = f.lq(b) - rows; r < f.lq(b); ++r) {
+        const int end = c.causal ? std::min(f.position(b, r) + 1, f.lk(b)) : f.lk(b);
+        std::vector<double> p(std::max(end, 0));
+        double top = -kInf, total = 0.0;
+        for (int n = 0; n < end; ++n) top = std::max(top, p[n] = f.logit(b, r, h, n));
+        for (double& x : p) total += x = std::exp(x - top);
+        for (int n = 0; n < end; ++n) {
+          want_vertical[first + n] += p[n] / total / rows;
+          if (c.causal) want_slash[first + f.position(b, r) - n] += p[n] / total / rows;
+        }
+      }
+    }
+  }
+  for (size_t i = 0; i + 1 < vertical.size(); ++i) {
+    if (!close(vertical[i], want_vertical[i], 1e-6, 3e-5)) fail(where, "vertical", vertical[i], want_vertical[i]);
+    if (!close(slash[i], want_slash[i], 1e-6, 3e-5)) fail(where, "slash", slash[i], want_slash[i]);
+  }
+}
+
 Storage check_pool(Fixture& f, const std::string& where) {
   const Case& c = f.c;
   bsfa::PoolParams params;
@@ -187,6 +229,74 @@ Storage check_pool(Fixture& f, const std::string& where) {
     }
   }
   return out;
+}
+
+// Scores of the rules that look at groups of `size` tokens: masses before each block, without sinks, with its own blocks.
+void check_groups(Fixture& f, const std::string& where, bool flat, int size) {
+  const Case& c = f.c;
+  bsfa::ScoreParams params;
+  params.problem = f.problem;
+  params.q = f.q_view;
+  params.k = f.k_view;
+  params.max_blocks = f.max_blocks;
+  params.rule = flat ? bsfa::ScoreRule::kFlat64 : bsfa::ScoreRule::kAntidiagonal;
+  params.stride = size;
+  params.num_rows = f.num_rows;
+  std::vector<float> scores(int64_t{f.num_rows} * c.hq * f.max_blocks + 1, kNaN), other = scores;
+  params.scores = other.data();
+  bsfa::cpu::score_blocks(params, threads(3));
+  params.scores = scores.data();
+  bsfa::cpu::score_blocks(params, threads(1));
+  if (std::memcmp(scores.data(), other.data(), scores.size() * 4) != 0) fail(where, "group scores by workers", 0, 0);
+  for (int b = 0; b < f.problem.batch; ++b) {
+    for (int t = 0; t < f.tiles(b); ++t) {
+      const int visible = f.visible(b, t), tile = f.first_tile(b) + t;
+      const int keys = std::min(visible * c.block_n, f.lk(b));
+      const int first = std::max(tile * c.block_m, 0),
+                last = std::min((tile + 1) * c.block_m, c.causal ? keys : f.lq(b));
+      const int own_first = std::min(first / c.block_n, visible - 1);
+      const int own_last = std::min(std::max((last - 1) / c.block_n, own_first), visible - 1);
+      std::map<int, std::vector<int>> groups;
+      for (int r : f.rows_of(b, t)) groups[Fixture::floor_div(f.position(b, r), size)].push_back(r);
+      for (int h = 0; h < c.hq && visible > 0; ++h) {
+        std::vector<double> weight(visible, flat ? -kInf : 0.0);
+        for (const auto& [g, rows] : groups) {
+          std::vector<double> x;
+          for (int r = 0; r * size < keys && (flat || !c.causal || r <= g); ++r) {
+            double sum = 0.0;
+            for (int row : rows) {
+              const int place = f.position(b, row) - g * size;
+              const int key = r * size + (flat ? place : size - 1 - place);
+              if (key >= f.lk(b)) continue;
+              const int64_t qi = f.q_index(f.q_view, b, row, h), ki = f.k_index(f.k_view, b, key, h / f.group());
+              for (int i = 0; i < c.d; ++i) sum += f.q.get(qi + i) * f.k.get(ki + i);
+            }
+            x.push_back(f.cap(sum / size));
+            double& best = weight[r * size / c.block_n];
+            if (flat) best = std::max(best, x.back());
+          }
+          if (flat) continue;
+          double total = 0.0;
+          for (double s : x) total += std::exp(s);
+          for (size_t r = 0; r < x.size(); ++r) weight[r * size / c.block_n] += std::exp(x[r]) / total;
+        }
+        double total = 0.0;
+        for (double& w : weight) total += w = flat ? std::exp(w) : w;
+        const auto own = [&](int j) { return !flat && j >= own_first && j <= own_last; };
+        for (int j = 0; j < f.max_blocks; ++j) {
+          double want = j < visible ? 0.0 : -1.0;
+          for (int i = 0; i < visible && j < visible; ++i) {
+            const bool before = own(i) != own(j) ? own(i)
+                                : own(i)         ? i < j
+                                                 : weight[i] > weight[j] || (weight[i] == weight[j] && i < j);
+            want += before ? weight[i] / total : 0.0;
+          }
+          const float got = scores[(int64_t{f.rows_before[b] + t} * c.hq + h) * f.max_blocks + j];
+          if (!close(got, want, 2e-5, 2e-5)) fail(where, flat ? "flat64 score" : "antidiagonal score", got, want);
+        }
+      }
+    }
+  }
 }
 
 void check_scores(Fixture& f, const std::string& where, const Storage& summary, bsfa::ScoreRule rule) {
@@ -497,9 +607,14 @@ int main() {
         check_attention(f, where + heads, mask_heads, Mask::kPlain);
         if (c.window_left < 0) check_attention(f, where + heads + ", corrected", mask_heads, Mask::kCorrected);
       }
+      check_probe(f, where);
       check_block_mass(f, where, lse);
       check_scores(f, where, summary, bsfa::ScoreRule::kRelativeMax);
       check_scores(f, where, summary, bsfa::ScoreRule::kPooled);
+      for (int stride : {1, 4, 16}) {
+        if (c.block_m % stride == 0 && c.block_n % stride == 0) check_groups(f, where, false, stride);
+      }
+      if (c.block_m % 64 == 0 && c.block_n % 64 == 0) check_groups(f, where, true, 64);
     }
     check_rounding(isa);
     check_nan_propagation(isa);

@@ -5,9 +5,9 @@
 //
 // maxima    grid (query head, span of kSpan keys, sequence): maximum and sum of every row over the span.
 // join      grid (query head, sequence): the LSE of every row, from all its spans in order.
-// spread    grid as maxima: the scores again, now as probabilities. A CTA owns its keys of `vertical`. It owns also
-//           the distances that its first key shares with row 0 or less: d = P - first key - (0 .. kSpan - 1). The 127
-//           above them belong to the span before: the sums go to `tails`.
+// spread    grid as maxima: the scores again, now as probabilities. A CTA owns its keys of `vertical` and, of `slash`,
+//           the distances from row 0 to its keys: P - first key - (0 .. kSpan - 1). Its other rows reach up to 127
+//           above them, which are the span's before: those sums go to `tails`.
 // finish    grid as maxima: adds the tails, writes zeros past the end.
 //
 // Warps     each of the 4 has 32 rows, as two 16-row fragments in registers, and goes through the keys in order.

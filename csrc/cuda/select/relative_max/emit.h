@@ -98,24 +98,23 @@ class Emitter {
 
 // Emitter `index` of kEmitters: its own are the items of energy slot `index`, so that it sees every phase of that slot's
 // barriers, and every kEmitters-th of those that have no energies.
-template <class Config>
-__device__ void emit(SharedStorage<Config>& shared, const KernelParams& p, int index) {
+inline __device__ void emit(Control& control, float* energies, const KernelParams& p, int index) {
   const int lane = threadIdx.x % 32;
   RingPosition<kWorkSlots> slot;
-  EnergyPosition energy{p.energy_slots};
+  RuntimePosition energy{p.energy_slots};
   for (int turn = 0;; slot.advance()) {
-    shared.work_full[slot.slot].wait(slot.parity);
-    const Work work = shared.work[slot.slot];
+    control.work_full[slot.slot].wait(slot.parity);
+    const Work work = control.work[slot.slot];
     __syncwarp();
-    if (lane == 0) shared.work_empty[slot.slot].arrive();
+    if (lane == 0) control.work_empty[slot.slot].arrive();
     if (work.head < 0) return;
     const bool scored = work.steps > 0;
     if (scored) {
       if (energy.slot == index) {
-        shared.energy_full[energy.slot].wait(energy.parity);
-        Emitter(p, work).emit(shared.energy + energy.slot * p.energy_stride);
+        control.energy_full[energy.slot].wait(energy.parity);
+        Emitter(p, work).emit(energies + energy.slot * p.energy_stride);
         __syncwarp();
-        if (lane == 0) shared.energy_empty[energy.slot].arrive();
+        if (lane == 0) control.energy_empty[energy.slot].arrive();
       }
       energy.advance();
     } else {

@@ -2,11 +2,11 @@
 //
 //   log2 E_J = log2 sum_r 2^(scale * q_r . kbar_J),  score_J = E_J / max_J E_J,  kept iff score_J >= threshold or forced
 //
-// Tile      128 KV blocks (rows) x 128 queries (columns) a step; a CTA works on pairs until the queue is empty.
+// Tile      64 KV blocks (rows) x 128 queries (columns) a step; a CTA works on pairs until the queue is empty.
 // Roles     warpgroup 0: warp 0 fetches by TMA, warp 1 hands out pairs (load.h), warps 2 and 3 write masks (emit.h);
-//           warpgroups 1 and 2: 64 KV blocks each (energy.h).
-// Memory    two query tiles, a ring of three steps of means, and one or two rows of energies: 4 bytes per KV block of
-//           the longest sequence.
+//           warpgroups 1 to 4 take steps in turn (energy.h).
+// Memory    a ring of six steps of means, two to four query tiles, and one or two rows of energies: 4 bytes per KV
+//           block of the longest sequence.
 // Waits     full and empty mbarriers for each ring: work, queries, means, energies. Nobody waits for the host.
 #pragma once
 
@@ -22,24 +22,25 @@ namespace bsfa::cuda::select {
 template <class Config>
 __global__ void __launch_bounds__(kThreads, 1) relative_max_kernel(const __grid_constant__ KernelParams p) {
   extern __shared__ __align__(1024) char memory[];
-  auto& shared = *reinterpret_cast<SharedStorage<Config>*>(memory);
+  const auto shared = Shared<Config>::in(memory, p.query_slots);
+  Control& control = shared.control;
   const int warp = __shfl_sync(kAllLanes, threadIdx.x / 32, 0);
   if (threadIdx.x == 0) {
     for (int i = 0; i < kWorkSlots; ++i) {
-      shared.work_full[i].init(1);
-      shared.work_empty[i].init(1 + kEmitters);
+      control.work_full[i].init(1);
+      control.work_empty[i].init(1 + kEmitters + kConsumerWarps);
     }
-    for (int i = 0; i < kQuerySlots; ++i) {
-      shared.query_full[i].init(1);
-      shared.query_empty[i].init(kConsumerWarps);
+    for (int i = 0; i < p.query_slots; ++i) {
+      control.query_full[i].init(1);
+      control.query_empty[i].init(kConsumerWarps);
     }
     for (int i = 0; i < kMeanSlots; ++i) {
-      shared.mean_full[i].init(1);
-      shared.mean_empty[i].init(kConsumerWarps);
+      control.mean_full[i].init(1);
+      control.mean_empty[i].init(4);
     }
     for (int i = 0; i < kEmitters; ++i) {
-      shared.energy_full[i].init(kConsumerWarps);
-      shared.energy_empty[i].init(1);
+      control.energy_full[i].init(kConsumerWarps);
+      control.energy_empty[i].init(1);
     }
     fence_barrier_init();
     for (const CUtensorMap* map : {&p.q, &p.means}) {
@@ -52,9 +53,9 @@ __global__ void __launch_bounds__(kThreads, 1) relative_max_kernel(const __grid_
     if (warp == 0) {
       load(shared, p);
     } else if (warp == 1) {
-      schedule(shared, p);
+      schedule(control, p);
     } else {
-      emit(shared, p, warp - 2);
+      emit(control, shared.energy, p, warp - 2);
     }
   } else {
     cutlass::arch::warpgroup_reg_alloc<kConsumerRegisters>();
@@ -64,8 +65,7 @@ __global__ void __launch_bounds__(kThreads, 1) relative_max_kernel(const __grid_
 
 template <class Config>
 cudaError_t launch_kernel(const KernelParams& params, int num_ctas, cudaStream_t stream) {
-  const int bytes =
-      sizeof(SharedStorage<Config>) + params.energy_slots * params.energy_stride * static_cast<int>(sizeof(float));
+  const int bytes = Shared<Config>::bytes(params.query_slots, params.energy_slots, params.energy_stride);
   const auto kernel = relative_max_kernel<Config>;
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;

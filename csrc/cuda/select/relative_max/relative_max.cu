@@ -9,13 +9,19 @@ namespace bsfa::cuda::select {
 namespace {
 
 constexpr int kSharedBytes = 227 * 1024;  // of one SM
-constexpr int kFixedBytes = sizeof(SharedStorage<Config<cute::bfloat16_t, 128, false>>);
 
-int32_t energy_stride(const ScoreParams& params) { return ceil_div(params.max_blocks, kStepBlocks) * kStepBlocks; }
-
-int32_t energy_slots(const ScoreParams& params) {
-  const int64_t row = int64_t{energy_stride(params)} * sizeof(float);
-  return kFixedBytes + 2 * row <= kSharedBytes ? 2 : kFixedBytes + row <= kSharedBytes ? 1 : 0;
+// As many slots of energies and queries as there is room for; false if there is none.
+bool set_slots(const ScoreParams& params, KernelParams& k) {
+  k.energy_stride = ceil_div(params.max_blocks, kStepBlocks) * kStepBlocks;
+  const auto bytes = params.problem.head_dim == 64 ? Shared<Config<cute::bfloat16_t, 64, false>>::bytes
+                                                   : Shared<Config<cute::bfloat16_t, 128, false>>::bytes;
+  if (k.energy_stride > kSharedBytes / static_cast<int>(sizeof(float))) return false;
+  for (k.energy_slots = kEmitters; k.energy_slots > 0; --k.energy_slots) {
+    for (k.query_slots = kMaxQuerySlots; k.query_slots >= kMinQuerySlots; --k.query_slots) {
+      if (bytes(k.query_slots, k.energy_slots, k.energy_stride) <= kSharedBytes) return true;
+    }
+  }
+  return false;
 }
 
 cudaError_t make_maps(const ScoreParams& params, KernelParams& k) {
@@ -35,24 +41,24 @@ cudaError_t make_maps(const ScoreParams& params, KernelParams& k) {
 
 }  // namespace
 
-bool relative_max_fits(const ScoreParams& params) { return energy_slots(params) > 0; }
+bool relative_max_fits(const ScoreParams& params) {
+  KernelParams k{};
+  return set_slots(params, k);
+}
 
 cudaError_t relative_max(const SelectParams& params, const Workspace& workspace, int num_sms, cudaStream_t stream) {
   const ScoreParams& score = params.score;
   const Problem& p = score.problem;
   const int64_t pairs = score.num_rows * score.score_heads();
   if (pairs == 0 || score.max_blocks == 0) return cudaSuccess;
-  if (score.sharing == HeadSharing::kUnion || !relative_max_fits(score)) return cudaErrorInvalidValue;
-
   KernelParams k{};
+  if (score.sharing == HeadSharing::kUnion || !set_slots(score, k)) return cudaErrorInvalidValue;
   k.select = params;
   k.workspace = workspace;
   k.scale = logit_scale(p);
   k.rescue = rescue_of(params);
   k.heads_per_score_head = p.num_q_heads / score.score_heads();
   k.heads_per_kv_head = p.num_q_heads / p.num_kv_heads;
-  k.energy_slots = energy_slots(score);
-  k.energy_stride = energy_stride(score);
   const cudaError_t error = make_maps(score, k);
   if (error != cudaSuccess) return error;
   const int ctas = static_cast<int>(std::min<int64_t>(num_sms, pairs));
