@@ -21,8 +21,7 @@ from bsfa.layout import (
     paged_length,
 )
 from bsfa.limits import check_limits
-
-POOLINGS = ("mean", "maxabs", "center")
+from bsfa.stages import POOLINGS
 
 
 @dataclass(frozen=True, eq=False, repr=False)
