@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention import flex_attention as flex
 
 import bsfa
+import report
 from report import measurement, write_json
 from timing import Work, interleaved
 
@@ -399,12 +400,7 @@ def run() -> list[Row]:
 
 def missed(rows: Sequence[Row]) -> list[str]:
     """Demands that the measurements do not meet."""
-    values = {row["id"]: row["value"] for row in rows}
-    return [
-        f"{id_}: {values.get(id_)}, demanded {sign} {limit}"
-        for id_, (sign, limit) in DEMANDED.items()
-        if id_ not in values or (values[id_] < limit if sign == ">=" else values[id_] > limit)
-    ]
+    return report.missed(rows, DEMANDED)
 
 
 if __name__ == "__main__":

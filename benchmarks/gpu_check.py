@@ -26,7 +26,9 @@ from typing import Any
 
 from report import ROOT, SANITIZER_TOOLS, TREES, problems, tree_hash, write_json
 
-SUITES = ("pool", "attention")  # modules of this folder with a run() that returns measurements
+# Modules of this folder with a run() that returns measurements. The suite 'select' is not select.py, which would hide
+# Python's module of that name from everything that runs in this folder.
+SUITES = {"pool": "pool", "attention": "attention", "select": "selection"}
 BUILD_TIMEOUT_S, TEST_TIMEOUT_S, SANITIZER_TIMEOUT_S, SUITE_TIMEOUT_S = 900, 600, 300, 420
 STEPS = ("tests", "sanitizer", *SUITES)
 PACKAGE = ROOT / "python" / "bsfa"
@@ -148,7 +150,9 @@ def sanitize(tool: str) -> int:
 def run_suite(name: str, scratch: Path) -> list[dict[str, Any]]:
     """The measurements of one suite, run in a process of its own."""
     output = scratch / f"{name}.json"
-    done = command(f"suite {name}", [sys.executable, f"benchmarks/{name}.py", "--output", str(output)], SUITE_TIMEOUT_S)
+    done = command(
+        f"suite {name}", [sys.executable, f"benchmarks/{SUITES[name]}.py", "--output", str(output)], SUITE_TIMEOUT_S
+    )
     if done.returncode or not output.is_file():
         raise Failed(f"suite {name}: exit status {done.returncode}")
     found: list[dict[str, Any]] = json.loads(output.read_text())

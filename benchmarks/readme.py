@@ -3,13 +3,15 @@
     python benchmarks/readme.py            # rewrite README.md
     python benchmarks/readme.py --check    # exit with 1 if README.md is not what the results say
 
-Sources: benchmarks/results/demo.txt (printed by examples/demo.py), cpu.json and h200.json. The part on attention is
-empty until h200.json holds the suite 'attention'; draw its image first: python benchmarks/plot_attention.py.
+Sources: benchmarks/results/demo.txt (printed by examples/demo.py), cpu.json and h200.json. The parts on attention and
+selection are empty until h200.json holds the suites 'attention' and 'select'; draw their images first:
+python benchmarks/plot_attention.py, plot_selection.py. The part on policies is what examples/compare_policies.py wrote.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import re
 import sys
@@ -66,10 +68,13 @@ def benchmarks() -> str:
 def attention() -> str:
     """Attention on the GPU, as a section; empty if the report has no such measurements."""
     report, rows = _load("h200.json")
-    value = {id_.removeprefix("attn."): row["value"] for id_, row in rows.items() if id_.startswith("attn.")}
-    if not value:
+    found = {
+        id_: row for id_, row in rows.items() if id_.startswith("attn.") and not id_.startswith("attn.correction.")
+    }
+    if not found:
         return ""
-    clocks = [row["clock_mhz"] for id_, row in rows.items() if id_.startswith("attn.") and row["clock_mhz"]]
+    value = {id_.removeprefix("attn."): row["value"] for id_, row in found.items()}
+    clocks = [row["clock_mhz"] for row in found.values() if row["clock_mhz"]]
     lines = [
         f"## Attention on one {report['device']['name']}",
         "",
@@ -127,9 +132,130 @@ def attention() -> str:
     return "\n".join(lines)
 
 
+def selection() -> str:
+    """Block selection on the GPU, as a section; empty if the report has no such measurements."""
+    report, rows = _load("h200.json")
+    found = {id_: row for id_, row in rows.items() if id_.startswith(("select.", "e2e.", "attn.correction."))}
+    if not found:
+        return ""
+    value = {id_: row["value"] for id_, row in found.items()}
+    clocks = [row["clock_mhz"] for row in found.values() if row["clock_mhz"]]
+    lines = [
+        f"## Selection on one {report['device']['name']}",
+        "",
+        "`RelativeMax` from cold keys (pooling included) and the attention over what it keeps, the same shapes as "
+        "above and fresh random data; alpha is chosen so that the density is about 5 % (at 4K the default, which "
+        "keeps all of such data, and 1; at 16K the fewest blocks that the policy can keep); SM clock "
+        f"{min(clocks, default=0)} to {max(clocks, default=0)} MHz. Definitions: "
+        "[benchmarks/README.md](benchmarks/README.md).",
+        "",
+        "![Selection time as a share of dense attention, and end-to-end speed-up, against length]"
+        "(docs/images/select_h200.png)",
+        "",
+        "| tokens | blocks kept | pool + select | of bsfa dense | pool + select + attend | against FlashAttention-2 | "
+        "against cuDNN | against bsfa dense |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for size in ("4k", "4k_least", "16k", "64k", "128k", "256k"):
+        name = f"relmax.{size}"
+        row = found[f"select.{name}.ms"]
+        speed = " | ".join(f"{value[f'e2e.{name}.x_{peer}']:.1f}x" for peer in ("fa2", "cudnn", "dense"))
+        lines.append(
+            f"| {size.removesuffix('_least').upper()} | {row['peers']['density']:.1%} | {row['value']:.3g} ms | "
+            f"{row['value'] / row['peers']['dense_ms']:.1%} | {value[f'e2e.{name}.ms']:.3g} ms | {speed} |"
+        )
+    lines += [
+        "",
+        "| selection at 128K | time |",
+        "|---|---|",
+        *(
+            f"| {label} | {value[f'select.{name}.128k.ms']:.3g} ms |"
+            for name, label in (
+                ("relmax.paged", "`RelativeMax`, pages of 16 tokens in random order"),
+                ("cached_chunk", "`RelativeMax`, the last 8K tokens, means cached beside the pages"),
+                ("flexprefill", "`FlexPrefill`"),
+                ("antidiagonal", "`Antidiagonal`, stride 16"),
+                ("mass95", "`CumulativeMass` 0.95"),
+                ("flat64_95", "`CumulativeMass` 0.95, flat64"),
+            )
+        ),
+        "",
+        f"At 1M tokens a selection takes {value['select.relmax.1m.ms']:.0f} ms and "
+        f"{value['select.workspace.1m.mb']:.0f} MB, mask and summary included. Counting dropped blocks by their means "
+        f"costs {value['attn.correction.64k.x_plain'] - 1:.0%} of the attention at 64K and 10 % of the blocks.",
+    ]
+    return "\n".join(lines)
+
+
+#: Rows of policies_tiny_lm.csv that the README shows: policy, beginning of its parameters.
+SHOWN = (
+    ("dense", ""),
+    ("static", "sink 2 window 16"),
+    ("relative-max", "alpha 0.12"),
+    ("relative-max shared", "alpha 0.12"),
+    ("relative-max, mean correction", "alpha 0.12"),
+    ("relative-max calibrated", "target 0.95"),
+    ("relative-max, density matched", "as target 0.95"),
+    ("cumulative-mass mean", "mass 0.95"),
+    ("cumulative-mass flat64", "mass 0.95"),
+    ("flex-prefill", "gamma 0.95 tau 0.1 min_budget 1024"),
+    ("antidiagonal", "stride 16 mass 0.9"),
+    ("oracle", "mass 0.95"),
+)
+
+
+def policies() -> str:
+    """Quality of the policies on the shipped model, as a section; empty if examples/compare_policies.py has not run."""
+    if not (RESULTS / "policies_tiny_lm.csv").is_file():
+        return ""
+    with open(RESULTS / "policies_tiny_lm.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    facts = json.loads((RESULTS / "policies_tiny_lm.json").read_text())
+    settings = facts["settings"]
+    lengths = list(settings["prompts_by_length"])
+    lines = [
+        "## What each policy keeps and loses",
+        "",
+        f"On the shipped model's own queries and keys, {sum(settings['prompts_by_length'].values())} prompts "
+        f"({settings['machine']}, {settings['dtype']}; `examples/compare_policies.py`, all rows in "
+        "`benchmarks/results/policies_tiny_lm.csv`). The oracle keeps the fewest blocks with that share of the true "
+        "mass; *density matched* is one alpha for all heads with the calibrated table's density.",
+        "",
+        "![Mass lost, text loss and needles against density, by policy](docs/images/policies_tiny_lm.png)",
+        "",
+        f"| policy | | {' | '.join(f'blocks kept, {n}' for n in lengths)} | mass kept | text loss | "
+        f"{' | '.join(f'needles, {n}' for n in lengths)} |",
+        "|---|---|" + "---|" * (2 + 2 * len(lengths)),
+    ]
+    for policy, parameters in SHOWN:
+        row = next(r for r in rows if r["policy"] == policy and r["parameters"].startswith(parameters))
+        kept = " | ".join(f"{float(row[f'density_{n}']):.1%}" for n in lengths)
+        right = " | ".join(f"{row[f'needles_right_{n}']}/{row[f'needles_asked_{n}']}" for n in lengths)
+        lines.append(
+            f"| {policy} | {row['parameters']} | {kept} | {float(row['recall']):.2%} | "
+            f"{float(row['loss_change']):+.2%} | {right} |"
+        )
+    better = [f"{row['target']:.2f}" for row in facts["equal_density"] if row["dominates"]]
+    all_targets = ", ".join(f"{row['target']:.2f}" for row in facts["equal_density"])
+    lines += [
+        "",
+        "Calibrated per layer and head, `RelativeMax` is no worse than with one alpha of equal density in mass kept, "
+        f"text loss and needles, and better in one of them, at targets {', '.join(better) or 'none'} "
+        f"(of {all_targets}).",
+    ]
+    return "\n".join(lines)
+
+
 def filled(text: str) -> str:
     """README.md with all marked places replaced."""
-    for name, content in (("demo", demo()), ("benchmarks", benchmarks()), ("attention", attention())):
+    for name, section in (
+        ("demo", demo),
+        ("benchmarks", benchmarks),
+        ("attention", attention),
+        ("selection", selection),
+        ("policies", policies),
+    ):
+        content = section()
         content += "\n" if content else ""
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         text, count = pattern.subn(lambda m, c=content: f"{m[1]}{c}{m[2]}", text)

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +154,16 @@ def measurement(
     """One entry of ``measurements``, rounded to 5 significant digits."""
     short = {name: float(f"{v:.5g}") for name, v in (peers or {}).items()}
     return {"id": id, "value": float(f"{value:.5g}"), "unit": unit, "n": n, "clock_mhz": clock_mhz, "peers": short}
+
+
+def missed(rows: Sequence[dict[str, Any]], demanded: Mapping[str, tuple[str, float]]) -> list[str]:
+    """Demands (">=" or "<=", limit) by id that the measurements do not meet, or that nothing measured."""
+    values = {row["id"]: row["value"] for row in rows}
+    return [
+        f"{id_}: {values.get(id_)}, demanded {sign} {limit}"
+        for id_, (sign, limit) in demanded.items()
+        if id_ not in values or (values[id_] < limit if sign == ">=" else values[id_] > limit)
+    ]
 
 
 def write_json(path: Path, content: Any) -> None:

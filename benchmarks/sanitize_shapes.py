@@ -7,11 +7,19 @@ from typing import Any
 import torch
 
 import bsfa
-from bsfa._library import KERNELS
+from bsfa.stages import resolve_layout
+
+DEVICE = "cuda"
+SCALE = 0.125
+
+
+def has(op: str) -> bool:
+    """Whether this build has the operator on this device."""
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"bsfa::{op}", DEVICE.upper()))
 
 
 def int32(values: list[int]) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int32, device="cuda")
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
 
 
 def random_pages(lengths: list[int], page_size: int) -> tuple[torch.Tensor, int]:
@@ -19,21 +27,21 @@ def random_pages(lengths: list[int], page_size: int) -> tuple[torch.Tensor, int]
     pages = [(n + page_size - 1) // page_size for n in lengths]
     order = torch.randperm(sum(pages)).tolist()
     table = [[order.pop() for _ in range(n)] + [-1] * (max(pages) - n) for n in pages]
-    return torch.tensor(table, dtype=torch.int32).cuda(), sum(pages)
+    return torch.tensor(table, dtype=torch.int32).to(DEVICE), sum(pages)
 
 
 def pool_blocks() -> None:
     for dtype in (torch.bfloat16, torch.float16):
         for dim in (33, 40, 128):
             for seqlen in (1, 127, 129, 300):
-                k = torch.randn(2, seqlen, 3, dim).to("cuda", dtype)
+                k = torch.randn(2, seqlen, 3, dim).to(DEVICE, dtype)
                 bsfa.pool_blocks(k)
-            k = torch.randn(430, 3, dim).to("cuda", dtype)
+            k = torch.randn(430, 3, dim).to(DEVICE, dtype)
             bsfa.pool_blocks(k, cu_seqlens_k=int32([0, 0, 129, 130, 430]), max_seqlen_k=300, block_n=64)
             for page_size in (1, 3, 16, 256):
                 lengths = [129, 0, 1, 300]
                 table, pages = random_pages(lengths, page_size)
-                pool = torch.randn(pages, page_size, 3, dim).to("cuda", dtype)
+                pool = torch.randn(pages, page_size, 3, dim).to(DEVICE, dtype)
                 bsfa.pool_blocks(pool, block_table=table, seqlens_k=int32(lengths), max_seqlen_k=300, block_n=100)
 
 
@@ -44,7 +52,7 @@ def random_mask(q: torch.Tensor, heads: int, **lengths: Any) -> bsfa.BlockMask:
     geometry = like.geometry
     kept = torch.rand(geometry.num_rows, heads, geometry.num_blocks) < 0.5
     kept[::3, 0] = False
-    return bsfa.BlockMask.from_rows(kept.cuda(), geometry)
+    return bsfa.BlockMask.from_rows(kept.to(DEVICE), geometry)
 
 
 def attention() -> None:
@@ -53,7 +61,7 @@ def attention() -> None:
     for dtype, dim in ((torch.bfloat16, 64), (torch.float16, 128)):
 
         def data(*shape: int, dtype: torch.dtype = dtype, dim: int = dim) -> torch.Tensor:
-            return torch.randn(*shape, dim).to("cuda", dtype)
+            return torch.randn(*shape, dim).to(DEVICE, dtype)
 
         for causal in (True, False):
             for seqlen_q, seqlen_k in ((1, 1), (130, 130), (64, 400), (300, 200)):
@@ -87,34 +95,180 @@ def attention() -> None:
             attend(q, k, v, None, block_table=table, **cache, **queries)
             q = data(4, 100, heads_q)
             attend(q, k, v, random_mask(q, heads_kv, **cache), block_table=table, **cache)
+            means = {"k_means": bsfa.pool_blocks(k, block_table=table, **cache)}
+            means |= {"v_means": bsfa.pool_blocks(v, block_table=table, **cache)}
+            attend(q, k, v, random_mask(q, heads_q, **cache), block_table=table, **cache, **means)
+
+        for causal in (True, False):  # a mask row of several steps of means, and a tail
+            q, k, v = data(1, 200, heads_q), data(1, 17_000, heads_kv), data(1, 17_000, heads_kv)
+            means = {"k_means": bsfa.pool_blocks(k), "v_means": bsfa.pool_blocks(v)}
+            attend(q, k, v, random_mask(q, heads_kv, seqlen_k=17_000, causal=causal), causal=causal, **means)
 
 
-def probe_and_patterns() -> None:
-    probe = torch.ops.bsfa.probe_attention
+def means_of_dropped_blocks() -> None:
+    """Attention with k_means and v_means: batched, packed, paged; one and two mask words; a softcap."""
+    attend = bsfa.block_sparse_attention
+    heads_q, heads_kv = 4, 2
     for dtype, dim in ((torch.bfloat16, 64), (torch.float16, 128)):
-        for causal in (True, False):
-            for seqlen_q, seqlen_k in ((1, 1), (130, 1300), (64, 1025), (300, 20)):
-                q, k = (torch.randn(2, n, h, dim).to("cuda", dtype) for n, h in ((seqlen_q, 4), (seqlen_k, 2)))
-                probe(q, k, None, None, None, None, seqlen_q, seqlen_k, 128, causal, 0.1, 3.0)
-            lengths, queries = [129, 0, 1, 1100], int32([0, 129, 130, 130, 200])
-            q = torch.randn(200, 4, dim).to("cuda", dtype)
-            for page_size in (1, 16, 128):
-                table, pages = random_pages(lengths, page_size)
-                pool = torch.randn(pages, page_size, 2, dim).to("cuda", dtype)
-                probe(q, pool, queries, None, table, int32(lengths), 129, 1100, 128, causal, 0.1, 0.0)
-    for words in (1, 40):
-        length = words * 32 * 16 - 3
-        base, bits = (torch.full((n, 4, words), -1, dtype=torch.int32, device="cuda") for n in (words * 4 + 9, 3))
-        sizes = (length, length, 128, 16, True, 1, 2)
-        ends = int32([0, 5, 5, length])
-        torch.ops.bsfa.pattern_mask(base, bits[..., 0].contiguous(), bits, bits, ends, ends, None, *sizes)
+
+        def data(*shape: int, dtype: torch.dtype = dtype, dim: int = dim) -> torch.Tensor:
+            return torch.randn(*shape, dim).to(DEVICE, dtype)
+
+        for seqlen_q, seqlen_k, softcap in ((300, 300, 0.0), (64, 900, 0.0), (130, 4300, 20.0)):
+            q, k, v = data(2, seqlen_q, heads_q), data(2, seqlen_k, heads_kv), data(2, seqlen_k, heads_kv)
+            for causal in (True, False):
+                for heads in (heads_q, heads_kv, 1):
+                    mask = random_mask(q, heads, seqlen_k=seqlen_k, causal=causal)
+                    means = {"k_means": bsfa.pool_blocks(k), "v_means": bsfa.pool_blocks(v)}
+                    attend(q, k, v, mask, causal=causal, softcap=softcap, **means)
+        cu_q, cu_k = int32([0, 0, 129, 130, 330, 330, 340]), int32([0, 7, 136, 137, 400, 400, 400])
+        keys: dict[str, Any] = {"cu_seqlens_k": cu_k, "max_seqlen_k": 263}
+        packed: dict[str, Any] = {"cu_seqlens_q": cu_q, "max_seqlen_q": 200, **keys}
+        q, k, v = data(340, heads_q), data(400, heads_kv), data(400, heads_kv)
+        means = {"k_means": bsfa.pool_blocks(k, **keys), "v_means": bsfa.pool_blocks(v, **keys)}
+        attend(q, k, v, random_mask(q, heads_q, **packed), **packed, **means)
+        lengths = [129, 0, 1, 900]
+        table, pages = random_pages(lengths, 16)
+        cache: dict[str, Any] = {"seqlens_k": int32(lengths), "max_seqlen_k": 900}
+        q, k, v = data(4, 100, heads_q), data(pages, 16, heads_kv), data(pages, 16, heads_kv)
+        mask = random_mask(q, heads_kv, **cache)
+        cache["block_table"] = table
+        means = {"k_means": bsfa.pool_blocks(k, **cache), "v_means": bsfa.pool_blocks(v, **cache)}
+        attend(q, k, v, mask, **cache, **means)
+
+
+# Rule, pooling, stride, sharing; see csrc/include/bsfa/params.h.
+RULES = (
+    ("relative_max", "mean", 16, "none"),
+    ("relative_max", "mean", 16, "group"),
+    ("pooled", "mean", 16, "none"),
+    ("pooled", "maxabs", 16, "none"),
+    ("pooled", "center", 16, "union"),
+    ("flat64", "mean", 16, "none"),
+    ("flat64", "mean", 16, "union"),
+    ("antidiagonal", "mean", 16, "none"),
+    ("antidiagonal", "mean", 8, "union"),
+)
+HEADS_Q, HEADS_KV = 4, 2
+
+
+def selections() -> list[tuple[torch.Tensor, torch.Tensor, dict[str, Any]]]:
+    """(q, k, how they lie): one key, edges of tiles and blocks, chunks, two mask words, packed, paged."""
+    cases: list[tuple[torch.Tensor, torch.Tensor, dict[str, Any]]] = []
+    for dtype, dim in ((torch.bfloat16, 64), (torch.bfloat16, 128), (torch.float16, 128)):
+
+        def data(*shape: int, dtype: torch.dtype = dtype, dim: int = dim) -> torch.Tensor:
+            return torch.randn(*shape, dim).to(DEVICE, dtype)
+
+        for seqlen_q, seqlen_k in ((1, 1), (128, 128), (257, 257), (70, 400), (200, 4230)):
+            cases.append((data(2, seqlen_q, HEADS_Q), data(2, seqlen_k, HEADS_KV), {"causal": True}))
+        cases.append((data(1, 200, HEADS_Q), data(1, 390, HEADS_KV), {"causal": False}))
+        cu_q, cu_k = int32([0, 0, 129, 130, 330, 330, 340]), int32([0, 7, 136, 137, 400, 400, 400])
+        packed = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "max_seqlen_q": 200, "max_seqlen_k": 263}
+        cases.append((data(340, HEADS_Q), data(400, HEADS_KV), {"causal": True, **packed}))
+        for page_size in (1, 16, 256):
+            lengths = [129, 0, 1, 300]
+            table, pages = random_pages(lengths, page_size)
+            cache = {"block_table": table, "seqlens_k": int32(lengths), "max_seqlen_k": 300}
+            cases.append((data(4, 100, HEADS_Q), data(pages, page_size, HEADS_KV), {"causal": True, **cache}))
+    return cases
+
+
+def select_blocks() -> None:
+    """Every rule, pooling and sharing, with all that keeps blocks beside the score; masks, and scores."""
+    for q, k, how in selections():
+        names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "block_table", "seqlens_k")
+        layout = resolve_layout(q, k, None, how["causal"], *(how.get(name) for name in names))
+        lengths = (layout.cu_seqlens_k, layout.block_table, layout.seqlens_k, layout.max_seqlen_k)
+        rows = layout.num_mask_rows(128)
+        for rule, pooling, stride, sharing in RULES:
+            pooled = rule in ("relative_max", "pooled")
+            shared = (
+                q,
+                torch.ops.bsfa.pool_blocks(k, *lengths, 128, pooling) if pooled else None,
+                None if pooled else k,
+                layout.cu_seqlens_q,
+                layout.cu_seqlens_k,
+                None if pooled else layout.block_table,
+                layout.seqlens_k,
+                layout.max_seqlen_q,
+                layout.max_seqlen_k,
+                rows,
+                128,
+                128,
+                layout.causal,
+                SCALE,
+                0.0 if sharing == "none" else 20.0,
+                rule,
+                pooling,
+                stride,
+                sharing,
+                1,
+                2,
+            )
+            thresholds = torch.full((HEADS_KV if sharing == "group" else HEADS_Q,), 0.9, device=DEVICE)
+            probability = 1.0 if rule == "relative_max" else 0.3
+            prompt_lens = int32([500] * layout.batch) if sharing == "union" else None
+            kept = (thresholds, 1, 2, 0.1, probability, 7, 0.05, 3, prompt_lens)
+            torch.ops.bsfa.select_blocks(*shared, *kept)
+            if has("score_blocks"):
+                torch.ops.bsfa.score_blocks(*shared)
+
+
+def patterns() -> None:
+    """The probe's vertical and slash mass, and masks from patterns of blocks."""
+    for q, k, how in selections():
+        names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "block_table", "seqlens_k")
+        layout = resolve_layout(q, k, None, how["causal"], *(how.get(name) for name in names))
+        torch.ops.bsfa.probe_attention(
+            q,
+            k,
+            layout.cu_seqlens_q,
+            layout.cu_seqlens_k,
+            layout.block_table,
+            layout.seqlens_k,
+            layout.max_seqlen_q,
+            layout.max_seqlen_k,
+            128,
+            layout.causal,
+            SCALE,
+            0.0,
+        )
+        if not has("pattern_mask"):
+            continue
+        words = (layout.max_seqlen_k + 128 * 32 - 1) // (128 * 32)
+
+        def bits(*shape: int) -> torch.Tensor:
+            return torch.randint(-(2**31), 2**31, shape, dtype=torch.int64).to(torch.int32).to(DEVICE)
+
+        torch.ops.bsfa.pattern_mask(
+            bits(layout.num_mask_rows(128), HEADS_Q, words),
+            int32([[0, 1] * (HEADS_Q // 2)] * layout.batch),  # type: ignore[arg-type]
+            bits(layout.batch, HEADS_Q, words),
+            bits(layout.batch, HEADS_Q, words),
+            layout.cu_seqlens_q,
+            layout.cu_seqlens_k,
+            layout.seqlens_k,
+            layout.max_seqlen_q,
+            layout.max_seqlen_k,
+            128,
+            128,
+            layout.causal,
+            1,
+            2,
+        )
 
 
 if __name__ == "__main__":
     torch.manual_seed(0)
     pool_blocks()
-    probe_and_patterns()
-    if "attention" in KERNELS["cuda"]:
+    if has("attention"):
         attention()
-    torch.cuda.synchronize()
+        means_of_dropped_blocks()
+    if has("select_blocks"):
+        select_blocks()
+    if has("probe_attention"):
+        patterns()
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
     print("done")

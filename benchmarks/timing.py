@@ -19,11 +19,13 @@ class Work:
     """``body`` enqueues ``launches`` equal pieces of work, without synchronising.
 
     It is timed as a replayed CUDA graph, so that gaps between launches on the host do not count, unless ``eager``.
+    ``samples``: how often it is timed in a turn, for short work beside peers that can afford few turns.
     """
 
     body: Callable[[], object]
     launches: int = 1
     eager: bool = False
+    samples: int = 1
 
 
 @dataclass(frozen=True)
@@ -97,10 +99,11 @@ def interleaved(peers: Mapping[str, Work], rounds: int = 15, warmup: int = 3) ->
     with ClockSampler() as clock:
         for i in range(rounds):
             for name, replay in list(replays.items())[:: 1 if i % 2 == 0 else -1]:
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                start.record()
-                replay()
-                end.record()
-                end.synchronize()
-                samples[name].append(start.elapsed_time(end) * 1e3 / peers[name].launches)
+                for _ in range(peers[name].samples):
+                    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                    start.record()
+                    replay()
+                    end.record()
+                    end.synchronize()
+                    samples[name].append(start.elapsed_time(end) * 1e3 / peers[name].launches)
     return {name: Timing(statistics.median(s), s) for name, s in samples.items()}, clock.median

@@ -44,7 +44,7 @@ class Case:
     window_left: int | None = None
     block_m: int = 64
     block_n: int = 64
-    mask: str = "none"  #: or "random", "sparse" (rows may be empty), "all", "diagonal"
+    mask: str = "none"  #: or "random", "sparse" (rows may be empty), "all", "diagonal", "empty", "mixed" (of those)
     mask_heads: str = "q"  #: or "kv", "one"
     seed: int = 0
 
@@ -234,10 +234,16 @@ class Inputs:
         mask = bsfa.select_blocks(self.q, None, pattern, causal=self.case.causal, **self.layout_select)
         return mask.geometry
 
-    def attend(self, mask: bsfa.BlockMask | None) -> tuple[Tensor, Tensor]:
-        return bsfa.block_sparse_attention(
-            self.q, self.k, self.v, mask, window_left=self.case.window_left, **self.maths, **self.layout
-        )
+    def attend(self, mask: bsfa.BlockMask | None, means: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        options = {"window_left": self.case.window_left, **self.maths, **self.layout}
+        if means is not None:
+            options |= {"k_means": means[0], "v_means": means[1]}
+        return bsfa.block_sparse_attention(self.q, self.k, self.v, mask, **options)
+
+    def means(self) -> tuple[Tensor, Tensor]:
+        """The means of keys and values, for the mean correction."""
+        k, v = (bsfa.pool_blocks(t, block_n=self.case.block_n, **self.layout_k) for t in (self.k, self.v))
+        return k, v
 
     def run(self, policy: bsfa.policies.Policy | None, **options: Any) -> Any:
         """The attention function that this layout has."""
@@ -304,7 +310,10 @@ class Inputs:
                 mask[t, :, max(tile.visible - 1, 0) : tile.visible] = True
             elif case.mask == "all":
                 mask[t, :, : tile.visible] = True
-            else:
+            elif case.mask == "mixed":
+                for h in range(self.mask_heads):
+                    mask[t, h, : tile.visible] = rng.random(tile.visible) < rng.choice((0.0, 0.1, 0.5, 0.9, 1.0))
+            elif case.mask != "empty":
                 density = 0.5 if case.mask == "random" else 0.15
                 mask[t, :, : tile.visible] = rng.random((self.mask_heads, tile.visible)) < density
         return mask
@@ -329,9 +338,12 @@ def poison(*shapes: tuple[int, ...], dtype: torch.dtype = F32, device: str = "cp
 
 
 def same_maths(
-    q: Tensor, k: Tensor, v: Tensor, seen: np.ndarray, scale: float, softcap: float
+    q: Tensor, k: Tensor, v: Tensor, seen: np.ndarray, scale: float, softcap: float, bias: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Attention of one sequence with torch operations in the dtype of the inputs: (out, lse in float32 maths)."""
+    """Attention of one sequence with torch operations in the dtype of the inputs: (out, lse in float32 maths).
+
+    ``bias``: one number per key, added to its logits.
+    """
     group = q.shape[1] // k.shape[1]
     visible = torch.from_numpy(np.broadcast_to(seen, (q.shape[1], *seen.shape[1:])).copy())
     empty = ~visible.any(-1, keepdim=True)
@@ -340,6 +352,7 @@ def same_maths(
         keys = k.repeat_interleave(group, dim=1).to(dtype)
         s = torch.matmul(q.to(dtype).transpose(0, 1), keys.permute(1, 2, 0)) * scale
         s = softcap * torch.tanh(s / softcap) if softcap else s
+        s = s if bias is None else s + torch.from_numpy(bias).to(dtype)
         return s.masked_fill(~visible, float("-inf"))
 
     s = masked_logits(q.dtype)
@@ -370,10 +383,16 @@ ROUNDING = {BF16: 2.0**-8, F16: 2.0**-11}
 
 
 def check_attention(
-    inputs: Inputs, out: Tensor, lse: Tensor, masks: list[np.ndarray] | None = None, lse_constant: float = 2e-6
+    inputs: Inputs,
+    out: Tensor,
+    lse: Tensor,
+    masks: list[np.ndarray] | None = None,
+    lse_constant: float = 2e-6,
+    means: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """Hold ``out`` and ``lse`` against the oracle, sequence by sequence.
 
+    ``means``: those that the masked attention was corrected with.
     In 16 bits also element by element: rounding the result moves it by half a unit in its last place at most, and
     rounding the probabilities by as much of their average of ``|v|``.
     """
@@ -384,6 +403,12 @@ def check_attention(
     for b, (seqlen_q, seqlen_k) in enumerate(case.lengths):
         mask = None if masks is None else masks[b]
         q, k, v = inputs.arrays(b)
+        blocks = oracle.num_blocks(seqlen_k, case.block_n)
+        k_means, v_means = (None, None) if means is None else (t[b, :blocks].cpu() for t in means)
+        both = None
+        if k_means is not None and v_means is not None:
+            mean_values = v_means.double().numpy()
+            both = (k_means.double().numpy(), np.concatenate([mean_values, np.abs(mean_values)], axis=-1))
         want, want_lse = oracle.attention(
             q,
             k,
@@ -393,15 +418,20 @@ def check_attention(
             mask=mask,
             block_m=case.block_m,
             block_n=case.block_n,
+            means=both,
         )
         want_out, magnitude = np.split(want, 2, axis=-1)
         seen = oracle.visible_tokens(seqlen_q, seqlen_k, case.causal, case.window_left)[None]
         if mask is not None:
             kept = oracle.kept_tokens(mask, seqlen_q, seqlen_k, case.block_m, case.block_n, case.causal)
             seen = seen & np.repeat(kept, case.hq // kept.shape[0], axis=0)
-        low_out, low_lse = same_maths(
-            inputs.queries[b], inputs.keys[b], inputs.values[b], seen, case.softmax_scale, case.softcap
-        )
+        keys, values, bias = inputs.keys[b], inputs.values[b], None
+        if mask is not None and k_means is not None and v_means is not None:
+            keys, values = torch.cat([keys, k_means]), torch.cat([values, v_means])
+            bias = np.concatenate([np.zeros(seqlen_k), np.log(oracle.block_lengths(seqlen_k, case.block_n))])
+            added = oracle.added_means(mask, seqlen_q, seqlen_k, case.block_m, case.block_n, case.causal)
+            seen = np.concatenate([seen, np.repeat(added, case.hq // added.shape[0], axis=0)], axis=-1)
+        low_out, low_lse = same_maths(inputs.queries[b], keys, values, seen, case.softmax_scale, case.softcap, bias)
         got = inputs.lse_of_sequence(lse, b).double().numpy()
         assert_within(got, want_lse, low_lse, lse_constant, f"lse of sequence {b}")
         got = inputs.of_sequence(out, b).double().numpy()

@@ -8,6 +8,9 @@ Arrays are [tokens, heads, dim]; Hq query heads read Hkv KV heads in groups. Def
   value of ``position // block_m``, in order. A block is visible to a tile if one of the tile's rows sees one of its
   tokens (window_left aside).
 * A mask is bool [tiles, heads, blocks], heads = Hq, Hkv or 1: rows of the tile see no token of a block not kept.
+* Mean correction (FlashPrefill V2): a block of n tokens that the mask does not keep for a tile, and all of whose tokens
+  every row of the tile sees, is one more key for these rows: the block's mean key, its logit plus ln(n), and as value
+  the block's mean value. Causal rows take a last block of fewer than block_n tokens for one that is not complete yet.
 """
 
 from __future__ import annotations
@@ -66,6 +69,23 @@ def kept_tokens(mask: Array, seqlen_q: int, seqlen_k: int, block_m: int, block_n
     return kept
 
 
+def added_means(mask: Array, seqlen_q: int, seqlen_k: int, block_m: int, block_n: int, causal: bool) -> Array:
+    """bool [mask heads, seqlen_q, blocks]: the blocks that the mean correction adds."""
+    added = np.zeros((mask.shape[1], seqlen_q, num_blocks(seqlen_k, block_n)), dtype=bool)
+    seen = visible_tokens(seqlen_q, seqlen_k, causal)
+    for tile, row in zip(tiles(seqlen_q, seqlen_k, block_m, block_n, causal), mask, strict=True):
+        for j in range(added.shape[2]):
+            whole = seen[tile.rows, j * block_n : (j + 1) * block_n]
+            if whole.all() and (not causal or whole.shape[1] == block_n):
+                added[:, tile.rows, j] = ~row[:, j, None]
+    return added
+
+
+def block_lengths(seqlen_k: int, block_n: int) -> Array:
+    """Tokens of each block."""
+    return np.array([min(block_n, seqlen_k - first) for first in range(0, seqlen_k, block_n)], dtype=np.float64)
+
+
 def logits(q: Array, k: Array, scale: float, softcap: float = 0.0) -> Array:
     """[Hq, rows, keys]."""
     k = np.repeat(k, q.shape[1] // k.shape[1], axis=1)
@@ -85,8 +105,12 @@ def attention(
     mask: Array | None = None,
     block_m: int = 128,
     block_n: int = 128,
+    means: tuple[Array, Array] | None = None,
 ) -> tuple[Array, Array]:
-    """(out [Sq, Hq, Dv], lse [Hq, Sq]). Rows that see nothing: 0 and -inf."""
+    """(out [Sq, Hq, Dv], lse [Hq, Sq]). Rows that see nothing: 0 and -inf.
+
+    ``means``: of keys and values, [blocks, Hkv, D]; correct with them for what the mask drops.
+    """
     seqlen_q, hq = q.shape[:2]
     seqlen_k, hkv = k.shape[:2]
     seen = visible_tokens(seqlen_q, seqlen_k, causal, window_left)[None]
@@ -94,6 +118,12 @@ def attention(
         kept = kept_tokens(mask, seqlen_q, seqlen_k, block_m, block_n, causal)
         seen = seen & np.repeat(kept, hq // kept.shape[0], axis=0)
     s = np.where(seen, logits(q, k, scale, softcap), -np.inf)
+    if means is not None:
+        assert mask is not None and window_left is None
+        added = added_means(mask, seqlen_q, seqlen_k, block_m, block_n, causal)
+        extra = logits(q, means[0], scale, softcap) + np.log(block_lengths(seqlen_k, block_n))
+        s = np.concatenate([s, np.where(np.repeat(added, hq // added.shape[0], axis=0), extra, -np.inf)], axis=-1)
+        v = np.concatenate([v, means[1]])
     top = s.max(axis=-1, initial=-np.inf, keepdims=True)
     weights = np.exp(s - np.where(np.isneginf(top), 0.0, top))
     total = weights.sum(axis=-1, keepdims=True)

@@ -13,7 +13,7 @@ from torch.nn.attention import flex_attention as flex
 
 import bsfa
 import oracle
-from bsfa.block_mask import pack_bits, unpack_bits
+from bsfa.block_mask import pack_bits, popcount, unpack_bits
 from cases import BATCHED, F32, PACKED, PAGED, PAGED_PACKED, Case, check_attention, table
 
 RAGGED = ((65, 65), (0, 0), (1, 130), (0, 40), (64, 64), (37, 150), (0, 0))
@@ -114,6 +114,26 @@ def test_bits(blocks: int) -> None:
     assert torch.equal(unpack_bits(words, blocks), kept)
     for j in range(blocks):
         assert torch.equal((words[..., j // 32] >> (j % 32)) & 1, kept[..., j].int())
+
+
+def test_popcount() -> None:
+    """Of every sign and of every single bit, against Python's own count."""
+    values = [0, -1, 2**31 - 1, -(2**31), -2, *(1 << i for i in range(31)), *(~(1 << i) for i in range(31))]
+    words = torch.cat([torch.tensor(values), torch.randint(-(2**31), 2**31, (4096,))]).to(torch.int32)
+    want = [bin(v & 0xFFFFFFFF).count("1") for v in words.tolist()]
+    got = popcount(words)
+    assert got.dtype == torch.int32 and got.tolist() == want
+    compiled = torch.compile(popcount, fullgraph=True, dynamic=True)
+    assert torch.equal(compiled(words.view(23, -1)[:, :-1]), got.view(23, -1)[:, :-1])
+
+
+def test_to_another_device() -> None:
+    mask, _ = kept_of(CASES[0])
+    assert mask.to("cpu") is mask and mask.to(torch.device("cpu")) is mask
+    moved = mask.to("meta")
+    tensors = (moved.words, moved.counts, moved.geometry.seqlens_q, moved.geometry.seqlens_k)
+    assert all(t.device.type == "meta" for t in tensors) and moved.geometry.same_as(mask.geometry)
+    assert moved.words.shape == mask.words.shape and moved.device.type == "meta"
 
 
 def test_bit_31_is_the_sign() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from bsfa.calibration import (
     threshold_grid,
 )
 from bsfa.integrations.transformers import observe
-from bsfa.policies import CumulativeMass, RelativeMax, ScoredPolicy
+from bsfa.policies import Antidiagonal, CumulativeMass, RelativeMax, ScoredPolicy
+from bsfa.stages import select_for
 from tiny_model import make_mixed_model, make_model, make_prompts, make_tokenizer
 
 BLOCKS = {"block_m": 32, "block_n": 32}
@@ -30,6 +32,12 @@ POLICIES = {
     "relative-max": RelativeMax(**BLOCKS, sink_blocks=1, window_blocks=1, last_tiles=1),
     "relative-max, odd blocks": RelativeMax(block_m=48, block_n=20, sink_blocks=0, window_blocks=2, last_tiles=0),
     "cumulative-mass": CumulativeMass(**BLOCKS, sink_blocks=0, window_blocks=1),
+    "relative-max, shared": RelativeMax(**BLOCKS, sink_blocks=1, window_blocks=1, last_tiles=0, shared=True),
+    "cumulative-mass, flat64": CumulativeMass(block_m=64, block_n=64, pooling="flat64", sink_blocks=0, window_blocks=1),
+    "cumulative-mass, maxabs": CumulativeMass(
+        **BLOCKS, pooling="maxabs", keep_ratio=0.1, probability=0.3, rescue_stride=40, sink_blocks=0, window_blocks=1
+    ),
+    "antidiagonal": Antidiagonal(**BLOCKS, stride=8),
     "cumulative-mass, min blocks": CumulativeMass(block_m=64, block_n=16, min_blocks=3, last_tiles=1),
 }
 
@@ -55,16 +63,9 @@ def brute_force(
     tail: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Lost mass, that of the worst tiles, and density of one selection, token by token: [heads] each."""
-    mask = bsfa.select_blocks(
-        q,
-        bsfa.pool_blocks(k, block_n=policy.block_n),
-        policy,
-        seqlen_k=k.shape[1],
-        softmax_scale=scale,
-        softcap=softcap,
-    )
+    mask = select_for(q, k, policy, softmax_scale=scale, softcap=softcap)
     assert isinstance(mask, bsfa.BlockMask)
-    kept = mask.to_bool()[0]  # heads, tiles, blocks
+    kept = mask.to_bool()[0].repeat_interleave(q.shape[2] // mask.num_heads, dim=0)  # heads, tiles, blocks
     n, heads = q.shape[1], q.shape[2]
     logits = torch.einsum("qhd,khd->hqk", q[0].double(), k[0].double().repeat_interleave(heads // 2, 1)) * scale
     if softcap:
@@ -114,7 +115,7 @@ def test_curves_do_not_depend_on_the_chunk_of_rows(monkeypatch: pytest.MonkeyPat
         assert torch.equal(getattr(whole, name), getattr(rows, name))
 
 
-@pytest.mark.parametrize("kind", [RelativeMax, CumulativeMass])
+@pytest.mark.parametrize("kind", [RelativeMax, CumulativeMass, Antidiagonal])
 def test_grid(kind: type[ScoredPolicy]) -> None:
     policy = kind()
     grid = threshold_grid(policy)
@@ -254,6 +255,43 @@ def test_dense_layers_stay_dense() -> None:
     table = choose(synthetic(60, ("dense: sliding-window attention", "calibrated")), 0.9)
     assert table.layer(0) is None and table.layer(1) is not None
     assert float(table.density[0].min()) == 1.0 or bool((table.thresholds[0] == 0).all())
+
+
+@pytest.mark.parametrize("name", ["relative-max, shared", "antidiagonal", "cumulative-mass, flat64"])
+def test_other_rules_pass_through_model_choice_and_file(name: str, lm: tuple[Any, Any], tmp_path: Path) -> None:
+    model, tokenizer = lm
+    policy = POLICIES[name]
+    curves = collect(model, tokenizer, make_prompts(6), policy)
+    shared = policy.scoring.sharing == "group"
+    assert curves.group == (2 if shared else 1)
+    table = choose(curves, 0.6)
+    assert bool((table.thresholds != policy.keep_all_threshold()).any())
+    table.save(tmp_path / "t.safetensors")
+    back = bsfa.ThresholdTable.load(tmp_path / "t.safetensors")
+    assert torch.equal(back.thresholds, table.thresholds)
+    layer = next(found for found in map(back.layer, range(back.num_layers)) if found is not None)
+    assert type(layer) is type(policy) and layer.scoring == policy.scoring
+    q, k = torch.randn(1, 300, table.num_heads, 16), torch.randn(1, 300, table.num_heads // 2, 16)
+    assert bsfa.attention(q, k, k, policy=layer).shape == q.shape  # type: ignore[union-attr]
+    if shared:
+        groups = table.thresholds.unflatten(-1, (-1, 2))
+        assert torch.equal(groups[..., 0], groups[..., 1])
+
+
+def test_shared_heads_take_the_strictest() -> None:
+    curves = synthetic(41)  # three heads
+    alone = choose(curves, 0.9)
+    model = replace(curves.model, fields={"num_key_value_heads": 1})
+    table = choose(replace(curves, group=3, model=model, policy=RelativeMax(shared=True)), 0.9)
+    assert torch.equal(table.thresholds, alone.thresholds.amin(-1, keepdim=True).expand(-1, 3))
+    assert not torch.equal(table.thresholds, alone.thresholds)
+    layer = table.layer(0)
+    assert layer is not None and torch.equal(layer.alpha, table.thresholds[0, :1])  # type: ignore[attr-defined]
+
+
+def test_a_union_of_masks_is_refused(lm: tuple[Any, Any]) -> None:
+    with pytest.raises(bsfa.UnsupportedError, match="shared=False"):
+        collect(*lm, make_prompts(4), CumulativeMass(shared=True))
 
 
 def test_sliding_window_layers(lm: tuple[Any, Any]) -> None:

@@ -12,7 +12,7 @@ import torch
 
 import bsfa
 import oracle
-from bsfa.policies import CumulativeMass, Policy, RelativeMax, StaticPattern
+from bsfa.policies import Antidiagonal, CumulativeMass, Policy, RelativeMax, StaticPattern
 from cases import BF16, F32, PACKED, PAGED, PAGED_PACKED, Case, Inputs, check_attention, int32
 
 PROMPT = 420  # ends inside a tile
@@ -26,6 +26,9 @@ def policies(block_m: int, block_n: int) -> list[Policy]:
         RelativeMax(alpha=0.95, sink_blocks=0, window_blocks=1, last_tiles=3, min_blocks=2, **sizes),
         CumulativeMass(mass=0.7, **sizes),
         CumulativeMass(mass=0.3, sink_blocks=0, window_blocks=1, last_tiles=1, min_blocks=3, **sizes),
+        RelativeMax(alpha=0.7, shared=True, **sizes),
+        CumulativeMass(mass=0.5, pooling="maxabs", shared=True, rescue_stride=7, rescue_probability=0.1, **sizes),
+        Antidiagonal(mass=0.6, stride=8, last_tiles=1, **sizes),
     ]
 
 
@@ -57,7 +60,7 @@ def run_chunks(whole: Inputs, cuts: list[int], policy: Policy, layout: str) -> t
 
 
 @pytest.mark.parametrize("layout", ["batched", PACKED, PAGED, PAGED_PACKED])
-@pytest.mark.parametrize("which", range(5))
+@pytest.mark.parametrize("which", range(8))
 @pytest.mark.parametrize(
     ("block_m", "block_n", "cuts"),
     [
@@ -79,6 +82,19 @@ def test_chunks_at_edges_of_tiles_and_blocks_have_the_mask_of_the_prompt(
     for b, found in enumerate(kept):
         assert np.array_equal(found, whole.rows_of_sequence(rows, b))
     torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["batched", PACKED, PAGED, PAGED_PACKED])
+@pytest.mark.parametrize(("block_m", "block_n", "cuts"), [(64, 64, [64, 320]), (64, 128, [256]), (128, 64, [128, 384])])
+def test_flat64_chunks_have_the_mask_of_the_prompt(block_m: int, block_n: int, cuts: list[int], layout: str) -> None:
+    whole = Case(lengths=((PROMPT, PROMPT),) * 2, hq=4, hkv=2, block_m=block_m, block_n=block_n).make()
+    options = {"pooling": "flat64", "original_scale": True, "sink_blocks": 0, "window_blocks": 1, "last_tiles": 1}
+    policy = CumulativeMass(mass=0.8, block_m=block_m, block_n=block_n, **options)
+    mask = whole.run(policy, return_info=True)[1].mask
+    rows = mask.to_rows()
+    assert float(mask.density()) < 0.9
+    for b, found in enumerate(run_chunks(whole, cuts, policy, layout)[1]):
+        assert np.array_equal(found, whole.rows_of_sequence(rows, b))
 
 
 @pytest.mark.parametrize("layout", ["batched", PACKED, PAGED])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import bsfa
-from bsfa.policies import CumulativeMass, Policy, RelativeMax, StaticPattern
+from bsfa.policies import Antidiagonal, CumulativeMass, Policy, RelativeMax, StaticPattern
 from cases import BF16, F32, PACKED, PAGED, PAGED_PACKED, Case, Inputs, int32
 
 RAGGED = ((65, 65), (0, 0), (1, 130), (37, 150))
@@ -27,6 +27,8 @@ POLICIES: list[Policy | None] = [
     StaticPattern(sink_blocks=1, window_blocks=1, block_m=32, block_n=16),
     RelativeMax(alpha=0.8, block_m=32, block_n=16),
     CumulativeMass(mass=[0.3, 0.5, 0.7, 0.9], block_m=32, block_n=16),
+    RelativeMax(alpha=[0.8, 0.6], shared=True, block_m=32, block_n=16),
+    Antidiagonal(mass=0.5, stride=8, block_m=32, block_n=16),
 ]
 
 
@@ -53,21 +55,37 @@ def kv(inputs: Inputs) -> tuple[Any, ...]:
 @pytest.mark.parametrize("case", SAMPLES, ids=str)
 def test_opcheck_pool_blocks(case: Case) -> None:
     inputs = finite(case.make())
-    torch.library.opcheck(torch.ops.bsfa.pool_blocks.default, (inputs.k, *kv(inputs), inputs.max_k, 16, "mean"))
+    for pooling in ("mean", "maxabs", "center"):
+        torch.library.opcheck(torch.ops.bsfa.pool_blocks.default, (inputs.k, *kv(inputs), inputs.max_k, 16, pooling))
 
 
-@pytest.mark.parametrize("rule", ["relative_max", "pooled"])
+@pytest.mark.parametrize(
+    ("rule", "pooling", "sharing"),
+    [
+        ("relative_max", "mean", "none"),
+        ("relative_max", "mean", "group"),
+        ("pooled", "mean", "none"),
+        ("pooled", "maxabs", "union"),
+        ("flat64", "mean", "union"),
+        ("antidiagonal", "mean", "none"),
+    ],
+)
 @pytest.mark.parametrize("case", SAMPLES, ids=str)
-def test_opcheck_score_and_select_blocks(case: Case, rule: str) -> None:
+def test_opcheck_score_and_select_blocks(case: Case, rule: str, pooling: str, sharing: str) -> None:
     inputs = finite(case.make())
-    summary = bsfa.pool_blocks(inputs.k, block_n=16, **inputs.layout_k)
-    rows = 8 * len(inputs)
-    lengths = (inputs.cu_q, inputs.cu_k, None, inputs.seqlens_k, inputs.max_q, inputs.max_k)
-    scoring = (rule, "mean", 16, "none", 1, 2)
-    shared = (inputs.q, summary, None, *lengths, rows, 32, 16, case.causal, 0.25, 0.0, *scoring)
+    blocks = (64, 64) if rule == "flat64" else (32, 16)
+    if rule in ("flat64", "antidiagonal"):
+        keys = (None, inputs.k, inputs.cu_q, inputs.cu_k, inputs.block_table)
+    else:
+        summary = bsfa.pool_blocks(inputs.k, block_n=blocks[1], pooling=pooling, **inputs.layout_k)
+        keys = (summary, None, inputs.cu_q, inputs.cu_k, None)
+    lengths = (*keys, inputs.seqlens_k, inputs.max_q, inputs.max_k)
+    scoring = (rule, pooling, 16, sharing, 1, 2)
+    shared = (inputs.q, *lengths, 8 * len(inputs), *blocks, case.causal, 0.25, 0.0, *scoring)
     torch.library.opcheck(torch.ops.bsfa.score_blocks.default, shared)
+    thresholds = torch.full((2 if sharing == "group" else 4,), 0.5)
     for prompt_lens in (None, int32([200] * len(inputs))):
-        select = (*shared, torch.full((4,), 0.5), 1, 2, 0.0, 1.0, 0, 0.0, 1, prompt_lens)
+        select = (*shared, thresholds, 1, 2, 0.2, 0.9, 7, 0.1, 1, prompt_lens)
         torch.library.opcheck(torch.ops.bsfa.select_blocks.default, select)
 
 
@@ -78,9 +96,10 @@ def test_opcheck_attention(case: Case, masked: bool) -> None:
     lengths = (inputs.cu_q, *kv(inputs), inputs.max_q, inputs.max_k)
     words = inputs.block_mask([inputs.draw_mask(b) for b in range(len(inputs))]).words if masked else None
     window = 20 if case.causal and not masked else -1
+    sizes = (case.block_m, case.block_n)
     torch.library.opcheck(
         torch.ops.bsfa.attention.default,
-        (inputs.q, inputs.k, inputs.v, *lengths, words, None, None, None, case.block_m, case.block_n, case.causal, 0.25, 2.0, window),
+        (inputs.q, inputs.k, inputs.v, *lengths, words, None, None, None, *sizes, case.causal, 0.25, 2.0, window),
     )
 
 
@@ -89,7 +108,8 @@ def test_opcheck_attention_out(case: Case) -> None:
     inputs = finite(case.make())
     lengths = (inputs.cu_q, *kv(inputs), inputs.max_q, inputs.max_k)
     out = torch.zeros((*inputs.q.shape[:-1], inputs.v.shape[-1] + 3), dtype=case.dtype)[..., :-3]
-    shared = (inputs.q, inputs.k, inputs.v, *lengths, None, None, None, None, case.block_m, case.block_n, case.causal, 0.25, 2.0, -1)
+    sizes = (case.block_m, case.block_n)
+    shared = (inputs.q, inputs.k, inputs.v, *lengths, None, None, None, None, *sizes, case.causal, 0.25, 2.0, -1)
     torch.library.opcheck(torch.ops.bsfa.attention_out.default, (out, *shared))
 
 
@@ -223,6 +243,7 @@ def test_options_compile() -> None:
         module = Attention(None, **options)
         torch.testing.assert_close(compiled(module)(x), module(x))
     for policy in POLICIES[1:]:
+        torch.compiler.reset()  # all are forward of one class, and torch compiles a function only so often
         module = Attention(policy, softcap=4.0, softmax_scale=0.5, prompt_lens=int32([300]))
         torch.testing.assert_close(compiled(module)(x), module(x))
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 
+import pytest
 import torch
 
 import bsfa
+from bsfa import _library
 
 OPERATIONS = {
     "pool_blocks",
@@ -51,3 +55,16 @@ def test_unsupported_devices_are_named() -> None:
         assert "meta" in str(error) and "attention" in str(error)
     else:
         raise AssertionError("meta tensors have no kernel")
+
+
+def test_of_two_cuda_libraries_the_newer_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_library, "__file__", str(tmp_path / "_library.py"))
+    assert _library.cuda_library_path() is None
+    (tmp_path / "lib").mkdir()
+    paths = [tmp_path / "lib" / name for name in ("libbsfa_cuda.so", "libbsfa_cuda.cpython-311-x86_64-linux-gnu.so")]
+    for path in paths:
+        path.touch()
+    for newer, older in (paths, paths[::-1]):
+        os.utime(older, (1000, 1000))
+        os.utime(newer, (2000, 2000))
+        assert _library.cuda_library_path() == newer

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import bsfa
-from bsfa.policies import CumulativeMass, Fixed, RelativeMax, StaticPattern
+from bsfa.policies import Antidiagonal, CumulativeMass, Fixed, RelativeMax, StaticPattern
 from cases import BF16, F16, F32, NAN, PACKED, PAGED, PAGED_PACKED, Case, Inputs, int32
 
 Change = Callable[[dict[str, Any]], None]
@@ -287,6 +287,33 @@ POLICIES: list[tuple[type, dict[str, Any], type[Exception], str]] = [
             (torch.tensor([0.5, 1.5]), ValueError),
         )
     ),
+    (RelativeMax, {"shared": 1}, TypeError, "shared"),
+    *((CumulativeMass, {"pooling": x}, ValueError, "pooling") for x in ("max", "flat", None, 3)),
+    *((CumulativeMass, {"pooling": "flat64", **x}, ValueError, "64") for x in ({"block_m": 96}, {"block_n": 32})),
+    (CumulativeMass, {"original_scale": True}, ValueError, "original_scale"),
+    (CumulativeMass, {"original_scale": 1, "pooling": "flat64"}, TypeError, "original_scale"),
+    (CumulativeMass, {"shared": None}, TypeError, "shared"),
+    *(
+        (CumulativeMass, {name: value}, error, name)
+        for name in ("probability", "keep_ratio", "rescue_probability")
+        for value, error in (
+            (NAN, ValueError),
+            (-0.1, ValueError),
+            (1.1, ValueError),
+            ("1", TypeError),
+            (True, TypeError),
+        )
+    ),
+    *(
+        (CumulativeMass, {name: value}, error, name)
+        for name in ("rescue_stride", "rescue_seed")
+        for value, error in ((-1, ValueError), (1.0, TypeError), (None, TypeError))
+    ),
+    *((Antidiagonal, {"stride": x}, ValueError, "stride") for x in (0, 2, 5, 12, 128, -8)),
+    *((Antidiagonal, {"stride": x}, TypeError, "stride") for x in (16.0, "16", None, True)),
+    (Antidiagonal, {"stride": 32, "block_m": 48}, ValueError, "stride 32 must divide"),
+    (Antidiagonal, {"stride": 64, "block_n": 96}, ValueError, "stride 64 must divide"),
+    (Antidiagonal, {"mass": 1.5}, ValueError, "mass"),
     (Fixed, {"mask": torch.ones(1, 1, 1, dtype=torch.bool)}, TypeError, "mask"),
     (Fixed, {"mask": None}, TypeError, "mask"),
 ]
@@ -411,6 +438,25 @@ SELECT: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("batched", {"policy": StaticPattern(), "return_scores": True}, ValueError, "scores"),
     ("batched", {"q": lambda t: t[0]}, ValueError, "q must be"),
     ("batched", {"q": lambda t: t.double()}, TypeError, "q must be"),
+    ("batched", {"policy": Antidiagonal()}, ValueError, "pass k"),
+    ("batched", {"policy": CumulativeMass(pooling="flat64")}, ValueError, "pass k"),
+    ("batched", {"policy": RelativeMax(shared=True, alpha=[0.5] * 4)}, ValueError, "k has 2 heads"),
+    ("batched", {"policy": RelativeMax(alpha=[0.5] * 2)}, ValueError, "q has 4 heads"),
+    ("batched", {"block_table": int32([0, 1])[None]}, ValueError, "block_table belongs to k"),
+    *(
+        ("batched", {"policy": Antidiagonal(), "k": torch.randn(shape)}, ValueError, message)
+        for shape, message in (
+            ((2, 131, 2, 16), "max_seqlen_k|contradicts"),
+            ((1, 130, 2, 16), "batch"),
+            ((2, 130, 3, 16), "heads"),
+            ((2, 130, 2, 8), "head_dim"),
+            ((2, 2, 16), "batched keys"),
+        )
+    ),
+    ("batched", {"policy": Antidiagonal(), "k": torch.randn(2, 130, 2, 16).half()}, TypeError, "k"),
+    (PACKED, {"policy": Antidiagonal(), "k": torch.randn(1, 130, 2, 16)}, ValueError, "packed"),
+    (PACKED, {"policy": Antidiagonal(), "k": torch.randn(130, 2, 16)}, ValueError, "tokens were given"),
+    (PAGED, {"policy": Antidiagonal(), "k": torch.randn(9, 16, 2, 16)}, ValueError, "seqlens_k"),
     (PACKED, {"max_seqlen_q": None}, ValueError, "max_seqlen_q"),
     (PACKED, {"max_seqlen_k": None}, ValueError, "max_seqlen_k"),
     (PACKED, {"max_seqlen_q": 69}, ValueError, "max_seqlen"),
@@ -621,6 +667,31 @@ def raw_select(op: Any, inputs: Inputs, changes: dict[str, Any]) -> Any:
 
 
 RAW_SCORE: list[tuple[str, dict[str, Any]]] = [
+    ("batched", {"pooling": "max"}),
+    ("batched", {"sharing": "all"}),
+    ("batched", {"rule": "pooled", "sharing": "group"}),
+    ("batched", {"rule": "antidiagonal"}),
+    ("batched", {"rule": "flat64"}),
+    ("batched", {"k": torch.randn(2, 130, 2, 16)}),
+    *(
+        ("batched", {"rule": rule, "summary": None, "k": torch.randn(2, 130, 2, 16)} | change)
+        for rule in ("antidiagonal", "flat64")
+        for change in (
+            {"block_m": 40},
+            {"block_n": 40},
+            {"k": torch.randn(2, 130, 2, 16).half()},
+            {"k": torch.randn(2, 130, 2, 8)},
+            {"k": torch.randn(2, 130, 3, 16)},
+            {"k": torch.randn(1, 130, 2, 16)},
+            {"k": torch.randn(2, 129, 2, 16)},
+            {"k": torch.randn(130, 2, 16)},
+            {"seqlens_k": int32([130, 130])},
+        )
+    ),
+    *(
+        ("batched", {"rule": "antidiagonal", "summary": None, "k": torch.randn(2, 130, 2, 16), "stride": stride})
+        for stride in (0, -8, 48, 2**40)
+    ),
     ("batched", {"rule": "topk"}),
     ("batched", {"num_rows": 3}),
     ("batched", {"num_rows": -1}),
@@ -649,6 +720,13 @@ RAW_SCORE: list[tuple[str, dict[str, Any]]] = [
 RAW_SELECT: list[tuple[str, dict[str, Any]]] = [
     *RAW_SCORE,
     ("batched", {"thresholds": torch.full((3,), 0.5)}),
+    ("batched", {"sharing": "group"}),
+    *(
+        ("batched", {name: value})
+        for name in ("min_ratio", "probability", "rescue_probability")
+        for value in (-0.1, 1.1, NAN)
+    ),
+    *(("batched", {name: value}) for name in ("rescue_stride", "rescue_seed") for value in (-1, 2**40)),
     ("batched", {"thresholds": torch.full((4,), 0.5, dtype=torch.float64)}),
     ("batched", {"thresholds": torch.full((8,), 0.5)[::2]}),
     *(("batched", {n: v}) for n in ("sink_blocks", "window_blocks", "last_tiles", "min_blocks") for v in (-1, 2**40)),
@@ -688,6 +766,7 @@ def test_huge_counts_keep_everything(name: str, huge: int) -> None:
         ("batched", {"max_seqlen_k": 131}),
         ("batched", {"max_seqlen_k": -1}),
         ("batched", {"block_n": 0}),
+        ("batched", {"pooling": "flat64"}),
         ("batched", {"k": lambda t: t.double()}),
         ("batched", {"k": lambda t: t[0]}),
         ("batched", {"k": lambda t: t[0, 0, 0]}),

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 import bsfa
+from bsfa import evaluation
 from bsfa.calibration import choose, collect
 from bsfa.evaluation import evaluate
-from bsfa.integrations.transformers import observe
-from bsfa.policies import RelativeMax, StaticPattern
+from bsfa.integrations.transformers import observe, set_policy
+from bsfa.policies import PerLayer, RelativeMax, StaticPattern
 from bsfa.prompts import Prompt, length_bucket, length_name, load_prompts, parse_prompt, tokenize
 from tiny_model import make_model, make_prompts, make_rows, make_tokenizer, write_rows
 
@@ -145,6 +146,8 @@ def test_report_against_the_model(lm: tuple[Any, Any]) -> None:
             for task, positions in t.answers:
                 right[task] += bool((logits[positions - 1].argmax(-1) == t.ids[positions]).all())
     assert dense.prose_tokens == count and dense.prose_loss == pytest.approx(nll / count, rel=1e-5)
+    assert set(dense.prose_loss_by_length) == set(report.prompts_by_length)
+    assert min(dense.prose_loss_by_length.values()) <= dense.prose_loss <= max(dense.prose_loss_by_length.values())
     assert {t: a.right for t, a in dense.accuracy_by_task.items()} == right
     assert dense.accuracy.asked == 4 == sum(a.asked for a in dense.accuracy_by_length.values())
     torch.testing.assert_close(torch.tensor(sparse.layer_recall), recall, rtol=1e-4, atol=1e-5)
@@ -181,6 +184,34 @@ def test_subsampling_is_even_and_the_same_for_all(lm: tuple[Any, Any], monkeypat
     assert report.runs["dense"].prose_loss == report.runs["same"].prose_loss
 
 
+def test_mean_correction(lm: tuple[Any, Any]) -> None:
+    """The first layer keeps the same blocks, and its output is another."""
+    model, tokenizer = lm
+    policy = StaticPattern(**BLOCKS, sink_blocks=0, window_blocks=1)
+    entries = {"plain": policy, "corrected": policy}
+    runs = evaluate(model, tokenizer, make_prompts(3), entries, corrected=("corrected",)).runs
+    assert runs["plain"].layer_density[0] == runs["corrected"].layer_density[0]
+    assert runs["plain"].prose_loss != runs["corrected"].prose_loss
+    with pytest.raises(TypeError, match="mean_correction"):
+        set_policy(model, policy, mean_correction="yes")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("tokens", [1, 31, 64, 200])
+@pytest.mark.parametrize(("causal", "softcap"), [(True, 0.0), (False, 0.0), (True, 2.0)])
+def test_mass_without_a_kernel(tokens: int, causal: bool, softcap: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What evaluation falls back to on a device without block_mass is the operation's own definition."""
+    torch.manual_seed(tokens)
+    q, k, v = (torch.randn(1, tokens, heads, 16) * 3 for heads in (4, 2, 2))
+    options: dict[str, Any] = {"causal": causal, "softmax_scale": 0.2, "softcap": softcap}
+    _, lse = bsfa.block_sparse_attention(q, k, v, None, **options)
+    blocks = {"block_m": 32, "block_n": 16}
+    monkeypatch.setattr("bsfa.evaluation.PROBABILITIES", 2 * 4 * 32 * tokens)  # two tiles at a time
+    wanted = bsfa.block_mass(q, k, lse, **blocks, **options)
+    torch.testing.assert_close(evaluation.attention_mass(q, k, lse, **blocks, **options), wanted, rtol=0, atol=0)
+    monkeypatch.setattr("bsfa.evaluation.KERNELS", {})
+    torch.testing.assert_close(evaluation.attention_mass(q, k, lse, **blocks, **options), wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_refusals(lm: tuple[Any, Any]) -> None:
     model, tokenizer = lm
     with pytest.raises(ValueError, match="reference run"):
@@ -191,5 +222,24 @@ def test_refusals(lm: tuple[Any, Any]) -> None:
         evaluate(model, tokenizer, [Prompt("amber river", prose=())], {})
     with pytest.raises(TypeError, match="ThresholdTable"):
         evaluate(model, tokenizer, make_prompts(1), {"x": 0.5})  # type: ignore[dict-item]
+    with pytest.raises(ValueError, match="do not exist: y"):
+        evaluate(model, tokenizer, make_prompts(1), {"x": POLICY}, corrected=("y",))
     report = evaluate(model, tokenizer, [Prompt("amber river castle")], {})
     assert math.isnan(report.runs["dense"].accuracy.share)
+
+
+def test_policies_per_layer(lm: tuple[Any, Any]) -> None:
+    """A list by hand is run and measured like a table; a layer without a policy is dense."""
+    model, tokenizer = lm
+    prompts = make_prompts(2)
+    strict = RelativeMax(alpha=1.0, sink_blocks=0, window_blocks=1, last_tiles=0, block_m=16, block_n=16)
+    entries = {"both": PerLayer([None, strict]), "all": PerLayer([strict, strict]), "same": strict}
+    runs = evaluate(model, tokenizer, prompts, entries).runs
+    assert runs["both"].policy == "per layer: dense, relative-max"
+    first, second = runs["both"].layer_density
+    assert first == [1.0] * 4 and max(second) < 1.0 and runs["both"].layer_recall[0] == [1.0] * 4
+    assert runs["both"].layer_recall[1] == runs["same"].layer_recall[1]
+    for name in ("layer_density", "layer_recall", "prose_loss"):
+        assert getattr(runs["all"], name) == getattr(runs["same"], name)
+    with pytest.raises(ValueError, match="2 layers, but 3"):
+        evaluate(model, tokenizer, prompts, {"x": PerLayer([strict] * 3)})

@@ -12,10 +12,13 @@ from torch._subclasses import FakeTensorMode
 
 import bsfa
 from bsfa import _library, limits
-from bsfa.policies import Dense, RelativeMax, StaticPattern
+from bsfa.policies import CumulativeMass, Dense, RelativeMax, ScoredPolicy, StaticPattern
+from bsfa.policies.base import Scoring
 
 POOL = {"op": "pool_blocks", "device": "cuda", "arch": "sm_90a", "dtypes": "bfloat16, float16", "head_dim": "any"}
 ATTENTION = {**POOL, "op": "attention", "head_dim": "64, 128", "blocks": "128x128"}
+SELECT = {**ATTENTION, "op": "select_blocks", "rule": "relative_max, flat64"}
+SELECT_POOLED = {**SELECT, "head_dim": "1..256", "rule": "pooled"}
 CPU = {**POOL, "device": "cpu", "dtypes": "float32", "head_dim": "1..256"}
 
 
@@ -28,6 +31,12 @@ def test_parse() -> None:
     first, second = table["attention", "cuda"]
     assert first == limits.Limits("sm_90a", (90, 90), half, ((64, 64), (128, 128)), ((128, 128),))
     assert second == limits.Limits("sm_80", (80, 89), (torch.float16,), ((1, 96), (128, 128)), ((128, 64), (64, 64)))
+
+
+def test_rules() -> None:
+    some, pooled = limits.parse([SELECT, SELECT_POOLED])["select_blocks", "cuda"]
+    assert some.rules == ("relative_max", "flat64") and pooled.rules == ("pooled",)
+    assert limits.parse([ATTENTION])["attention", "cuda"][0].rules is None
 
 
 @pytest.mark.parametrize(
@@ -56,7 +65,7 @@ def test_this_build() -> None:
 def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fake tensors on a device 0 of capability 9.0, with the kernels of the table above."""
     monkeypatch.setitem(_library.KERNELS, "cuda", frozenset({"pool_blocks", "select_blocks", "attention"}))
-    monkeypatch.setattr(limits, "LIMITS", limits.parse([POOL, ATTENTION]))
+    monkeypatch.setattr(limits, "LIMITS", limits.parse([POOL, ATTENTION, SELECT, SELECT_POOLED]))
     monkeypatch.setattr(limits, "_capability_of", {0: 90})
     torch.compiler.reset()
     with FakeTensorMode():
@@ -69,10 +78,24 @@ def make(*shape: int, strides: tuple[int, ...] | None = None, dtype: torch.dtype
     return torch.empty_strided(shape, strides, device="cuda:0", dtype=dtype)
 
 
+def select(policy: ScoredPolicy, q: Tensor | None = None, summary: Tensor | None = None) -> Any:
+    q = make(2, 300, 4, 64) if q is None else q
+    summary = make(2, 3, 2, q.shape[-1], dtype=q.dtype) if summary is None else summary
+    return bsfa.select_blocks(q, summary, policy, seqlen_k=300).words
+
+
 def attend(q: Tensor | None = None, k: Tensor | None = None, v: Tensor | None = None, **options: Any) -> Any:
     q = make(2, 300, 4, 64) if q is None else q
     k = make(2, 300, 2, q.shape[-1], dtype=q.dtype) if k is None else k
     return bsfa.attention(q, k, k if v is None else v, **options)
+
+
+class Antidiagonals(CumulativeMass):
+    """A rule that the table above does not have."""
+
+    @property
+    def scoring(self) -> Scoring:
+        return Scoring("antidiagonal")
 
 
 SUPPORTED: list[Callable[[], Any]] = [
@@ -87,6 +110,9 @@ SUPPORTED: list[Callable[[], Any]] = [
     lambda: attend(out=make(2, 300, 4, 64, strides=(300 * 280, 280, 67, 1))),
     lambda: attend(q=make(2, 0, 4, 64)),
     lambda: bsfa.pool_blocks(make(2, 300, 2, 33)),
+    lambda: select(RelativeMax()),
+    lambda: select(CumulativeMass()),
+    lambda: select(CumulativeMass(), make(2, 300, 4, 33, strides=(300 * 135, 135, 33, 1))),
 ]
 
 
@@ -109,6 +135,11 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: attend(k=make(2, 300, 2, 64, strides=(0, 128, 64, 1))), r"k\.contiguous"),
     (lambda: attend(k=make(2, 300, 2, 64, strides=(19200, 64, 0, 1))), r"no stride of 0 \(expand\).*k\.contiguous"),
     (lambda: attend(v=make(2, 300, 2, 64, strides=(300 * 128 + 4, 128, 64, 1))), r"v\.contiguous"),
+    (lambda: select(RelativeMax(), make(2, 300, 4, 64, dtype=torch.float32)), "'select_blocks'.*float32"),
+    (lambda: select(RelativeMax(), make(2, 300, 4, 96)), "'select_blocks'.*head_dim 96: its kernels take 64, 128"),
+    (lambda: select(CumulativeMass(), make(2, 300, 4, 64, dtype=torch.float32)), "'select_blocks'.*float32"),
+    (lambda: select(RelativeMax(), make(2, 300, 4, 64, strides=(300 * 260, 260, 65, 1))), r"q\.contiguous\(\)"),
+    (lambda: select(Antidiagonals()), "'select_blocks'.*score rule antidiagonal, which has no kernel"),
     (lambda: bsfa.pool_blocks(make(2, 300, 2, 64, dtype=torch.float32)), "'pool_blocks'.*float32"),
     (lambda: bsfa.block_mass(*[make(2, 300, 2, 64)] * 2, make(2, 2, 300, dtype=torch.float32)), "'block_mass'"),
 ]

@@ -12,7 +12,17 @@ import torch
 
 import bsfa
 import oracle
-from bsfa.policies import SCORED, CumulativeMass, Dense, Fixed, Policy, RelativeMax, ScoredPolicy, StaticPattern
+from bsfa.policies import (
+    SCORED,
+    Antidiagonal,
+    CumulativeMass,
+    Dense,
+    Fixed,
+    Policy,
+    RelativeMax,
+    ScoredPolicy,
+    StaticPattern,
+)
 from cases import BATCHED, BF16, F16, PACKED, PAGED, PAGED_PACKED, Case, check_attention, table
 
 RAGGED = ((65, 65), (0, 0), (1, 130), (0, 40), (64, 64), (37, 150), (0, 0))
@@ -37,13 +47,16 @@ def policies(block_m: int, block_n: int) -> list[Policy]:
         RelativeMax(alpha=[0.5, 0.0, 1.0, 0.9], last_tiles=0, window_blocks=1, **sizes),
         CumulativeMass(mass=0.6, **sizes),
         CumulativeMass(mass=torch.tensor([0.2, 0.5, 0.9, 1.0]), sink_blocks=0, window_blocks=1, **sizes),
+        RelativeMax(alpha=0.8, shared=True, **sizes),
+        CumulativeMass(mass=0.4, pooling="center", shared=True, keep_ratio=0.2, **sizes),
+        Antidiagonal(mass=[0.4, 0.6, 0.8, 0.5], stride=8, **sizes),
     ]
 
 
 # --- attention with a policy ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("which", range(5))
+@pytest.mark.parametrize("which", range(8))
 @pytest.mark.parametrize("case", LAYOUTS, ids=str)
 def test_attention_is_exact_over_the_blocks_that_the_policy_keeps(case: Case, which: int) -> None:
     inputs = case.make()
@@ -61,8 +74,12 @@ def test_attention_is_exact_over_the_blocks_that_the_policy_keeps(case: Case, wh
     assert torch.equal(again[0], out) and torch.equal(again[1], lse)
 
     # The same by the three stages.
-    summary = bsfa.pool_blocks(inputs.k, block_n=case.block_n, **inputs.layout_k) if policy.needs_summary else None
-    mask = bsfa.select_blocks(inputs.q, summary, policy, **inputs.maths, **inputs.layout_select)
+    summary = None
+    if policy.needs_summary:
+        pooling = policy.summary_pooling
+        summary = bsfa.pool_blocks(inputs.k, block_n=case.block_n, pooling=pooling, **inputs.layout_k)
+    keys = {"k": inputs.k, "block_table": inputs.block_table} if policy.needs_keys else {}
+    mask = bsfa.select_blocks(inputs.q, summary, policy, **keys, **inputs.maths, **inputs.layout_select)
     assert torch.equal(mask.words, info.mask.words) and torch.equal(mask.counts, info.mask.counts)
     assert torch.equal(inputs.attend(mask)[0], out)
 
@@ -201,7 +218,25 @@ def test_policies_are_frozen_and_have_the_published_defaults() -> None:
         "window_blocks": 4,
         "last_tiles": 2,
         "min_blocks": 0,
+        "shared": False,
     }
+    bfla = CumulativeMass()
+    assert (bfla.pooling, bfla.original_scale, bfla.probability, bfla.keep_ratio, bfla.shared) == (
+        "mean",
+        False,
+        None,
+        0.0,
+        False,
+    )
+    assert (bfla.rescue_stride, bfla.rescue_probability, bfla.rescue_seed) == (0, 0.0, 1)
+    x = Antidiagonal()
+    assert (x.stride, x.mass, x.sink_blocks, x.window_blocks, x.last_tiles) == (16, 0.9, 1, 1, 0)
+    assert (x.needs_summary, x.needs_keys) == (False, True)
+    assert (bfla.needs_summary, bfla.needs_keys, bfla.summary_pooling) == (True, False, "mean")
+    flat = CumulativeMass(pooling="flat64")
+    assert (flat.needs_summary, flat.needs_keys, flat.scale_factor) == (False, True, 1.0)
+    assert CumulativeMass(pooling="flat64", original_scale=True).scale_factor == 64.0
+    assert CumulativeMass(pooling="center").summary_pooling == "center"
     assert (CumulativeMass().mass, CumulativeMass().sink_blocks, CumulativeMass().window_blocks) == (0.95, 1, 2)
     assert (StaticPattern().sink_blocks, StaticPattern().window_blocks) == (2, 4)
     assert {name: kind.name for name, kind in SCORED.items()} == {name: name for name in SCORED}
@@ -259,6 +294,8 @@ def test_every_row_that_can_see_keeps_something(causal: bool) -> None:
         for policy in (
             RelativeMax(alpha=1.0, last_tiles=0, **bare),
             CumulativeMass(mass=0.0, **bare),
+            RelativeMax(alpha=1.0, last_tiles=0, shared=True, **bare),
+            Antidiagonal(mass=0.0, **bare),
             StaticPattern(**bare),
         ):
             _, lse, info = inputs.run(policy, return_lse=True, return_info=True)

@@ -17,13 +17,24 @@ from safetensors.torch import save_file
 import bsfa
 from bsfa.errors import ThresholdMismatchError
 from bsfa.identity import ModelIdentity, canonical_json, config_fields, weight_fingerprint
-from bsfa.policies import CumulativeMass, RelativeMax, ScoredPolicy
+from bsfa.policies import Antidiagonal, CumulativeMass, RelativeMax, ScoredPolicy
 from bsfa.thresholds import METADATA_KEY, ThresholdTable, _checksum
 from tiny_model import make_model
 
 POLICIES: list[ScoredPolicy] = [
     RelativeMax(block_m=64, block_n=32, sink_blocks=1, last_tiles=3),
     CumulativeMass(min_blocks=2, window_blocks=5),
+    CumulativeMass(
+        pooling="flat64",
+        original_scale=True,
+        probability=0.01,
+        keep_ratio=0.25,
+        rescue_stride=9,
+        rescue_probability=0.125,
+        rescue_seed=4,
+        shared=True,
+    ),
+    Antidiagonal(stride=32, block_n=64),
 ]
 
 

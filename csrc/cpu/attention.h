@@ -8,6 +8,8 @@
 // there is no reduction across lanes, and a row's bits do not depend on which rows share its vector.
 // Masks are applied only to chunks that some row sees in part, as -inf on the logits. A hidden key then weighs 0, but
 // 0 * NaN is NaN: chunks whose values are not all finite take a slower path that looks at visibility again.
+// Mean correction: the blocks that a mask drops and that every row of the tile sees whole follow as keys of their own,
+// one mean key and value each, gathered kChunk at a time; log2 of their number of tokens is added to t.
 // Memory per worker: Q and O panels of pass_rows() rows, one K, V and S panel of kChunk keys.
 #pragma once
 
@@ -98,6 +100,17 @@ static __attribute__((noinline)) void add_visible_values(const Visibility& visib
   }
 }
 
+// The logits of means: a key that stands for n tokens counts n times.
+static __attribute__((noinline)) void add_log_counts(const float* log_counts, int32_t vectors, int32_t count,
+                                                     float* s) {
+  for (int32_t n = 0; n < count; ++n) {
+    for (int32_t v = 0; v < vectors; ++v) {
+      float* p = s + n * kRows + v * kLanes;
+      store(p, load(p) + log_counts[n]);
+    }
+  }
+}
+
 struct AttentionScratch {
   Subtile* subtiles;
   float *queries, *outputs, *running_max, *running_sum;  // per subtile
@@ -175,6 +188,44 @@ static void attend_chunk(const Problem& problem, const LogitScale& scale, const 
   add_values(subtile.vectors, scratch.values, dim_v, count, scratch.s, scratch.rescale, o);
 }
 
+// Adds the means of the blocks that `mask` (number `mask_index` of the item) drops, of the first `blocks`, to the
+// subtiles that it applies to.
+static void add_means(const AttentionParams& params, const LogitScale& scale, const TileItem& item, int32_t blocks,
+                      const int32_t* mask, int32_t mask_index, const AttentionScratch& scratch, int32_t subtiles) {
+  const Problem& problem = params.problem;
+  const int32_t dim = problem.head_dim, dim_v = round_up(problem.head_dim_v, 2);
+  const int64_t max_blocks = ceil_div(problem.kv.max_seqlen, problem.block_n), heads = problem.num_kv_heads;
+  TensorView keys{const_cast<void*>(params.k_means), max_blocks * heads * dim, heads * dim, dim};
+  TensorView values{const_cast<void*>(params.v_means), max_blocks * heads * problem.head_dim_v,
+                    heads * problem.head_dim_v, problem.head_dim_v};
+  float log_counts[kChunk];
+  int32_t block = 0;
+  while (block < blocks) {
+    int32_t count = 0;
+    for (; block < blocks && count < kChunk; ++block) {
+      if ((static_cast<uint32_t>(mask[block / 32]) >> (block % 32) & 1u) != 0) continue;
+      pack_keys(problem.dtype, KvLayout{}, keys, item.sequence, item.kv_head, block, 1, dim, dim,
+                scratch.keys + int64_t{count} * dim);
+      pack_keys(problem.dtype, KvLayout{}, values, item.sequence, item.kv_head, block, 1, problem.head_dim_v, dim_v,
+                scratch.values + int64_t{count} * dim_v);
+      const int32_t tokens = min(problem.block_n, item.geometry.seqlen_k - block * problem.block_n);
+      log_counts[count++] = kLog2E * __builtin_logf(static_cast<float>(tokens));
+    }
+    if (count == 0) return;
+    for (int32_t i = 0; i < subtiles; ++i) {
+      const Subtile& subtile = scratch.subtiles[i];
+      if (subtile.mask_index != mask_index) continue;
+      query_keys(subtile.vectors, scratch.keys, count, scratch.queries + int64_t{i} * dim * kRows, dim, scratch.s);
+      if (scale.cap != 0.0f) cap_logits(scale.cap, subtile.vectors, count, scratch.s);
+      add_log_counts(log_counts, subtile.vectors, count, scratch.s);
+      softmax_step(subtile.vectors, count, scratch.s, scratch.running_max + i * kRows, scratch.running_sum + i * kRows,
+                   scratch.rescale);
+      add_values(subtile.vectors, scratch.values, dim_v, count, scratch.s, scratch.rescale,
+                 scratch.outputs + int64_t{i} * dim_v * kRows);
+    }
+  }
+}
+
 static void attention_tile(const AttentionParams& params, const TileItem& item, float* scratch_base) {
   const Problem& problem = params.problem;
   const SequenceGeometry& geometry = item.geometry;
@@ -196,6 +247,8 @@ static void attention_tile(const AttentionParams& params, const TileItem& item, 
   const int32_t* words = params.words == nullptr
                              ? nullptr
                              : params.words + (item.mask_row * params.mask_heads + mask_head) * params.num_words;
+  const bool corrected = words != nullptr && params.k_means != nullptr && params.v_means != nullptr;
+  const int32_t whole_blocks = corrected ? geometry.whole_blocks(item.tile) : 0;  // of the tile, not of a pass
   const int32_t step = pass_rows_per_head(problem, heads_per_item(problem));
   const int32_t row_end = geometry.row_end(item.tile);
   for (int32_t row = geometry.row_begin(item.tile); row < row_end; row += step) {
@@ -239,6 +292,9 @@ static void attention_tile(const AttentionParams& params, const TileItem& item, 
           attend_chunk(problem, scale, visibility, scratch, i, key, count, &finite);
         }
       }
+    }
+    for (int32_t m = 0; whole_blocks > 0 && m < masks; ++m) {
+      add_means(params, scale, item, whole_blocks, words + m * params.num_words, m, scratch, subtiles);
     }
     for (int32_t i = 0; i < subtiles; ++i) {
       store_outputs(params, item.sequence, scratch.subtiles[i], scratch.outputs + int64_t{i} * dim_v * kRows,

@@ -54,16 +54,23 @@ constexpr int32_t heads_per_item(const Problem& problem) {
   return heads < 1 ? 1 : (heads < group ? heads : group);
 }
 
+// The same for scores: where heads share a mask, one item takes the whole group.
+constexpr int32_t heads_per_item(const ScoreParams& params) {
+  const int32_t group = params.problem.num_q_heads / params.problem.num_kv_heads;
+  return params.sharing == HeadSharing::kNone ? heads_per_item(params.problem) : group;
+}
+
 // Keys that are packed and multiplied at a time: a KV block, or a part of a larger one.
 constexpr int32_t kChunk = 128;
 
 // Scratch is 64-byte aligned; each operation says how many floats it wants.
 struct Kernels {
   const char* name;
-  // Mean of KV block `block` of `sequence`, all heads, into params.out.
+  // What stands for KV block `block` of `sequence`, all heads, into params.out.
   int64_t (*pool_scratch)(const PoolParams& params);
   void (*pool_block)(const PoolParams& params, int32_t sequence, int32_t seqlen, int32_t block, float* scratch);
-  // kRelativeMax: scores[h * max_blocks + j] = score of block j, j < visible. kPooled: the logits s_j.
+  // scores[h * max_blocks + j], j < visible: the score of block j for kRelativeMax (kGroup: one row for all heads), its
+  // base-2 logit for kPooled and kFlat64, its weight for kAntidiagonal.
   int64_t (*score_scratch)(const ScoreParams& params);
   void (*score_tile)(const ScoreParams& params, const TileItem& item, float* scratch, float* scores);
   int64_t (*attention_scratch)(const AttentionParams& params);

@@ -21,10 +21,10 @@ int64_t kept_blocks(const int32_t* words, int32_t visible) {
 }  // namespace
 
 Schedule make_schedule(const Problem& problem, int64_t num_rows, const int32_t* words, int32_t mask_heads,
-                       int32_t num_words) {
+                       int32_t num_words, int32_t heads) {
   Schedule schedule;
   const int32_t group = problem.num_q_heads / problem.num_kv_heads;
-  const int32_t step = heads_per_item(problem);
+  const int32_t step = heads > 0 ? heads : heads_per_item(problem);
   for (int32_t b = 0; b < problem.batch; ++b) {
     TileItem item;
     item.sequence = b;

@@ -19,9 +19,10 @@ struct Schedule {
 };
 
 // One item per (sequence, query tile, group of heads that is computed together). The weight is the number of visible
-// (head, block) pairs, or of kept ones if `words` is given. Throws std::invalid_argument if num_rows >= 0 is too small.
+// (head, block) pairs, or of kept ones if `words` is given. `heads`: how many of a group's heads an item takes; 0:
+// heads_per_item(problem). Throws std::invalid_argument if num_rows >= 0 is too small.
 Schedule make_schedule(const Problem& problem, int64_t num_rows, const int32_t* words = nullptr, int32_t mask_heads = 0,
-                       int32_t num_words = 0);
+                       int32_t num_words = 0, int32_t heads = 0);
 
 // Calls body(index, scratch) for index = 0 .. count - 1, in parallel. Every worker has its own scratch of
 // `scratch_floats` zeroed floats, 64-byte aligned.

@@ -1,39 +1,43 @@
-// Scores of all (query tile, KV block) pairs of one tile, from the block means kbar.
+// Scores of all (query tile, KV block) pairs of one tile, by the rules of params.h.
 //
-// kRelativeMax:    x[r, J] = cap(scale * q_r . kbar_J) for the rows r that see all of block J (causal: position >= the
-//                  block's last token); E_J = sum over r of exp(x[r, J] - max of all x); score = E_J / max_J E_J.
-// kPooled: log2(e) * cap(scale * qbar . kbar_J), qbar = mean of the tile's rows; ranking is select.cpp's.
+// kRelativeMax:   x[r, J] = cap(scale * q_r . kbar_J) for the rows r that see all of block J (causal: position >= the
+//                 block's last token); E_J = sum over r of exp(x[r, J] - max of all x); score = E_J / max_J E_J. With
+//                 kGroup the rows of all heads of the group are the rows of one tile.
+// kPooled:        log2(e) * cap(scale * qbar . kbar_J), qbar = the tile's rows, pooled.
+// kFlat64,
+// kAntidiagonal:  score_groups.h. For these and kPooled, what becomes of logits and weights is select.cpp's.
 //
 // Tiling: the means are the keys of the attention micro-kernel, kChunk of them at a time. For kRelativeMax every
 // (subtile, chunk) has its own maximum, so E_J is kept as a pair (exponent, sum) and merged; nothing overflows, and no
 // row x block matrix exists. For kPooled the lanes of a vector are heads.
-// Memory per worker: Q panels of pass_rows() rows, one K and one S panel, an exponent per (head, block).
+// Memory per worker: Q panels of pass_rows() rows, one K and one S panel, an exponent per (head, block); for groups of
+// tokens also a second S panel, and for kAntidiagonal a pair of floats per (lane, block).
 #pragma once
 
-#include "pack.h"
-#include "product.h"
+#include "pool.h"
+#include "score_groups.h"
 
 namespace bsfa::cpu::BSFA_ISA {
 namespace {
-
-struct ScoreScratch {
-  Subtile* subtiles;
-  float *queries, *exponents, *keys, *s, *row, *mean, *sums;
-};
 
 static int64_t score_layout(const ScoreParams& params, float* base, ScoreScratch* scratch) {
   const Problem& problem = params.problem;
   const int32_t heads = heads_per_item(problem);
   const int64_t subtiles = int64_t{heads} * ((pass_rows_per_head(problem, heads) + kRows - 1) / kRows);
+  const bool groups = params.rule == ScoreRule::kFlat64 || params.rule == ScoreRule::kAntidiagonal;
+  const int64_t rows = params.rule == ScoreRule::kAntidiagonal ? kRows
+                       : params.sharing == HeadSharing::kGroup ? 1
+                                                               : heads_per_item(params);
   Arena arena{base};
   scratch->subtiles = reinterpret_cast<Subtile*>(arena.take(subtiles * int64_t{sizeof(Subtile)} / 4));
-  scratch->queries = arena.take(subtiles * problem.head_dim * kRows);
-  scratch->exponents = arena.take(int64_t{heads} * params.max_blocks);
+  scratch->queries = arena.take((groups ? 1 : subtiles) * problem.head_dim * kRows);
+  scratch->exponents = arena.take(rows * params.max_blocks);
   scratch->keys = arena.take((kChunk + 1) * int64_t{problem.head_dim});
   scratch->s = arena.take((kChunk + 1) * kRows);
   scratch->row = arena.take(problem.head_dim + kLanes);
   scratch->mean = arena.take(problem.head_dim + kLanes);
-  scratch->sums = arena.take(kChunk);
+  scratch->sums = arena.take(params.rule == ScoreRule::kAntidiagonal ? rows * params.max_blocks : kChunk);
+  scratch->products = arena.take(groups ? kChunk * kRows : 0);
   return arena.next - base;
 }
 
@@ -109,21 +113,19 @@ static void normalise(int32_t count, const float* exponents, float* energies) {
   for (int32_t j = 0; j < count && largest > 0.0f; ++j) energies[j] /= largest;
 }
 
-static void relative_max_tile(const ScoreParams& params, const TileItem& item, const ScoreScratch& scratch,
-                              float* scores) {
+// Adds the energies of the item's heads, at most heads_per_item(problem) of them; kGroup: to one row.
+static void add_energies(const ScoreParams& params, const TileItem& item, const ScoreScratch& scratch, float* exponents,
+                         float* scores) {
   const Problem& problem = params.problem;
   const SequenceGeometry& geometry = item.geometry;
   const LogitScale scale = logit_scale(problem);
+  const bool group = params.sharing == HeadSharing::kGroup;
   const int32_t dim = problem.head_dim;
   const int32_t visible = geometry.visible_blocks(item.tile);
   const int32_t step = pass_rows_per_head(problem, heads_per_item(problem));
   const int32_t row_end = geometry.row_end(item.tile);
-  for (int64_t i = 0; i < int64_t{item.head_count} * params.max_blocks; ++i) {
-    scores[i] = 0.0f;
-    scratch.exponents[i] = -kInfinity;
-  }
   for (int32_t row = geometry.row_begin(item.tile); row < row_end; row += step) {
-    const int32_t subtiles = make_subtiles(item, row, min(row + step, row_end), false, scratch.subtiles);
+    const int32_t subtiles = make_subtiles(item, row, min(row + step, row_end), group, scratch.subtiles);
     for (int32_t i = 0; i < subtiles; ++i) {
       pack_queries(problem, params.q, item.sequence, scratch.subtiles[i], scale.factor, scratch.row,
                    scratch.queries + int64_t{i} * dim * kRows);
@@ -147,35 +149,57 @@ static void relative_max_tile(const ScoreParams& params, const TileItem& item, c
           // Nothing to merge but a NaN that some row may have brought.
           for (int32_t n = 0; n < count; ++n) scores[first + n] += scratch.sums[n];
         } else {
-          merge_energies(count, largest, scratch.sums, scratch.exponents + first, scores + first);
+          merge_energies(count, largest, scratch.sums, exponents + first, scores + first);
         }
       }
     }
   }
-  for (int32_t h = 0; h < item.head_count; ++h) {
+}
+
+static void relative_max_tile(const ScoreParams& params, const TileItem& item, const ScoreScratch& scratch,
+                              float* scores) {
+  const bool group = params.sharing == HeadSharing::kGroup;
+  const int32_t rows = group ? 1 : item.head_count;
+  const int32_t step = heads_per_item(params.problem);
+  for (int64_t i = 0; i < int64_t{rows} * params.max_blocks; ++i) {
+    scores[i] = 0.0f;
+    scratch.exponents[i] = -kInfinity;
+  }
+  for (int32_t first = 0; first < item.head_count; first += step) {
+    TileItem part = item;
+    part.head_begin += first;
+    part.head_count = min(step, item.head_count - first);
+    const int64_t row = group ? 0 : int64_t{first} * params.max_blocks;
+    add_energies(params, part, scratch, scratch.exponents + row, scores + row);
+  }
+  const int32_t visible = item.geometry.visible_blocks(item.tile);
+  for (int32_t h = 0; h < rows; ++h) {
     normalise(visible, scratch.exponents + int64_t{h} * params.max_blocks, scores + int64_t{h} * params.max_blocks);
   }
 }
 
-static void mean_query_tile(const ScoreParams& params, const TileItem& item, const ScoreScratch& scratch,
-                            float* scores) {
+static void pooled_query_tile(const ScoreParams& params, const TileItem& item, const ScoreScratch& scratch,
+                              float* scores) {
   const Problem& problem = params.problem;
   const SequenceGeometry& geometry = item.geometry;
   const LogitScale scale = logit_scale(problem);
   const int32_t dim = problem.head_dim;
   const int32_t visible = geometry.visible_blocks(item.tile);
   const int32_t row_begin = geometry.row_begin(item.tile), row_end = geometry.row_end(item.tile);
-  const float inverse = 1.0f / static_cast<float>(row_end - row_begin);
+  const bool center = params.pooling == Pooling::kCenter;
+  const int32_t first_row = center ? row_begin + (row_end - row_begin) / 2 : row_begin;
+  const int32_t last_row = center ? first_row + 1 : row_end;
+  const float inverse = params.pooling == Pooling::kMean ? 1.0f / static_cast<float>(row_end - row_begin) : 1.0f;
   for (int32_t first = 0; first < item.head_count; first += kRows) {
     const int32_t heads = min(kRows, item.head_count - first);
     const int32_t vectors = (heads + kLanes - 1) / kLanes;
     for (int32_t i = 0; i < dim * kRows; ++i) scratch.queries[i] = 0.0f;
     for (int32_t h = 0; h < heads; ++h) {
       for (int32_t d = 0; d < dim; ++d) scratch.mean[d] = 0.0f;
-      for (int32_t row = row_begin; row < row_end; ++row) {
+      for (int32_t row = first_row; row < last_row; ++row) {
         read_row(problem.dtype, query_address(problem, params.q, item.sequence, row, item.head_begin + first + h), dim,
                  scratch.row);
-        for (int32_t d = 0; d < dim; ++d) scratch.mean[d] += scratch.row[d];
+        pool_row(params.pooling, scratch.row, dim, scratch.mean);
       }
       for (int32_t d = 0; d < dim; ++d) scratch.queries[d * kRows + h] = scratch.mean[d] * inverse * scale.factor;
     }
@@ -195,10 +219,15 @@ static void mean_query_tile(const ScoreParams& params, const TileItem& item, con
 static void score_tile(const ScoreParams& params, const TileItem& item, float* scratch_base, float* scores) {
   ScoreScratch scratch;
   score_layout(params, scratch_base, &scratch);
-  if (params.rule == ScoreRule::kRelativeMax) {
-    relative_max_tile(params, item, scratch, scores);
-  } else {
-    mean_query_tile(params, item, scratch, scores);
+  switch (params.rule) {
+    case ScoreRule::kRelativeMax:
+      return relative_max_tile(params, item, scratch, scores);
+    case ScoreRule::kPooled:
+      return pooled_query_tile(params, item, scratch, scores);
+    case ScoreRule::kFlat64:
+      return flat64_tile(params, item, scratch, scores);
+    case ScoreRule::kAntidiagonal:
+      return antidiagonal_tile(params, item, scratch, scores);
   }
 }
 

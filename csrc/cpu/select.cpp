@@ -1,13 +1,15 @@
 // score_blocks and select_blocks: what is done with the scores that the kernels make for one query tile.
 //
 //   kRelativeMax     score as it comes (score.h); kept iff score > 0 and score >= threshold, or threshold < 0
-//   kPooled  softmax over the visible blocks in float64, ranked by descending logit (ties: lower block first);
-//                    score = mass of the blocks ranked before, summed in rank order; kept iff score < threshold, and
-//                    the best always
+//   the mass rules   weights in float64: of kPooled and kFlat64 the softmax over the visible blocks, of kAntidiagonal as
+//                    they come. Ranked by descending weight (ties: lower block first; kAntidiagonal: sink and window
+//                    before all others, by index); score = share of the weight of the blocks ranked before, summed in
+//                    rank order; kept iff score < threshold, or the block's own share > probability, and the best always
 //
 // Also kept: sink blocks, the window around the tile's own positions, everything in the last tiles of the prompt, the
-// best min_blocks by score (where NaN ranks last). Blocks whose score is NaN are kept.
-// Memory per worker: the scores of one tile, [heads of the item, max_blocks], and one row of indices.
+// best min_blocks and the best min_ratio by rank (NaN ranks last), and what keep.h's Rescue says. Blocks whose score is
+// NaN are kept. kUnion: all that for every query head, OR-ed into the mask of its KV head (the rescue once).
+// Memory per worker: the scores of one tile, [heads of the item, max_blocks], and the ranking of one row.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -21,20 +23,21 @@
 namespace bsfa::cpu {
 namespace {
 
+// One row of scores, ranked. `keys` are what is compared; `weights` are in rank order, for the mass rules alone.
 struct Ranking {
   std::vector<int32_t> order;
   std::vector<float> keys;
   std::vector<double> weights;
+  double total = 0.0;
 };
 
-// order = block indices by descending key, ties: lower first; only the first `top` places are in order.
-void rank(const float* scores, int32_t count, int32_t top, Ranking* ranking) {
+// order = block indices by descending key, ties: lower first; only the first `top` places are in order. NaN is last.
+void rank(int32_t count, int32_t top, Ranking* ranking) {
   ranking->order.resize(count);
-  ranking->keys.resize(count);
   for (int32_t j = 0; j < count; ++j) {
-    const float key = scores[j];
+    float& key = ranking->keys[j];
     ranking->order[j] = j;
-    ranking->keys[j] = std::isnan(key) ? -std::numeric_limits<float>::infinity() : key;
+    if (std::isnan(key)) key = -std::numeric_limits<float>::infinity();
   }
   const float* keys = ranking->keys.data();
   const auto better = [keys](int32_t a, int32_t b) { return keys[a] > keys[b] || (keys[a] == keys[b] && a < b); };
@@ -45,46 +48,52 @@ void rank(const float* scores, int32_t count, int32_t top, Ranking* ranking) {
   }
 }
 
-// Base-2 logits become the mass that ranks strictly before each block; ranking->order is the order.
-void cumulative_mass(float* scores, int32_t count, Ranking* ranking) {
-  rank(scores, count, count, ranking);
-  const double top = scores[ranking->order[0]];
+bool is_mass_rule(const ScoreParams& params) { return params.rule != ScoreRule::kRelativeMax; }
+
+// What a kernel of a mass rule made of one row becomes the share of the weight that ranks strictly before each block.
+void cumulative_mass(const ScoreParams& params, const AlwaysKept& always, int32_t count, float* scores,
+                     Ranking* ranking) {
+  const bool logits = params.rule != ScoreRule::kAntidiagonal;
+  ranking->keys.assign(scores, scores + count);
+  if (!logits) {
+    for (int32_t j = 0; j < count; ++j) {
+      if (always(j)) ranking->keys[j] = std::numeric_limits<float>::infinity();
+    }
+  }
+  rank(count, count, ranking);
+  const std::vector<int32_t>& order = ranking->order;
+  const double top = scores[order[0]];
   ranking->weights.resize(count);
-  double total = 0.0;
+  ranking->total = 0.0;
   for (int32_t i = 0; i < count; ++i) {
-    ranking->weights[i] = i == 0 ? 1.0 : std::exp2(static_cast<double>(scores[ranking->order[i]]) - top);
-    total += ranking->weights[i];
+    const double x = scores[order[i]];
+    ranking->weights[i] = !logits ? x : i == 0 ? 1.0 : std::exp2(x - top);
+    ranking->total += ranking->weights[i];
   }
   double before = 0.0;
   for (int32_t i = 0; i < count; ++i) {
-    scores[ranking->order[i]] = static_cast<float>(before / total);
+    scores[order[i]] = static_cast<float>(before / ranking->total);
     before += ranking->weights[i];
   }
 }
 
-// Scores of the item's heads as the contract has them, [head_count, max_blocks], visible blocks only. For
-// kPooled, best[h * count + i] is the head's i-th block by logit, i < count: in float32 the masses before
-// blocks of little weight are equal, so the scores do not tell their order.
-void score_item(const Kernels& k, const ScoreParams& params, const TileItem& item, float* scratch, float* scores,
-                Ranking* ranking, int32_t count = 0, int32_t* best = nullptr) {
-  const int32_t visible = item.geometry.visible_blocks(item.tile);
-  if (visible == 0) return;
-  k.score_tile(params, item, scratch, scores);
-  if (params.rule == ScoreRule::kRelativeMax) return;
-  for (int32_t h = 0; h < item.head_count; ++h) {
-    cumulative_mass(scores + int64_t{h} * params.max_blocks, visible, ranking);
-    std::copy_n(ranking->order.begin(), count, best + h * count);
-  }
+// The rows of scores that an item makes.
+int32_t score_rows(const ScoreParams& params, const TileItem& item) {
+  return params.sharing == HeadSharing::kGroup ? 1 : item.head_count;
 }
 
-// A NaN score is kept: the block holds a NaN, and dropping it would hide that.
-bool keeps(bool cumulative, float score, float threshold) {
-  if (cumulative) return !(score >= threshold);
-  return threshold < 0.0f || !(score < threshold || score <= 0.0f);
+int32_t first_score_head(const ScoreParams& params, const TileItem& item) {
+  return params.sharing == HeadSharing::kGroup ? item.kv_head : item.head_begin;
 }
+
+AlwaysKept always_kept(const ScoreParams& params, const TileItem& item) {
+  return bsfa::always_kept(item.geometry, item.tile, params.sink_blocks, params.window_blocks);
+}
+
+void set_bit(uint32_t* words, int32_t j) { words[j / 32] |= 1u << (j % 32); }
 
 void set_range(uint32_t* words, int32_t begin, int32_t end) {
-  for (int32_t j = begin; j < end; ++j) words[j / 32] |= 1u << (j % 32);
+  for (int32_t j = begin; j < end; ++j) set_bit(words, j);
 }
 
 bool keeps_everything(const SelectParams& params, const TileItem& item) {
@@ -92,31 +101,50 @@ bool keeps_everything(const SelectParams& params, const TileItem& item) {
   return is_last_tile(item.geometry, item.tile, params.last_tiles, prompt_len);
 }
 
-// Sink and window, which depend on the tile alone.
-void set_always_kept(const ScoreParams& params, const TileItem& item, uint32_t* words) {
-  const AlwaysKept kept = always_kept(item.geometry, item.tile, params.sink_blocks, params.window_blocks);
-  set_range(words, 0, kept.sink_end);
-  set_range(words, kept.window_begin, kept.window_end);
+// Sets the bits of what one row of scores keeps, as the kernel made them. A NaN score is kept: the block holds a NaN, and
+// dropping it would hide that.
+void keep_by_score(const SelectParams& params, const AlwaysKept& always, int32_t visible, float threshold,
+                   float* scores, Ranking* ranking, uint32_t* words) {
+  const int32_t top = best_blocks(params.min_blocks, params.min_ratio, visible);
+  if (is_mass_rule(params.score)) {
+    cumulative_mass(params.score, always, visible, scores, ranking);
+    const double share = double{params.probability} * ranking->total;
+    for (int32_t i = 0; i < visible; ++i) {
+      const int32_t j = ranking->order[i];
+      if (i == 0 || i < top || !(scores[j] >= threshold) || ranking->weights[i] > share) set_bit(words, j);
+    }
+    return;
+  }
+  for (int32_t j = 0; j < visible; ++j) {
+    if (threshold < 0.0f || !(scores[j] < threshold || scores[j] <= 0.0f)) set_bit(words, j);
+  }
+  if (top == 0) return;
+  ranking->keys.assign(scores, scores + visible);
+  rank(visible, top, ranking);
+  for (int32_t i = 0; i < top; ++i) set_bit(words, ranking->order[i]);
 }
 
 }  // namespace
 
 void score_blocks(const ScoreParams& params, const Executor& executor) {
   const Kernels& k = kernels();
-  const Schedule schedule = make_schedule(params.problem, params.num_rows);
-  const int64_t heads = params.problem.num_q_heads;
+  const Schedule schedule = make_schedule(params.problem, params.num_rows, nullptr, 0, 0, heads_per_item(params));
+  const int64_t heads = params.score_heads();
   const int64_t row_size = heads * params.max_blocks;
   std::fill(params.scores + schedule.used_rows * row_size, params.scores + params.num_rows * row_size, -1.0f);
   for_each_item(executor, static_cast<int64_t>(schedule.items.size()), k.score_scratch(params),
                 [&](int64_t index, float* scratch) {
                   const TileItem& item = schedule.items[index];
                   const int32_t visible = item.geometry.visible_blocks(item.tile);
-                  float* scores = params.scores + (item.mask_row * heads + item.head_begin) * params.max_blocks;
+                  float* scores =
+                      params.scores + (item.mask_row * heads + first_score_head(params, item)) * params.max_blocks;
+                  if (visible > 0) k.score_tile(params, item, scratch, scores);
                   Ranking ranking;
-                  score_item(k, params, item, scratch, scores, &ranking);
-                  for (int32_t h = 0; h < item.head_count; ++h) {
-                    float* row = scores + int64_t{h} * params.max_blocks;
-                    std::fill(row + visible, row + params.max_blocks, -1.0f);
+                  for (int32_t i = 0; i < score_rows(params, item); ++i, scores += params.max_blocks) {
+                    if (visible > 0 && is_mass_rule(params)) {
+                      cumulative_mass(params, always_kept(params, item), visible, scores, &ranking);
+                    }
+                    std::fill(scores + visible, scores + params.max_blocks, -1.0f);
                   }
                 });
 }
@@ -124,49 +152,51 @@ void score_blocks(const ScoreParams& params, const Executor& executor) {
 void select_blocks(const SelectParams& params, const Executor& executor) {
   const Kernels& k = kernels();
   const ScoreParams& score = params.score;
-  const Schedule schedule = make_schedule(score.problem, score.num_rows);
-  const int64_t heads = score.problem.num_q_heads;
-  std::memset(params.words + schedule.used_rows * heads * params.num_words, 0,
-              sizeof(int32_t) * (score.num_rows - schedule.used_rows) * heads * params.num_words);
-  std::memset(params.counts + schedule.used_rows * heads, 0,
-              sizeof(int32_t) * (score.num_rows - schedule.used_rows) * heads);
-  const int64_t kernel_floats = ceil_div(static_cast<int32_t>(k.score_scratch(score)), 16) * 16;
-  const int64_t score_floats = int64_t{heads_per_item(score.problem)} * score.max_blocks;
+  const Schedule schedule = make_schedule(score.problem, score.num_rows, nullptr, 0, 0, heads_per_item(score));
+  const int64_t mask_heads = score.mask_heads();
+  const Rescue rescue = rescue_of(params);
+  std::memset(params.words + schedule.used_rows * mask_heads * params.num_words, 0,
+              sizeof(int32_t) * (score.num_rows - schedule.used_rows) * mask_heads * params.num_words);
+  std::memset(params.counts + schedule.used_rows * mask_heads, 0,
+              sizeof(int32_t) * (score.num_rows - schedule.used_rows) * mask_heads);
+  const int64_t kernel_floats = (k.score_scratch(score) + 15) / 16 * 16;
+  const int64_t score_floats = int64_t{heads_per_item(score)} * score.max_blocks;
   for_each_item(executor, static_cast<int64_t>(schedule.items.size()), kernel_floats + score_floats,
                 [&](int64_t index, float* scratch) {
                   const TileItem& item = schedule.items[index];
                   const int32_t visible = item.geometry.visible_blocks(item.tile);
-                  const int64_t first_row = item.mask_row * heads + item.head_begin;
-                  uint32_t* words = reinterpret_cast<uint32_t*>(params.words) + first_row * params.num_words;
-                  std::memset(words, 0, sizeof(int32_t) * item.head_count * params.num_words);
-                  float* scores = scratch + kernel_floats;
-                  Ranking ranking;
-                  const bool cumulative = score.rule != ScoreRule::kRelativeMax;
-                  const int32_t top = std::min(std::max(params.min_blocks, cumulative ? 1 : 0), visible);
-                  std::vector<int32_t> best(cumulative ? int64_t{top} * item.head_count : 0);
-                  const bool everything = keeps_everything(params, item);
-                  if (!everything) {
-                    score_item(k, score, item, scratch, scores, &ranking, cumulative ? top : 0, best.data());
+                  const bool shared = score.sharing != HeadSharing::kNone;
+                  const int32_t first_head = shared ? item.kv_head : item.head_begin;
+                  const int32_t rows = shared ? 1 : item.head_count;  // of the mask
+                  const int64_t first_row = item.mask_row * mask_heads + first_head;
+                  uint32_t* const words = reinterpret_cast<uint32_t*>(params.words) + first_row * params.num_words;
+                  std::memset(words, 0, sizeof(int32_t) * rows * params.num_words);
+                  const bool everything = visible > 0 && keeps_everything(params, item);
+                  const AlwaysKept always = always_kept(score, item);
+                  if (visible > 0 && !everything) {
+                    float* scores = scratch + kernel_floats;
+                    k.score_tile(score, item, scratch, scores);
+                    const float* thresholds = params.thresholds + first_score_head(score, item);
+                    Ranking ranking;
+                    for (int32_t i = 0; i < score_rows(score, item); ++i) {
+                      keep_by_score(params, always, visible, thresholds[i], scores + int64_t{i} * score.max_blocks,
+                                    &ranking, words + (shared ? 0 : int64_t{i} * params.num_words));
+                    }
                   }
-                  for (int32_t h = 0; h < item.head_count; ++h, words += params.num_words, scores += score.max_blocks) {
-                    int32_t& count = params.counts[first_row + h];
-                    count = 0;
-                    if (visible == 0) continue;
-                    if (everything) {
-                      set_range(words, 0, visible);
-                      count = visible;
-                      continue;
+                  const int32_t tile = item.geometry.first_tile() + item.tile;
+                  for (int32_t i = 0; i < rows; ++i) {
+                    uint32_t* row = words + int64_t{i} * params.num_words;
+                    if (everything) set_range(row, 0, visible);
+                    set_range(row, 0, always.sink_end);
+                    set_range(row, always.window_begin, always.window_end);
+                    if (rescue.stride > 0 || rescue.parts > 0) {
+                      for (int32_t j = 0; j < visible; ++j) {
+                        if (rescue(tile, j, first_head + i)) set_bit(row, j);
+                      }
                     }
-                    const float threshold = params.thresholds[item.head_begin + h];
-                    for (int32_t j = 0; j < visible; ++j) {
-                      const bool keep = keeps(cumulative, scores[j], threshold);
-                      words[j / 32] |= static_cast<uint32_t>(keep) << (j % 32);
-                    }
-                    set_always_kept(score, item, words);
-                    if (!cumulative && top > 0) rank(scores, visible, top, &ranking);
-                    const int32_t* order = cumulative ? best.data() + int64_t{h} * top : ranking.order.data();
-                    for (int32_t i = 0; i < top; ++i) set_range(words, order[i], order[i] + 1);
-                    for (int32_t w = 0; w < params.num_words; ++w) count += __builtin_popcount(words[w]);
+                    int32_t count = 0;
+                    for (int32_t w = 0; w < params.num_words; ++w) count += __builtin_popcount(row[w]);
+                    params.counts[first_row + i] = count;
                   }
                 });
 }

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <map>
 #include <string>
 #include <utility>
 #include <vector>
@@ -16,7 +17,10 @@
 
 namespace {
 
-std::vector<float> check_attention(Fixture& f, const std::string& where, int mask_heads, bool dense) {
+enum class Mask { kDense, kPlain, kCorrected };
+
+std::vector<float> check_attention(Fixture& f, const std::string& where, int mask_heads, Mask kind) {
+  const bool dense = kind == Mask::kDense, corrected = kind == Mask::kCorrected;
   const Case& c = f.c;
   const int num_words = (f.max_blocks + 31) / 32;
   std::vector<int32_t> words(int64_t{f.num_rows} * mask_heads * num_words + 1);
@@ -37,6 +41,17 @@ std::vector<float> check_attention(Fixture& f, const std::string& where, int mas
   params.mask_heads = mask_heads;
   params.num_words = num_words;
   params.window_left = c.window_left;
+  Storage k_means, v_means;  // any numbers will do
+  if (corrected) {
+    const int64_t count = int64_t{f.problem.batch} * f.max_blocks * c.hkv;
+    std::normal_distribution<double> normal;
+    for (auto [means, size] : {std::pair(&k_means, count * c.d), std::pair(&v_means, count * c.dv)}) {
+      means->resize(c.dtype, size + 1);
+      for (int64_t i = 0; i < size; ++i) means->set(i, normal(f.random));
+    }
+    params.k_means = k_means.bytes.data();
+    params.v_means = v_means.bytes.data();
+  }
   bsfa::cpu::attention(params, threads(1));
   const std::vector<unsigned char> first_out = f.out.bytes;
   const std::vector<float> first_lse = lse;
@@ -55,12 +70,29 @@ std::vector<float> check_attention(Fixture& f, const std::string& where, int mas
           seen.emplace_back(n, f.logit(b, r, h, n));
           top = std::max(top, seen.back().second);
         }
+        const int first_row = f.rows_of(b, f.mask_row(b, r) - f.rows_before[b]).front();
+        const auto mean_row = [&](int j) {
+          return (static_cast<int64_t>(b) * f.max_blocks + j) * c.hkv + h / f.group();
+        };
+        for (int j = 0; corrected && j < f.blocks(b); ++j) {
+          if (bit(words, row, num_words, j) || (c.causal && (j + 1) * c.block_n > f.position(b, first_row) + 1))
+            continue;
+          const int tokens = std::min(c.block_n, f.lk(b) - j * c.block_n);
+          double s = 0.0;
+          for (int i = 0; i < c.d; ++i)
+            s += f.q.get(f.q_index(f.q_view, b, r, h) + i) * k_means.get(mean_row(j) * c.d + i);
+          seen.emplace_back(-1 - j, f.cap(s) + std::log(tokens));  // numbers below 0: means
+          top = std::max(top, seen.back().second);
+        }
         std::vector<double> sum(c.dv);
         double total = 0.0;
         for (const auto& [n, s] : seen) {
           const double p = std::exp(s - top);
           total += p;
-          for (int i = 0; i < c.dv; ++i) sum[i] += p * f.v.get(f.k_index(f.v_view, b, n, h / f.group()) + i);
+          for (int i = 0; i < c.dv; ++i) {
+            sum[i] += p * (n < 0 ? v_means.get(mean_row(-1 - n) * c.dv + i)
+                                 : f.v.get(f.k_index(f.v_view, b, n, h / f.group()) + i));
+          }
         }
         const double want_lse = seen.empty() ? -kInf : top + std::log(total);
         const int64_t li = f.lse_index(b, r, h), oi = f.q_index(f.out_view, b, r, h);
@@ -197,6 +229,74 @@ Storage check_pool(Fixture& f, const std::string& where) {
     }
   }
   return out;
+}
+
+// Scores of the rules that look at groups of `size` tokens: masses before each block, without sinks, with its own blocks.
+void check_groups(Fixture& f, const std::string& where, bool flat, int size) {
+  const Case& c = f.c;
+  bsfa::ScoreParams params;
+  params.problem = f.problem;
+  params.q = f.q_view;
+  params.k = f.k_view;
+  params.max_blocks = f.max_blocks;
+  params.rule = flat ? bsfa::ScoreRule::kFlat64 : bsfa::ScoreRule::kAntidiagonal;
+  params.stride = size;
+  params.num_rows = f.num_rows;
+  std::vector<float> scores(int64_t{f.num_rows} * c.hq * f.max_blocks + 1, kNaN), other = scores;
+  params.scores = other.data();
+  bsfa::cpu::score_blocks(params, threads(3));
+  params.scores = scores.data();
+  bsfa::cpu::score_blocks(params, threads(1));
+  if (std::memcmp(scores.data(), other.data(), scores.size() * 4) != 0) fail(where, "group scores by workers", 0, 0);
+  for (int b = 0; b < f.problem.batch; ++b) {
+    for (int t = 0; t < f.tiles(b); ++t) {
+      const int visible = f.visible(b, t), tile = f.first_tile(b) + t;
+      const int keys = std::min(visible * c.block_n, f.lk(b));
+      const int first = std::max(tile * c.block_m, 0),
+                last = std::min((tile + 1) * c.block_m, c.causal ? keys : f.lq(b));
+      const int own_first = std::min(first / c.block_n, visible - 1);
+      const int own_last = std::min(std::max((last - 1) / c.block_n, own_first), visible - 1);
+      std::map<int, std::vector<int>> groups;
+      for (int r : f.rows_of(b, t)) groups[Fixture::floor_div(f.position(b, r), size)].push_back(r);
+      for (int h = 0; h < c.hq && visible > 0; ++h) {
+        std::vector<double> weight(visible, flat ? -kInf : 0.0);
+        for (const auto& [g, rows] : groups) {
+          std::vector<double> x;
+          for (int r = 0; r * size < keys && (flat || !c.causal || r <= g); ++r) {
+            double sum = 0.0;
+            for (int row : rows) {
+              const int place = f.position(b, row) - g * size;
+              const int key = r * size + (flat ? place : size - 1 - place);
+              if (key >= f.lk(b)) continue;
+              const int64_t qi = f.q_index(f.q_view, b, row, h), ki = f.k_index(f.k_view, b, key, h / f.group());
+              for (int i = 0; i < c.d; ++i) sum += f.q.get(qi + i) * f.k.get(ki + i);
+            }
+            x.push_back(f.cap(sum / size));
+            double& best = weight[r * size / c.block_n];
+            if (flat) best = std::max(best, x.back());
+          }
+          if (flat) continue;
+          double total = 0.0;
+          for (double s : x) total += std::exp(s);
+          for (size_t r = 0; r < x.size(); ++r) weight[r * size / c.block_n] += std::exp(x[r]) / total;
+        }
+        double total = 0.0;
+        for (double& w : weight) total += w = flat ? std::exp(w) : w;
+        const auto own = [&](int j) { return !flat && j >= own_first && j <= own_last; };
+        for (int j = 0; j < f.max_blocks; ++j) {
+          double want = j < visible ? 0.0 : -1.0;
+          for (int i = 0; i < visible && j < visible; ++i) {
+            const bool before = own(i) != own(j) ? own(i)
+                                : own(i)         ? i < j
+                                                 : weight[i] > weight[j] || (weight[i] == weight[j] && i < j);
+            want += before ? weight[i] / total : 0.0;
+          }
+          const float got = scores[(int64_t{f.rows_before[b] + t} * c.hq + h) * f.max_blocks + j];
+          if (!close(got, want, 2e-5, 2e-5)) fail(where, flat ? "flat64 score" : "antidiagonal score", got, want);
+        }
+      }
+    }
+  }
 }
 
 void check_scores(Fixture& f, const std::string& where, const Storage& summary, bsfa::ScoreRule rule) {
@@ -501,14 +601,20 @@ int main() {
       const std::string where = std::string(isa) + ", " + c.name;
       Fixture f(c);
       const Storage summary = check_pool(f, where);
-      const std::vector<float> lse = check_attention(f, where + ", dense", 1, true);
+      const std::vector<float> lse = check_attention(f, where + ", dense", 1, Mask::kDense);
       for (int mask_heads : {c.hq, c.hkv, 1}) {
-        check_attention(f, where + ", mask heads " + std::to_string(mask_heads), mask_heads, false);
+        const std::string heads = ", mask heads " + std::to_string(mask_heads);
+        check_attention(f, where + heads, mask_heads, Mask::kPlain);
+        if (c.window_left < 0) check_attention(f, where + heads + ", corrected", mask_heads, Mask::kCorrected);
       }
       check_probe(f, where);
       check_block_mass(f, where, lse);
       check_scores(f, where, summary, bsfa::ScoreRule::kRelativeMax);
       check_scores(f, where, summary, bsfa::ScoreRule::kPooled);
+      for (int stride : {1, 4, 16}) {
+        if (c.block_m % stride == 0 && c.block_n % stride == 0) check_groups(f, where, false, stride);
+      }
+      if (c.block_m % 64 == 0 && c.block_n % 64 == 0) check_groups(f, where, true, 64);
     }
     check_rounding(isa);
     check_nan_propagation(isa);

@@ -352,6 +352,9 @@ inline SelectParams select_params(const ScoreParams& score, const Tensor& q, con
   p.thresholds = static_cast<const float*>(thresholds.data_ptr());
   p.last_tiles = to_int32(last_tiles, "last_tiles");
   p.min_blocks = to_int32(min_blocks, "min_blocks");
+  for (const double share : {min_ratio, probability, rescue_probability}) {
+    STD_TORCH_CHECK(share >= 0.0 && share <= 1.0, "min_ratio, probability and rescue_probability must be 0 .. 1");
+  }
   p.min_ratio = static_cast<float>(min_ratio);
   p.probability = static_cast<float>(probability);
   p.rescue_stride = to_int32(rescue_stride, "rescue_stride");

@@ -56,6 +56,85 @@ Tensor pool_blocks(const Tensor& k, const OptionalTensor& cu_seqlens_k, const Op
   return out;
 }
 
+Tensor new_workspace(const Tensor& like, int64_t bytes) {
+  const std::vector<int64_t> shape = {bytes};
+  return torch::stable::new_empty(like, shape, ScalarType::Byte);
+}
+
+void check_selection(const ScoreParams& s) {
+  STD_TORCH_CHECK(cuda::select_supports(s), "this dtype, head_dim, block size or head sharing has no CUDA kernel");
+  STD_TORCH_CHECK(cuda::select_fits(s), s.max_blocks,
+                  " KV blocks are more than the CUDA kernels of this rule can rank");
+  const int64_t rows = max_mask_rows(s.problem, s.q.tokens);
+  STD_TORCH_CHECK(s.num_rows >= rows, "the mask has ", s.num_rows, " rows, this problem needs ", rows);
+}
+
+Tensor score_blocks(const Tensor& q, const OptionalTensor& summary, const OptionalTensor& k,
+                    const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+                    const OptionalTensor& block_table, const OptionalTensor& seqlens_k, int64_t max_seqlen_q,
+                    int64_t max_seqlen_k, int64_t num_rows, int64_t block_m, int64_t block_n, bool causal,
+                    double softmax_scale, double softcap, std::string rule, std::string pooling, int64_t stride,
+                    std::string sharing, int64_t sink_blocks, int64_t window_blocks) {
+  ScoreParams s = score_params(q, summary, k, cu_seqlens_q, cu_seqlens_k, block_table, seqlens_k, max_seqlen_q,
+                               max_seqlen_k, num_rows, block_m, block_n, causal, softmax_scale, softcap, rule, pooling,
+                               stride, sharing, sink_blocks, window_blocks);
+  check_selection(s);
+  const Launch launch(q);
+  Tensor scores = new_tensor(q, {num_rows, s.score_heads(), s.max_blocks}, ScalarType::Float);
+  s.scores = static_cast<float*>(scores.data_ptr());
+  if (scores.numel() == 0) return scores;
+  Tensor workspace = new_workspace(q, cuda::select_workspace_bytes(s));
+  check_launch(cuda::score_blocks(s, workspace.data_ptr(), launch.stream()), "score_blocks");
+  return scores;
+}
+
+std::tuple<Tensor, Tensor> select_blocks(const Tensor& q, const OptionalTensor& summary, const OptionalTensor& k,
+                                         const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+                                         const OptionalTensor& block_table, const OptionalTensor& seqlens_k,
+                                         int64_t max_seqlen_q, int64_t max_seqlen_k, int64_t num_rows, int64_t block_m,
+                                         int64_t block_n, bool causal, double softmax_scale, double softcap,
+                                         std::string rule, std::string pooling, int64_t stride, std::string sharing,
+                                         int64_t sink_blocks, int64_t window_blocks, const Tensor& thresholds,
+                                         int64_t last_tiles, int64_t min_blocks, double min_ratio, double probability,
+                                         int64_t rescue_stride, double rescue_probability, int64_t rescue_seed,
+                                         const OptionalTensor& prompt_lens) {
+  const ScoreParams s = score_params(q, summary, k, cu_seqlens_q, cu_seqlens_k, block_table, seqlens_k, max_seqlen_q,
+                                     max_seqlen_k, num_rows, block_m, block_n, causal, softmax_scale, softcap, rule,
+                                     pooling, stride, sharing, sink_blocks, window_blocks);
+  check_selection(s);
+  SelectParams p = select_params(s, q, thresholds, last_tiles, min_blocks, min_ratio, probability, rescue_stride,
+                                 rescue_probability, rescue_seed, prompt_lens);
+  const Launch launch(q);
+  Tensor words = new_tensor(q, {num_rows, s.mask_heads(), p.num_words}, ScalarType::Int);
+  Tensor counts = new_tensor(q, {num_rows, s.mask_heads()}, ScalarType::Int);
+  p.words = static_cast<int32_t*>(words.data_ptr());
+  p.counts = static_cast<int32_t*>(counts.data_ptr());
+  if (counts.numel() == 0) return {words, counts};
+  Tensor workspace = new_workspace(q, cuda::select_workspace_bytes(s));
+  check_launch(cuda::select_blocks(p, workspace.data_ptr(), launch.stream()), "select_blocks");
+  return {words, counts};
+}
+
+// Scratch memory of select_blocks for a mask per query head, without the mask itself; asks no tensor.
+int64_t select_workspace_bytes(int64_t num_rows, int64_t heads, int64_t max_seqlen_k, int64_t head_dim,
+                               std::string rule, int64_t stride) {
+  ScoreParams s;
+  s.rule = to_rule(rule);
+  s.stride = to_int32(stride, "stride");
+  s.num_rows = num_rows;
+  Problem& p = s.problem;
+  p.dtype = DType::kBFloat16;
+  p.batch = 1;
+  p.num_q_heads = to_int32(heads, "heads");
+  p.num_kv_heads = p.num_q_heads;
+  p.head_dim = to_int32(head_dim, "head_dim");
+  p.kv.max_seqlen = to_int32(max_seqlen_k, "max_seqlen_k");
+  s.max_blocks = ceil_div(p.kv.max_seqlen, p.block_n);
+  STD_TORCH_CHECK(num_rows >= 0 && heads > 0 && head_dim > 0 && stride > 0 && p.block_m % stride == 0,
+                  "rows must be at least 0, heads and head_dim positive, stride a divisor of ", p.block_m);
+  return cuda::select_workspace_bytes(s);
+}
+
 Tensor attention_out(const Tensor& out, const Tensor& q, const Tensor& k, const Tensor& v,
                      const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
                      const OptionalTensor& block_table, const OptionalTensor& seqlens_k, int64_t max_seqlen_q,
@@ -74,8 +153,7 @@ Tensor attention_out(const Tensor& out, const Tensor& q, const Tensor& k, const 
   p.num_rows = rows;
   if (q.numel() == 0) return lse;
   const Launch launch(q);
-  const std::vector<int64_t> shape = {cuda::attention_workspace_bytes(p)};
-  Tensor workspace = torch::stable::new_empty(q, shape, ScalarType::Byte);
+  Tensor workspace = new_workspace(q, cuda::attention_workspace_bytes(p));
   check_launch(cuda::attention(p, workspace.data_ptr(), launch.stream()), "attention");
   return lse;
 }
@@ -131,10 +209,19 @@ std::tuple<Tensor, Tensor> pattern_mask(const Tensor& base, const Tensor& query_
   return {words, counts};
 }
 
-// JSON: one row per compiled CUDA kernel, with the keys of bsfa._C.kernels().
+// JSON: one row per compiled CUDA kernel, with the keys of bsfa._C.kernels(); `rule` where a row is of some score rules
+// only.
 std::string cuda_kernels() {
   return R"([
     {"op": "pool_blocks", "device": "cuda", "arch": "sm_90a", "dtypes": "bfloat16, float16", "head_dim": "any"},
+    {"op": "score_blocks", "device": "cuda", "arch": "sm_90a", "dtypes": "bfloat16, float16", "head_dim": "64, 128",
+     "blocks": "128x128", "rule": "relative_max, flat64, antidiagonal"},
+    {"op": "score_blocks", "device": "cuda", "arch": "sm_90a", "dtypes": "bfloat16, float16", "head_dim": "1..256",
+     "blocks": "128x128", "rule": "pooled"},
+    {"op": "select_blocks", "device": "cuda", "arch": "sm_90a", "dtypes": "bfloat16, float16", "head_dim": "64, 128",
+     "blocks": "128x128", "rule": "relative_max, flat64, antidiagonal"},
+    {"op": "select_blocks", "device": "cuda", "arch": "sm_90a", "dtypes": "bfloat16, float16", "head_dim": "1..256",
+     "blocks": "128x128", "rule": "pooled"},
     {"op": "probe_attention", "device": "cuda", "arch": "sm_90a", "dtypes": "bfloat16, float16",
      "head_dim": "64, 128", "blocks": "128x128"},
     {"op": "pattern_mask", "device": "cuda", "arch": "sm_90a", "dtypes": "int32", "head_dim": "any"},
@@ -145,12 +232,22 @@ std::string cuda_kernels() {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(bsfa, m) { m.def("cuda_kernels() -> str"); }
+STABLE_TORCH_LIBRARY_FRAGMENT(bsfa, m) {
+  m.def("cuda_kernels() -> str");
+  m.def(
+      "select_workspace_bytes(SymInt num_rows, int heads, SymInt max_seqlen_k, int head_dim, str rule, int stride) -> "
+      "int");
+}
 
-STABLE_TORCH_LIBRARY_IMPL(bsfa, CompositeExplicitAutograd, m) { m.impl("cuda_kernels", TORCH_BOX(&cuda_kernels)); }
+STABLE_TORCH_LIBRARY_IMPL(bsfa, CompositeExplicitAutograd, m) {
+  m.impl("cuda_kernels", TORCH_BOX(&cuda_kernels));
+  m.impl("select_workspace_bytes", TORCH_BOX(&select_workspace_bytes));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(bsfa, CUDA, m) {
   m.impl("pool_blocks", TORCH_BOX(&pool_blocks));
+  m.impl("score_blocks", TORCH_BOX(&score_blocks));
+  m.impl("select_blocks", TORCH_BOX(&select_blocks));
   m.impl("probe_attention", TORCH_BOX(&probe_attention));
   m.impl("pattern_mask", TORCH_BOX(&pattern_mask));
   m.impl("attention", TORCH_BOX(&attention));

@@ -15,12 +15,15 @@ from bsfa.block_mask import BlockMask, MaskGeometry
 from bsfa.doctor import doctor
 from bsfa.errors import DenseFallbackWarning, ThresholdMismatchError, UnsupportedError
 from bsfa.info import AttentionInfo
+from bsfa.plotting import plot_mask
 from bsfa.stages import block_mass, block_sparse_attention, pool_blocks, select_blocks
+from bsfa.summary import BlockSummary
 from bsfa.thresholds import ThresholdTable
 
 __all__ = [
     "AttentionInfo",
     "BlockMask",
+    "BlockSummary",
     "DenseFallbackWarning",
     "MaskGeometry",
     "ThresholdMismatchError",
@@ -33,6 +36,7 @@ __all__ = [
     "block_mass",
     "block_sparse_attention",
     "doctor",
+    "plot_mask",
     "policies",
     "pool_blocks",
     "select_blocks",

@@ -35,11 +35,11 @@ cuda_missing: str | None = None
 
 
 def cuda_library_path() -> Path | None:
-    """The CUDA library that was built into this package, if any."""
-    folder = Path(__file__).parent / "lib"
-    plain = folder / "libbsfa_cuda.so"  # CMake's name; setup.py's carries the Python version
-    found = [plain] if plain.exists() else sorted(folder.glob("libbsfa_cuda*.so"))
-    return found[0] if found else None
+    """The CUDA library that was built into this package, if any: of CMake's and setup.py's, which carries the Python
+    version in its name, the one that was built last.
+    """
+    found = sorted((Path(__file__).parent / "lib").glob("libbsfa_cuda*.so"))
+    return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
 
 
 def _load_cuda() -> str | None:

@@ -12,6 +12,7 @@ from bsfa.policies import Dense, Policy
 from bsfa.stages import (
     attend,
     check_attention_kernel,
+    check_correction,
     check_mask_heads,
     check_policy,
     make_selection,
@@ -19,6 +20,7 @@ from bsfa.stages import (
     resolve_layout,
     resolve_scale,
 )
+from bsfa.summary import BlockSummary
 
 Result = Tensor | tuple[Tensor | AttentionInfo, ...]
 
@@ -33,11 +35,14 @@ def _run(
     softcap: float,
     window_left: int | None,
     prompt_lens: Tensor | None,
+    mean_correction: bool,
     out: Tensor | None,
     return_lse: bool,
     return_info: bool,
+    kept: BlockSummary | None = None,
 ) -> Result:
     check_policy(policy)
+    check_correction(mean_correction, window_left)
     scale = resolve_scale(softmax_scale, q.shape[-1], softcap)
     if out is not None:
         check_out(out, q, k, v)
@@ -51,20 +56,41 @@ def _run(
         else:
             selects = policy
     check_attention_kernel(q, k, v, None if selects is None else (selects.block_m, selects.block_n))
+    if kept is not None:
+        pools = selects if selects is not None and selects.needs_summary else None
+        kept.check_use(k, v, None if pools is None else pools.block_n, None if pools is None else pools.summary_pooling)
     if reason is not None:
         warn_dense(reason)
+    if kept is not None:  # in dense calls too: their tokens are keys of later ones
+        kept.update_layout(k, v, layout)
     mask: BlockMask | None = None
+    means: tuple[Tensor, Tensor] | None = None
     if selects is not None:
-        summary = pool(k, layout, selects.block_n) if selects.needs_summary else None
+        summary = None
+        if selects.needs_summary:
+            pooling = selects.summary_pooling
+            summary = pool(k, layout, selects.block_n, pooling) if kept is None else kept.gather_layout(layout)
         mask = selects.select(make_selection(q, k, summary, layout, scale, softcap, prompt_lens))
         if mask is not None:
             check_mask_heads(mask, q, k)
-    out, lse = attend(q, k, v, mask, layout, scale, softcap, window_left, out)
+        if mask is not None and mean_correction:
+            # The policy has pooled k already, perhaps in the way that is wanted here; or the means are kept.
+            k_means = v_means = None
+            if summary is not None and selects.block_n == mask.block_n and selects.summary_pooling == "mean":
+                k_means = summary
+            if kept is not None and kept.block_n == mask.block_n:
+                if k_means is None and kept.pooling == "mean":
+                    k_means = kept.gather_layout(layout)
+                if kept.values is not None:
+                    v_means = kept.gather_values_layout(layout)
+            k_means = pool(k, layout, mask.block_n) if k_means is None else k_means
+            means = (k_means, pool(v, layout, mask.block_n) if v_means is None else v_means)
+    out, lse = attend(q, k, v, mask, layout, scale, softcap, window_left, out, means)
     if not return_lse and not return_info:
         return out
     extra: tuple[Tensor | AttentionInfo, ...] = (lse,) if return_lse else ()
     if return_info:
-        extra = (*extra, AttentionInfo(policy, mask, reason, q.device))
+        extra = (*extra, AttentionInfo(policy, mask, reason, q.device, means is not None))
     return (out, *extra)
 
 
@@ -79,6 +105,7 @@ def attention(
     softcap: float = 0.0,
     window_left: int | None = None,
     prompt_lens: Tensor | None = None,
+    mean_correction: bool = False,
     out: Tensor | None = None,
     return_lse: bool = False,
     return_info: bool = False,
@@ -93,6 +120,12 @@ def attention(
     softmax_scale: default ``1 / sqrt(D)``. softcap: logits become ``softcap * tanh(logit / softcap)``; 0 is off.
     window_left: a query sees at most that many tokens before its own; such calls are dense inside the window.
     prompt_lens: int32 [B], see :func:`bsfa.select_blocks`.
+    mean_correction: what the policy's mask drops still counts, approximately: the zero-order term of FlashPrefill V2
+    (arXiv 2608.19758). A dropped KV block j of n_j tokens that every row of the query tile would see whole enters the
+    softmax as one more key, ``O = (sum_kept e^s_i v_i + sum_j n_j e^t_j vbar_j) / (sum_kept e^s_i + sum_j n_j e^t_j)``
+    with ``t_j = cap(softmax_scale * q . kbar_j)``, kbar and vbar the block's mean key and value; the LSE includes it.
+    For batched, packed and paged keys alike. ``ValueError`` with ``window_left``. Where a call is dense there is
+    nothing to correct, and nothing changes; :class:`bsfa.AttentionInfo` says whether it was applied.
     out: write the result into this tensor and return it: shape, dtype and device as returned, any strides (the last
     dimension contiguous), no memory shared with q, k, v or within itself. What lies between its rows stays as it is.
     A graph of torch.compile computes the result first and copies it.
@@ -106,7 +139,8 @@ def attention(
     rows do not start at multiples of 16 bytes.
     """
     layout = resolve_layout(q, k, v, causal, None, None, None, None, None, None)
-    return _run(q, k, v, layout, policy, softmax_scale, softcap, window_left, prompt_lens, out, return_lse, return_info)
+    options = (softmax_scale, softcap, window_left, prompt_lens, mean_correction, out, return_lse, return_info)
+    return _run(q, k, v, layout, policy, *options)
 
 
 def attention_varlen(
@@ -124,6 +158,7 @@ def attention_varlen(
     softcap: float = 0.0,
     window_left: int | None = None,
     prompt_lens: Tensor | None = None,
+    mean_correction: bool = False,
     out: Tensor | None = None,
     return_lse: bool = False,
     return_info: bool = False,
@@ -134,7 +169,8 @@ def attention_varlen(
     empty. LSE is ``[Hq, total_q]``.
     """
     layout = resolve_layout(q, k, v, causal, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, None, None)
-    return _run(q, k, v, layout, policy, softmax_scale, softcap, window_left, prompt_lens, out, return_lse, return_info)
+    options = (softmax_scale, softcap, window_left, prompt_lens, mean_correction, out, return_lse, return_info)
+    return _run(q, k, v, layout, policy, *options)
 
 
 def attention_paged(
@@ -148,11 +184,13 @@ def attention_paged(
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
     policy: Policy | None = None,
+    summary: BlockSummary | None = None,
     causal: bool = True,
     softmax_scale: float | None = None,
     softcap: float = 0.0,
     window_left: int | None = None,
     prompt_lens: Tensor | None = None,
+    mean_correction: bool = False,
     out: Tensor | None = None,
     return_lse: bool = False,
     return_info: bool = False,
@@ -163,9 +201,14 @@ def attention_paged(
     seqlens_k: int32 [B], KV tokens including those of this chunk. Any page size; any page, token and head strides.
     q: ``[B, Sq, Hq, D]``, or packed ``[total_q, Hq, D]`` with ``cu_seqlens_q`` and ``max_seqlen_q``.
     max_seqlen_k: default, the capacity of ``block_table``; give the true maximum to keep masks small.
+    summary: a :class:`bsfa.BlockSummary` of this cache, used in place of pooling all keys. The call updates it for its
+    own tokens, the last ``seqlen_q`` of each sequence (whatever the policy, decode steps included), and selects by
+    it: the result is bitwise that without. Its block_n and pooling must be those of the policy (``ValueError``).
     """
+    if summary is not None and not isinstance(summary, BlockSummary):
+        raise TypeError(f"summary must be a bsfa.BlockSummary or None, got {type(summary).__name__}")
     layout = resolve_layout(
         q, k_cache, v_cache, causal, cu_seqlens_q, None, max_seqlen_q, max_seqlen_k, block_table, seqlens_k
     )
-    options = (softmax_scale, softcap, window_left, prompt_lens, out, return_lse, return_info)
-    return _run(q, k_cache, v_cache, layout, policy, *options)
+    options = (softmax_scale, softcap, window_left, prompt_lens, mean_correction, out, return_lse, return_info)
+    return _run(q, k_cache, v_cache, layout, policy, *options, kept=summary)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -140,6 +140,17 @@ def unpack_bits(words: Tensor, n: int) -> Tensor:
     return bits.flatten(-2)[..., :n].bool()
 
 
+def popcount(words: Tensor) -> Tensor:
+    """Set bits of each int32 word, int32, by arithmetic on pairs, nibbles and bytes; no host sync."""
+    x = words & 0x7FFFFFFF  # the sign bit apart: nothing below overflows or shifts it in
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    x = x + (x >> 8)
+    x = (x + (x >> 16)) & 0x3F
+    return x + (words < 0).to(torch.int32)
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class BlockMask:
     """Which KV blocks each query tile attends to: a bitmask on the device.
@@ -261,6 +272,16 @@ class BlockMask:
             causal=causal,
         )
 
+    def to(self, device: torch.device | str) -> BlockMask:
+        """The same mask on another device; itself if it is there already."""
+        words = self.words.to(device)
+        if words is self.words:
+            return self
+        g = replace(
+            self.geometry, seqlens_q=self.geometry.seqlens_q.to(device), seqlens_k=self.geometry.seqlens_k.to(device)
+        )
+        return BlockMask(words, self.counts.to(device), g)
+
     # ---- conversion -------------------------------------------------------------------------------------------------
 
     def to_rows(self) -> Tensor:
@@ -338,11 +359,9 @@ class BlockMask:
         heads = max(self.num_heads, other.num_heads)
         if heads % self.num_heads or heads % other.num_heads:
             raise ValueError(f"masks with {self.num_heads} and {other.num_heads} heads cannot be combined")
-        a = self.words.repeat_interleave(heads // self.num_heads, dim=1)
-        b = other.words.repeat_interleave(heads // other.num_heads, dim=1)
+        a, b = (w.unsqueeze(2).expand(-1, -1, heads // w.shape[1], -1).flatten(1, 2) for w in (self.words, other.words))
         words = a | b if union else a & b
-        counts = unpack_bits(words, self.geometry.num_blocks).sum(-1, dtype=torch.int32)
-        return BlockMask(words, counts, self.geometry)
+        return BlockMask(words, popcount(words).sum(-1, dtype=torch.int32), self.geometry)
 
     def __or__(self, other: BlockMask) -> BlockMask:
         """Union: blocks kept by either mask."""

@@ -11,31 +11,87 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from bsfa._library import KERNELS
 from bsfa.block_mask import BlockMask
 from bsfa.calibration.collect import Progress, dense_model, prefill_work, text_config
 from bsfa.calibration.curves import call_geometry, row_queries
 from bsfa.calibration.forward import logits_at, prefill, synchronize
-from bsfa.policies import Policy, ScoredPolicy
+from bsfa.policies import PerLayer, Policy
 from bsfa.prompts import Prompt, TokenizedPrompt, length_bucket, length_name, tokenize
-from bsfa.stages import block_mass, pool_blocks, select_blocks
+from bsfa.stages import block_mass, select_for
 from bsfa.thresholds import ThresholdTable
 
 if TYPE_CHECKING:
     from bsfa.integrations.transformers import AttentionCall
 
-Entry = ThresholdTable | Policy | None
+Entry = ThresholdTable | PerLayer | Policy | None
 
 DENSE = "dense"
 PROSE_TOKENS = 4096  # scored prose tokens per prompt, evenly spaced
 LOGITS = 1 << 28  # largest [positions, vocab] to make
+PROBABILITIES = 1 << 27  # largest [heads, queries, keys] to make, if one tile's are not more
 WARM_UP = 256  # tokens
+
+
+def attention_mass(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    *,
+    block_m: int,
+    block_n: int,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+) -> Tensor:
+    """:func:`bsfa.block_mass` of one whole prompt, on any device: where it has no kernel, by torch operations.
+
+    Those make all probabilities, a few query tiles at a time: slow, but the same numbers.
+    """
+    if "block_mass" in KERNELS.get(q.device.type, frozenset()):
+        sizes: dict[str, Any] = {"block_m": block_m, "block_n": block_n, "causal": causal}
+        return block_mass(q, k, lse, **sizes, softmax_scale=softmax_scale, softcap=softcap)
+    return dense_mass(q, k, lse, block_m, block_n, causal, softmax_scale, softcap)
+
+
+def dense_mass(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    block_m: int,
+    block_n: int,
+    causal: bool,
+    softmax_scale: float | None,
+    softcap: float,
+) -> Tensor:
+    """:func:`bsfa.block_mass` of one whole prompt by torch operations: q [1, S, Hq, D], k [1, S, Hkv, D]."""
+    geometry = call_geometry(q, k, causal, block_m, block_n)
+    tokens, heads, kv_heads = q.shape[1], q.shape[2], k.shape[2]
+    scale = q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale
+    keys = k[0].float().permute(1, 2, 0)[:, None]  # [Hkv, 1, D, S]
+    columns = torch.arange(tokens, device=q.device)
+    result = torch.zeros(geometry.num_rows, heads, geometry.num_blocks, device=q.device)
+    step = max(PROBABILITIES // max(heads * tokens * block_m, 1), 1)  # tiles
+    for tile in range(0, geometry.num_rows, step):
+        rows = slice(tile * block_m, min((tile + step) * block_m, tokens))
+        queries = q[0, rows].float().permute(1, 0, 2).unflatten(0, (kv_heads, -1))
+        logits = (queries @ keys).flatten(0, 1) * scale  # [Hq, rows, S]
+        if softcap:
+            logits = softcap * torch.tanh(logits / softcap)
+        shares = (logits - lse[0, :, rows, None]).exp()
+        if causal:
+            shares.masked_fill_(columns > columns[rows, None], 0.0)
+        blocks = torch.nn.functional.pad(shares, (0, -tokens % block_n)).unflatten(-1, (-1, block_n)).sum(-1)
+        for part, rows_of_tile in enumerate(blocks.split(block_m, dim=1)):
+            result[tile + part] = rows_of_tile.mean(1)
+    return result
 
 
 @dataclass(frozen=True)
@@ -55,7 +111,7 @@ class Accuracy:
 class RunReport:
     """What one entry achieved. ``by_length`` keys are prompt lengths like "8K" (nearest power of two).
 
-    prose_loss: nats per token over ``prose_tokens`` tokens; NaN without prose.
+    prose_loss: nats per token over ``prose_tokens`` tokens; NaN without prose. ``prose_loss_by_length``: likewise.
     density, recall: means over prompts, full-attention layers and heads; 1.0 for the dense run.
     layer_density, layer_recall: [layers][heads]; NaN for layers without full attention through bsfa.
     seconds: prefill wall clock of all prompts together; dense_reasons: layers that ran dense against the entry's wish.
@@ -65,6 +121,7 @@ class RunReport:
     policy: str
     prose_loss: float
     prose_tokens: int
+    prose_loss_by_length: dict[str, float]
     accuracy: Accuracy
     accuracy_by_task: dict[str, Accuracy]
     accuracy_by_length: dict[str, Accuracy]
@@ -107,8 +164,8 @@ def _jsonable(value: Any) -> Any:
 class _Totals:
     """Sums of one run over the prompts."""
 
-    nll: float = 0.0
-    tokens: int = 0
+    nll: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # by length, like the tokens
+    tokens: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     answers: list[tuple[str, str, bool]] = field(default_factory=list)  # task, length, right
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     density: list[Tensor] = field(default_factory=list)  # [layers, heads] per prompt
@@ -152,17 +209,16 @@ class _DenseObserver(_Observer):
         self.density[call.layer][DENSE] = self.recall[call.layer][DENSE] = everything
         for name, entry in self.entries.items():
             self.recall[call.layer][name] = everything
-            policy = entry.layer(call.layer, call.q.device) if isinstance(entry, ThresholdTable) else entry
+            policy = entry.layer(call.layer, call.q.device) if isinstance(entry, ThresholdTable | PerLayer) else entry
             if policy is None:
                 continue
-            summary = pool_blocks(call.k, block_n=policy.block_n) if policy.needs_summary else None
-            mask = select_blocks(call.q, summary, policy, seqlen_k=call.k.shape[1], **scale)
+            mask = select_for(call.q, call.k, policy, **scale)
             if not isinstance(mask, BlockMask):
                 continue
             sizes = (policy.block_m, policy.block_n)
             geometry = call_geometry(call.q, call.k, call.causal, *sizes)
             if sizes not in mass:
-                mass[sizes] = block_mass(call.q, call.k, call.lse, block_m=sizes[0], block_n=sizes[1], **scale)
+                mass[sizes] = attention_mass(call.q, call.k, call.lse, block_m=sizes[0], block_n=sizes[1], **scale)
             kept = mask.to_rows().repeat_interleave(call.q.shape[2] // mask.num_heads, dim=1)
             share = (mass[sizes] * kept).sum(-1) * row_queries(geometry)[:, None]
             self.recall[call.layer][name] = share.sum(0) / call.q.shape[1]
@@ -227,8 +283,8 @@ def _score(logits: Tensor, targets: Tensor, step: int = 512) -> tuple[Tensor, Te
     return torch.cat(nll).cpu(), torch.cat(right).cpu()
 
 
-def _on_device(entry: Entry, device: torch.device) -> Policy | list[ScoredPolicy | None] | None:
-    if isinstance(entry, ThresholdTable):
+def _on_device(entry: Entry, device: torch.device) -> Policy | list[Policy | None] | None:
+    if isinstance(entry, ThresholdTable | PerLayer):
         return [entry.layer(i, device) for i in range(entry.num_layers)]
     return entry
 
@@ -237,6 +293,9 @@ def describe(entry: Entry) -> str:
     """A short name of what an entry runs."""
     if isinstance(entry, ThresholdTable):
         return f"{entry.policy.name}, target recall {entry.target_recall}"
+    if isinstance(entry, PerLayer):
+        names = dict.fromkeys(DENSE if p is None else p.name for p in entry.policies)
+        return f"per layer: {', '.join(names)}"
     return DENSE if entry is None else entry.name
 
 
@@ -246,14 +305,16 @@ def evaluate(
     prompts: Sequence[Prompt],
     tables: Mapping[str, Entry],
     *,
+    corrected: Collection[str] = (),
     max_length: int | None = None,
     progress: Progress | None = None,
 ) -> EvaluationReport:
-    """Run the model densely and with each of ``tables`` (threshold tables or policies, by name) over the prompts.
+    """Run the model densely and with each of ``tables`` (by name: ThresholdTable, policy or PerLayer) over the prompts.
 
     A question is right iff the argmax is the text's token at every token of its answer. Prose loss is over at most 4096
-    evenly spaced prose tokens a prompt (fewer with a large vocabulary), the same for every run. ``max_length``: cut
-    prompts to that many tokens.
+    evenly spaced prose tokens a prompt (fewer with a large vocabulary), the same for every run. ``corrected``: names of
+    entries that run with ``mean_correction`` (see :func:`bsfa.attention`). ``max_length``: cut prompts to that many
+    tokens.
 
     Afterwards the model has no policy. Raises ``ValueError`` for prompts with nothing to score or an entry called
     "dense", :class:`bsfa.ThresholdMismatchError` for a table of another model.
@@ -264,11 +325,14 @@ def evaluate(
         raise ValueError(f"'{DENSE}' is the name of the reference run: call the entry something else")
     if not prompts:
         raise ValueError("there are no prompts to evaluate")
+    unknown = sorted(set(corrected) - set(tables))
+    if unknown:
+        raise ValueError(f"corrected names entries that do not exist: {', '.join(unknown)}")
     for entry in tables.values():
-        if isinstance(entry, ThresholdTable):
+        if isinstance(entry, ThresholdTable | PerLayer):
             entry.check_model(model)
         elif entry is not None and not isinstance(entry, Policy):
-            raise TypeError(f"expected a ThresholdTable, a policy or None, got {type(entry).__name__}")
+            raise TypeError(f"expected a ThresholdTable, a policy, a PerLayer or None, got {type(entry).__name__}")
     config = text_config(model)
     layers = int(config.num_hidden_layers)
     tokenized = [tokenize(p, tokenizer, max_length) for p in prompts]
@@ -280,14 +344,14 @@ def evaluate(
     totals = {name: _Totals() for name in entries}
     work, done = sum(prefill_work(len(t)) for t in tokenized) * len(entries), 0.0
     with dense_model(model):
-        for policy in policies.values():
-            set_policy(model, policy)
+        for name, policy in policies.items():
+            set_policy(model, policy, mean_correction=name in corrected)
             prefill(model, tokenized[0].ids[:WARM_UP])
         for t, s, bucket in zip(tokenized, scored, buckets, strict=True):
             for name, policy in policies.items():
                 if progress is not None:
                     progress(done, work, f"{name}, {len(t)} tokens")
-                set_policy(model, policy)
+                set_policy(model, policy, mean_correction=name in corrected)
                 observer = _DenseObserver(device, tables) if name == DENSE else _SparseObserver(device, name)
                 with observe(model, observer):
                     synchronize(device)
@@ -321,8 +385,8 @@ def _in_order(buckets: Sequence[str]) -> list[str]:
 
 def _add(total: _Totals, logits: Tensor, prompt: TokenizedPrompt, scored: _Scored, bucket: str) -> None:
     nll, right = _score(logits, prompt.ids[scored.positions])
-    total.nll += float(nll[scored.prose].double().sum())
-    total.tokens += len(scored.prose)
+    total.nll[bucket] += float(nll[scored.prose].double().sum())
+    total.tokens[bucket] += len(scored.prose)
     total.answers += [(task, bucket, bool(right[index].all())) for task, index in scored.answers]
 
 
@@ -330,6 +394,10 @@ def _mean(values: Sequence[Tensor]) -> float:
     """Mean over prompts of the mean over observed layers and heads."""
     means = [float(v.nanmean()) for v in values]
     return sum(means) / len(means) if means else math.nan
+
+
+def _per_token(nll: float, tokens: int) -> float:
+    return nll / tokens if tokens else math.nan
 
 
 def _accuracy(right: Sequence[bool]) -> Accuracy:
@@ -346,8 +414,9 @@ def _report(name: str, entry: Entry, total: _Totals, buckets: Sequence[str]) -> 
     return RunReport(
         name=name,
         policy=describe(entry),
-        prose_loss=total.nll / total.tokens if total.tokens else math.nan,
-        prose_tokens=total.tokens,
+        prose_loss=_per_token(sum(total.nll.values()), sum(total.tokens.values())),
+        prose_tokens=sum(total.tokens.values()),
+        prose_loss_by_length={b: _per_token(total.nll[b], total.tokens[b]) for b in lengths},
         accuracy=_accuracy([ok for _, _, ok in total.answers]),
         accuracy_by_task={t: _accuracy([ok for task, _, ok in total.answers if task == t]) for t in tasks},
         accuracy_by_length={b: _accuracy([ok for _, other, ok in total.answers if other == b]) for b in lengths},

@@ -19,12 +19,14 @@ class AttentionInfo:
     mask: the blocks attended to; None if the call was dense.
     dense_reason: why a call with a sparse policy ran dense, else None.
     device: where the call ran.
+    mean_corrected: whether dropped blocks entered the softmax through their means (``mean_correction``).
     """
 
     policy: Policy | None
     mask: BlockMask | None
     dense_reason: str | None
     device: torch.device
+    mean_corrected: bool = False
 
     def density(self) -> Tensor:
         """Kept / visible blocks as a float32 scalar on the device (1.0 for dense calls)."""

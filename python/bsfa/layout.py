@@ -183,11 +183,11 @@ def check_values(layout: Layout, total_k: int | None, num_pages: int | None, pag
                 raise ValueError(f"block_table row {b} names a page outside 0 .. {num_pages - 1} within its {n} tokens")
 
 
-def paged_length(k_cache: Tensor, block_table: Tensor, max_seqlen_k: int | None) -> int:
+def paged_length(page_size: int, block_table: Tensor, max_seqlen_k: int | None) -> int:
     """The longest sequence to expect of a paged cache (default: what ``block_table`` can hold), checked."""
-    if k_cache.shape[1] < 1:
-        raise ValueError(f"page_size must be at least 1, got k_cache of shape {tuple(k_cache.shape)}")
-    capacity = block_table.shape[1] * k_cache.shape[1]
+    if page_size < 1:
+        raise ValueError(f"page_size must be at least 1, got {page_size}")
+    capacity = block_table.shape[1] * page_size
     if max_seqlen_k is None:
         return capacity
     check_length("max_seqlen_k", max_seqlen_k)
@@ -210,7 +210,7 @@ def key_layout(
         check_index("block_table", block_table, 2, k)
         batch = block_table.shape[0]
         check_index("seqlens_k", seqlens_k, 1, k, batch)
-        longest = paged_length(k, block_table, max_seqlen_k)
+        longest = paged_length(k.shape[1], block_table, max_seqlen_k)
         layout = Layout(batch, 0, longest, False, 0, block_table=block_table, seqlens_k=seqlens_k)
         check_values(layout, None, k.shape[0], k.shape[1])
         return layout
@@ -281,7 +281,7 @@ def paged_layout(
     check_index("block_table", block_table, 2, q)
     batch = block_table.shape[0]
     check_index("seqlens_k", seqlens_k, 1, q, batch)
-    max_seqlen_k = paged_length(k_cache, block_table, max_seqlen_k)
+    max_seqlen_k = paged_length(k_cache.shape[1], block_table, max_seqlen_k)
     if cu_seqlens_q is not None:
         if q.dim() != 3:
             raise ValueError(f"with cu_seqlens_q, q must be packed [total_q, Hq, D], got shape {tuple(q.shape)}")

@@ -33,6 +33,7 @@ class Limits:
     dtypes: tuple[torch.dtype, ...]
     head_dims: tuple[Range, ...] | None
     blocks: tuple[Blocks, ...] | None
+    rules: tuple[str, ...] | None = None  #: score rules, of operations that have them
 
 
 def _capabilities(arch: str) -> Range:
@@ -72,6 +73,7 @@ def parse(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str], tuple[Limits,
             tuple(getattr(torch, name.strip()) for name in row["dtypes"].split(",")),
             _ranges(row["head_dim"]),
             _blocks(row.get("blocks", "any")),
+            tuple(rule.strip() for rule in row["rule"].split(",")) if "rule" in row else None,
         )
         key = (row["op"], row["device"])
         table[key] = (*table.get(key, ()), limits)
@@ -101,17 +103,28 @@ def _numbers(ranges: Iterable[Range]) -> str:
 
 
 def check_limits(
-    op: str, device: torch.device, dtype: torch.dtype, head_dim: int, blocks: Blocks | None = None
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    blocks: Blocks | None = None,
+    rule: str | None = None,
 ) -> None:
     """Raise :class:`UnsupportedError` unless a kernel of ``op`` can run this on ``device``.
 
-    blocks: block_m and block_n of the mask; None where there is none.
+    blocks: block_m and block_n of the mask; None where there is none. rule: the score rule of a selection.
     """
     require_kernel(op, device)
     rows = LIMITS.get((op, device.type))
     if rows is None:
         return
     cannot = f"bsfa operation '{op}' cannot run on {device}"
+    if rule is not None:
+        rows = tuple(r for r in rows if r.rules is None or rule in r.rules)
+        if not rows:
+            raise UnsupportedError(
+                f"{cannot} by the score rule {rule}, which has no kernel there. Move the tensors to the CPU."
+            )
     has = device_capability(device.index)
     fit = [r for r in rows if r.capabilities[0] <= has <= r.capabilities[1]]
     if not fit:

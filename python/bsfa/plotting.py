@@ -1,13 +1,31 @@
-"""Heat maps of a threshold table, layers x heads. Needs matplotlib (``pip install "bsfa[plot]"``)."""
+"""Pictures of threshold tables and block masks. They need matplotlib (``pip install "bsfa[plot]"``)."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from bsfa.block_mask import BlockMask
 from bsfa.files import replacing
 from bsfa.thresholds import ThresholdTable
+
+
+def _figure(width: float, height: float) -> Any:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('plots need matplotlib: pip install "bsfa[plot]"') from error
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _write(figure: Any, path: str | Path) -> None:
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110, metadata={"Software": None} if temporary.suffix == ".png" else None)
 
 
 def plot_thresholds(table: ThresholdTable, path: str | Path) -> None:
@@ -16,12 +34,6 @@ def plot_thresholds(table: ThresholdTable, path: str | Path) -> None:
     Dense heads are left blank in the threshold map. Raises ``ImportError`` naming matplotlib if it is not installed,
     ``ValueError`` for a suffix that it cannot write.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('plots need matplotlib: pip install "bsfa[plot]"') from error
-
     policy = table.policy
     if policy.keeps_at_least:
         name, values = f"log2 {policy.threshold_name}", table.thresholds.log2()
@@ -35,8 +47,7 @@ def plot_thresholds(table: ThresholdTable, path: str | Path) -> None:
     )
     height = min(max(2.5, 0.22 * table.num_layers + 1.6), 14.0)
     width = min(max(4.0, 0.22 * table.num_heads + 1.8), 10.0)
-    figure = Figure(figsize=(3 * width, height), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(3 * width, height)
     for axes, (title, data, low, high) in zip(figure.subplots(1, 3), panels, strict=True):
         image = axes.imshow(data.numpy(), aspect="auto", cmap="viridis", vmin=low, vmax=high, interpolation="nearest")
         axes.set_title(title, fontsize=10)
@@ -46,5 +57,45 @@ def plot_thresholds(table: ThresholdTable, path: str | Path) -> None:
         axes.yaxis.get_major_locator().set_params(integer=True)
         figure.colorbar(image, ax=axes)
     figure.suptitle(f"{policy.name}, target recall {table.target_recall}, {table.model.name}", fontsize=11)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=110, metadata={"Software": None} if temporary.suffix == ".png" else None)
+    _write(figure, path)
+
+
+def plot_mask(mask: BlockMask, *, head: int = 0, sequence: int = 0, path: str | Path) -> None:
+    """Write the blocks that one head of one sequence keeps as an image, query tiles x KV blocks (format by suffix).
+
+    head: of the mask: query head, KV head or 0. Kept blocks are filled; the line is the edge of what a tile may see.
+    Copies the mask to the CPU. Raises ``IndexError`` for a head or sequence that is not there, ``ImportError`` naming
+    matplotlib if it is not installed, ``ValueError`` for a suffix that it cannot write.
+    """
+    if not isinstance(mask, BlockMask):
+        raise TypeError(f"mask must be a bsfa.BlockMask, got {type(mask).__name__}")
+    sequences = mask.geometry.seqlens_q.shape[0]
+    for name, value, count in (("head", head, mask.num_heads), ("sequence", sequence, sequences)):
+        if not 0 <= value < count:
+            raise IndexError(f"{name} {value} is not there: the mask has {count}")
+    mask = mask.to("cpu")
+    g = mask.geometry
+    begin, end = (int(x) for x in g.cu_tiles()[sequence : sequence + 2])
+    visible = g.visible_blocks()[begin:end]
+    blocks = -(-int(g.seqlens_k[sequence]) // g.block_n)
+    kept = mask.to_rows()[begin:end, head, :blocks] & (torch.arange(blocks) < visible[:, None])
+    density = int(kept.sum()) / max(int(visible.sum()), 1)
+
+    figure = _figure(6.4, 6.4 * min(max(len(visible) * g.block_m / max(blocks * g.block_n, 1), 0.2), 1.5) + 0.8)
+    axes = figure.subplots()
+    first = int(g.first_tiles()[sequence])
+    if kept.numel():
+        # Axes count absolute blocks and tiles: chunks of a prompt make one picture side by side.
+        extent = (-0.5, blocks - 0.5, first + len(visible) - 0.5, first - 0.5)
+        axes.imshow(
+            kept.numpy(), extent=extent, aspect="auto", cmap="Blues", vmin=0.0, vmax=1.3, interpolation="nearest"
+        )
+        edge = [(float(v) - 0.5, first + t - 0.5 + side) for t, v in enumerate(visible) for side in (0, 1)]
+        axes.plot(*zip(*edge, strict=True), color="0.3", linewidth=0.8)
+        axes.set_xlim(-0.5, blocks - 0.5)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel(f"KV block of {g.block_n} tokens")
+    axes.set_ylabel(f"query tile of {g.block_m} tokens")
+    axes.set_title(f"head {head}, sequence {sequence}: density {density:.3f}", fontsize=10)
+    _write(figure, path)

@@ -15,6 +15,7 @@ by value; on a GPU they are not read back, so wrong values there are the caller'
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,8 +39,10 @@ from bsfa.layout import (
     varlen_layout,
 )
 from bsfa.limits import check_limits, check_tma
-from bsfa.policies import Policy, Selection
+from bsfa.policies import Composed, Policy, ScoredPolicy, Selection
 from bsfa.policies.fixed import check_geometry
+
+POOLINGS = ("mean", "maxabs", "center")
 
 
 def resolve_scale(softmax_scale: float | None, head_dim: int, softcap: float) -> float:
@@ -108,20 +111,25 @@ def pool_blocks(
     k: Tensor,
     *,
     block_n: int = 128,
+    pooling: str = "mean",
     cu_seqlens_k: Tensor | None = None,
     max_seqlen_k: int | None = None,
     block_table: Tensor | None = None,
     seqlens_k: Tensor | None = None,
 ) -> Tensor:
-    """Mean key of every KV block: the BlockSummary that selection scores against.
+    """What stands for every KV block: the BlockSummary that selection scores against.
 
-    Returns ``[B, ceil(max_seqlen_k / block_n), Hkv, D]`` in k's dtype (float32 accumulation). The last block of a
-    sequence is divided by its true number of tokens; blocks past the end are zeros. ``block_n``: tokens.
+    Returns ``[B, ceil(max_seqlen_k / block_n), Hkv, D]`` in k's dtype. ``block_n``: tokens. ``pooling``: "mean"
+    (float32 accumulation; the last block of a sequence is divided by its true number of tokens), "maxabs" (per
+    dimension the value of largest magnitude, with its sign; ties: the earlier token) or "center" (token count // 2 of
+    the block); what a policy needs is its ``summary_pooling``. Blocks past the end are zeros.
     Raises ``ValueError``/``TypeError`` for bad input, :class:`bsfa.UnsupportedError` where there is no kernel.
     """
     check_block_sizes(1, block_n)
     check_data("k", k, (3, 4))
-    return pool(k, key_layout(k, cu_seqlens_k, max_seqlen_k, block_table, seqlens_k), block_n)
+    if pooling not in POOLINGS:
+        raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
+    return pool(k, key_layout(k, cu_seqlens_k, max_seqlen_k, block_table, seqlens_k), block_n, pooling)
 
 
 def pool(k: Tensor, layout: Layout, block_n: int, pooling: str = "mean") -> Tensor:
@@ -148,11 +156,33 @@ def make_selection(
     return Selection(q, layout, softmax_scale, softcap, prompt_lens, summary, k)
 
 
+def check_keys(
+    q: Tensor,
+    k: Tensor,
+    batch: int,
+    max_seqlen_k: int,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    block_table: Tensor | None,
+    seqlens_k: Tensor | None,
+) -> None:
+    """Raise unless ``k`` is what attention would take beside ``q``: ``batch`` sequences of up to ``max_seqlen_k``."""
+    check_data("k", k, (3, 4), q)
+    check_heads(q, k, None)
+    if cu_seqlens_q is not None and cu_seqlens_k is None and block_table is None:
+        raise ValueError("packed q needs packed k (cu_seqlens_k) or paged k (block_table)")
+    keys = key_layout(k, cu_seqlens_k, max_seqlen_k, block_table, seqlens_k)
+    if keys.batch != batch:
+        raise ValueError(f"q has batch {batch} but k has batch {keys.batch}")
+
+
 def select_blocks(
     q: Tensor,
     summary: Tensor | None,
     policy: Policy,
     *,
+    k: Tensor | None = None,
+    block_table: Tensor | None = None,
     seqlen_k: int | None = None,
     causal: bool = True,
     softmax_scale: float | None = None,
@@ -168,13 +198,22 @@ def select_blocks(
     """Which KV blocks each query tile attends to, by ``policy``; None means all (dense).
 
     q: ``[B, Sq, Hq, D]``, or packed ``[total_q, Hq, D]`` with ``cu_seqlens_q`` and ``max_seqlen_q``.
-    summary: result of :func:`pool_blocks` with ``policy.block_n``; None for policies that need no keys.
+    summary: result of :func:`pool_blocks` with ``policy.block_n`` and ``policy.summary_pooling``, where
+    ``policy.needs_summary``; else None.
+    k: the keys themselves, where ``policy.needs_keys``: batched, packed with ``cu_seqlens_k``, or paged with
+    ``block_table`` and ``seqlens_k``.
     KV lengths (tokens): ``seqlen_k`` for all sequences, or ``cu_seqlens_k``/``seqlens_k`` with ``max_seqlen_k``.
     prompt_lens: int32 [B], full prompt lengths, when this call is a chunk that does not end the prompt (they place
     ``last_tiles``); default: this call ends the prompt.
-    return_scores: also return the scores, float32 [rows, Hq, blocks] (-1: not visible), of a scored policy.
+    return_scores: also return the scores of a scored policy, float32 [rows, Hq, blocks] (-1: not visible), or
+    [rows, Hkv, blocks] where the query heads of a KV head share them. For a look at small sizes: they take rows x heads
+    x blocks x 4 bytes, 134 MB at 128K tokens and 32 heads, and are computed a second time. ``ValueError`` for policies
+    that have none, composed ones among them: ask their members.
     """
     check_policy(policy)
+    if return_scores and not isinstance(policy, ScoredPolicy):
+        hint = ": ask its members" if isinstance(policy, Composed) else ""
+        raise ValueError(f"policy {type(policy).__name__} has no scores{hint}")
     check_data("q", q, (3, 4))
     scale = resolve_scale(softmax_scale, q.shape[-1], softcap)
     batch = cu_seqlens_q.shape[0] - 1 if cu_seqlens_q is not None else q.shape[0]
@@ -201,6 +240,11 @@ def select_blocks(
         check_length("max_seqlen_q", max_seqlen_q)
     if seqlen_k is not None and cu_seqlens_q is not None:
         seqlens_k = torch.full((batch,), seqlen_k, dtype=torch.int32, device=q.device)
+    if k is None:
+        if block_table is not None:
+            raise ValueError("block_table belongs to k")
+    else:
+        check_keys(q, k, batch, longest, cu_seqlens_q, cu_seqlens_k, block_table, seqlens_k)
     layout = Layout(
         batch,
         q.shape[1] if cu_seqlens_q is None else int(max_seqlen_q or 0),
@@ -209,6 +253,7 @@ def select_blocks(
         batch * q.shape[1] if cu_seqlens_q is None else q.shape[0],
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
+        block_table=block_table,
         seqlens_k=seqlens_k,
     )
     check_values(layout, None, None, None)
@@ -222,13 +267,22 @@ def select_blocks(
                 f"summary must be contiguous [B, blocks, Hkv, D] = [{want[0]}, {want[1]}, *, {want[2]}] for block_n = "
                 f"{policy.block_n}, got shape {tuple(summary.shape)}"
             )
-    selection = make_selection(q, None, summary, layout, scale, softcap, prompt_lens)
+    selection = make_selection(q, k, summary, layout, scale, softcap, prompt_lens)
     mask = policy.select(selection)
     if not return_scores:
         return mask
-    if not hasattr(policy, "score"):
-        raise ValueError(f"policy {type(policy).__name__} has no scores")
+    assert isinstance(policy, ScoredPolicy)
     return mask, policy.score(selection)
+
+
+def select_for(
+    q: Tensor, k: Tensor, policy: Policy, **options: Any
+) -> BlockMask | tuple[BlockMask | None, Tensor] | None:
+    """Pool and select for batched ``q`` and ``k``; ``options`` as in :func:`select_blocks`."""
+    summary = None
+    if policy.needs_summary:
+        summary = pool_blocks(k, block_n=policy.block_n, pooling=policy.summary_pooling)
+    return select_blocks(q, summary, policy, k=k, seqlen_k=k.shape[1], **options)
 
 
 def block_sparse_attention(
@@ -247,6 +301,8 @@ def block_sparse_attention(
     max_seqlen_k: int | None = None,
     block_table: Tensor | None = None,
     seqlens_k: Tensor | None = None,
+    k_means: Tensor | None = None,
+    v_means: Tensor | None = None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Exact softmax attention over the kept blocks (None: all of them).
@@ -255,6 +311,14 @@ def block_sparse_attention(
     ``[Hq, total_q]``). A query that sees no key gives out = 0 and lse = -inf. ``window_left``: a query sees at most
     that many tokens before its own (needs ``causal``). ``out``: write into this tensor and return it, see
     :func:`bsfa.attention`.
+
+    k_means, v_means: correct for the blocks that ``mask`` drops, by the zero-order term of FlashPrefill V2 (arXiv
+    2608.19758). Both are what :func:`pool_blocks` returns for k and for v with ``mask.block_n``. A dropped block j of
+    ``len_j`` tokens that every row of the query tile would see whole enters the softmax as one key, with logit
+    ``cap(softmax_scale * q . k_means[j]) + ln(len_j)`` and value ``v_means[j]``, in numerator, denominator and lse
+    (``cap``: the softcap). Works for batched, packed and paged keys; not with ``window_left``; without a mask there is
+    nothing to correct, and they are ignored. On CUDA, where a value or mean is not finite, NaN may appear in tiles that
+    neither keep nor see its block: means are multiplied by 0, not left out, within their 128 blocks.
     """
     layout = resolve_layout(
         q, k, v, causal, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table, seqlens_k
@@ -267,8 +331,49 @@ def block_sparse_attention(
         check_mask_heads(mask, q, k)
     if out is not None:
         check_out(out, q, k, v)
+    means = check_means(k_means, v_means, q, k, v, mask, layout, window_left)
     check_attention_kernel(q, k, v, None if mask is None else (mask.block_m, mask.block_n))
-    return attend(q, k, v, mask, layout, scale, softcap, window_left, out)
+    return attend(q, k, v, mask, layout, scale, softcap, window_left, out, means)
+
+
+def check_means(
+    k_means: Tensor | None,
+    v_means: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask | None,
+    layout: Layout,
+    window_left: int | None,
+) -> tuple[Tensor, Tensor] | None:
+    """The means to correct with, checked; None without, and where there is no mask to correct."""
+    if k_means is None and v_means is None:
+        return None
+    if k_means is None or v_means is None:
+        raise ValueError("give both k_means and v_means, or neither")
+    block_n = 128 if mask is None else mask.block_n
+    for name, t, data in (("k_means", k_means, k), ("v_means", v_means, v)):
+        check_data(name, t, (4,), q)
+        want = (layout.batch, -(-layout.max_seqlen_k // block_n), k.shape[-2], data.shape[-1])
+        if mask is not None and (tuple(t.shape) != want or not t.is_contiguous()):
+            raise ValueError(
+                f"{name} must be contiguous [B, blocks, Hkv, D] = {list(want)}, as pool_blocks returns it for "
+                f"block_n = {block_n}, got shape {tuple(t.shape)}"
+            )
+    check_correction(True, window_left)
+    if mask is None:
+        return None
+    if q.device.type != "cpu":
+        check_tma("attention", k_means=k_means, v_means=v_means)
+    return k_means, v_means
+
+
+def check_correction(mean_correction: bool, window_left: int | None) -> None:
+    """Raise unless ``mean_correction`` is a bool, and off if there is a window."""
+    if not isinstance(mean_correction, bool):
+        raise TypeError(f"mean_correction must be a bool, got {type(mean_correction).__name__}")
+    if mean_correction and window_left is not None:
+        raise ValueError("mean correction cannot be combined with window_left")
 
 
 def check_attention_kernel(q: Tensor, k: Tensor, v: Tensor, blocks: tuple[int, int] | None) -> None:
@@ -302,8 +407,12 @@ def attend(
     softcap: float,
     window_left: int | None,
     out: Tensor | None = None,
+    means: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Run the attention operator on inputs that have been checked; ``out``: where to write, None for a new tensor."""
+    """Run the attention operator on inputs that have been checked; ``out``: where to write, None for a new tensor.
+
+    means: of k and v, for the correction of what the mask drops; only with a mask.
+    """
     if window_left is not None:
         if not isinstance(window_left, int) or isinstance(window_left, bool):
             raise TypeError(f"window_left must be an int (tokens) or None, got {type(window_left).__name__}")
@@ -321,8 +430,8 @@ def attend(
         layout.max_seqlen_k,
         None if mask is None else mask.words,
         None if mask is None else mask.counts,
-        None,
-        None,
+        None if means is None else means[0],
+        None if means is None else means[1],
         128 if mask is None else mask.block_m,
         128 if mask is None else mask.block_n,
         layout.causal,

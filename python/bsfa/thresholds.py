@@ -39,7 +39,8 @@ class ThresholdTable:
     All float32 on the CPU; recall and density are measured on prompts that did not choose the thresholds.
 
     policy: the policy with its fixed parameters; its own threshold is replaced per head.
-    thresholds: [layers, heads], in the policy's units. A dense head has ``policy.keep_all_threshold()``.
+    thresholds: [layers, heads], in the policy's units. A dense head has ``policy.keep_all_threshold()``. Query heads
+        that share one (relative-max, shared) have the same value.
     layers: per layer, "calibrated" or "dense: <reason>" (sliding window, or not run through bsfa).
     recall, recall_spread, recall_worst: [layers, heads], attention mass kept: mean, standard deviation and minimum over
         the held-out prompts.
@@ -98,6 +99,21 @@ class ThresholdTable:
             if kind != CALIBRATED and bool((self.thresholds[i] != self.policy.keep_all_threshold()).any()):
                 raise ValueError(f"layer {i} is dense but has thresholds")
 
+        if self._group > 1:
+            groups = self.thresholds.unflatten(-1, (-1, self._group))
+            if bool((groups != groups[..., :1]).any()):
+                raise ValueError("query heads of one KV head share a threshold but have different values")
+
+    @property
+    def _group(self) -> int:
+        """Query heads that share a threshold."""
+        if self.policy.scoring.sharing != "group":
+            return 1
+        kv_heads = self.model.fields.get("num_key_value_heads")
+        if not isinstance(kv_heads, int) or kv_heads < 1 or self.num_heads % kv_heads:
+            raise ValueError(f"shared thresholds of {self.num_heads} query heads do not fit {kv_heads} KV heads")
+        return self.num_heads // kv_heads
+
     # ---- use --------------------------------------------------------------------------------------------------------
 
     @property
@@ -127,7 +143,7 @@ class ThresholdTable:
             return None
         key = (index, str(device))
         if key not in self._cache:
-            self._cache[key] = self.policy.with_threshold(self.thresholds[index].to(device))
+            self._cache[key] = self.policy.with_threshold(self.thresholds[index, :: self._group].to(device))
         return self._cache[key]
 
     def check_config(self, config: Any) -> None:
@@ -316,7 +332,7 @@ def _parse_policy(row: Mapping[str, Any]) -> ScoredPolicy:
         )
     parameters = _get(row, "parameters", dict)
     known = {f.name for f in fields(kind) if f.name != kind.threshold_name}
-    if set(parameters) != known:
-        odd = ", ".join(sorted(set(parameters) ^ known))
+    odd = ", ".join(sorted((set(parameters) ^ known) - (kind.added_parameters - set(parameters))))
+    if odd:
         raise ValueError(f"policy '{name}' has unknown or missing parameters: {odd}")
     return kind(**parameters)

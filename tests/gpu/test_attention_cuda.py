@@ -74,7 +74,8 @@ def raw(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None = None, **changes: A
     """The operator on batched tensors, without Python's checks: (out, lse), or lse if ``out`` is given."""
     arguments: dict[str, Any] = {
         **{"cu_seqlens_q": None, "cu_seqlens_k": None, "block_table": None, "seqlens_k": None},
-        **{"max_seqlen_q": q.shape[1], "max_seqlen_k": k.shape[1], "mask_words": None, "block_m": 128, "block_n": 128},
+        **{"max_seqlen_q": q.shape[1], "max_seqlen_k": k.shape[1], "mask_words": None, "mask_counts": None},
+        **{"k_means": None, "v_means": None, "block_m": 128, "block_n": 128},
         **{"causal": True, "softmax_scale": q.shape[-1] ** -0.5, "softcap": 0.0, "window_left": -1},
     }
     values = {**arguments, **changes}.values()
@@ -718,7 +719,7 @@ def test_opcheck(layout: str) -> None:
         getattr(there, name).nan_to_num_()
     words = there.block_mask(masks_of(inputs)).words
     where = (there.cu_q, there.cu_k, there.block_table, there.seqlens_k, there.max_q, there.max_k)
-    arguments = (there.q, there.k, there.v, *where, words, 128, 128, True, 0.125, 0.0, -1)
+    arguments = (there.q, there.k, there.v, *where, words, None, None, None, 128, 128, True, 0.125, 0.0, -1)
     torch.library.opcheck(torch.ops.bsfa.attention.default, arguments)
     torch.library.opcheck(torch.ops.bsfa.attention_out.default, (torch.zeros_like(there.q), *arguments))
 
@@ -786,6 +787,10 @@ def zeros(*shape: int) -> Tensor:
     return torch.zeros(shape, dtype=torch.int32, device=DEVICE)
 
 
+def means() -> Tensor:
+    return torch.zeros(2, 3, 2, 64, dtype=BF16, device=DEVICE)
+
+
 RAW: list[Callable[[], Any]] = [
     lambda: raw(*qkv(dtype=F32)),
     lambda: raw(*qkv(dim=96)),
@@ -800,6 +805,11 @@ RAW: list[Callable[[], Any]] = [
     lambda: raw(*qkv(), max_seqlen_q=301),
     lambda: raw(*qkv(), max_seqlen_k=301),
     lambda: raw(*qkv(), window_left=-2),
+    lambda: raw(*qkv(), k_means=means(), v_means=means()),
+    lambda: raw(*qkv(), mask_words=zeros(6, 4, 1), k_means=means()),
+    lambda: raw(*qkv(), mask_words=zeros(6, 4, 1), k_means=means(), v_means=means(), window_left=5),
+    lambda: raw(*qkv(), mask_words=zeros(6, 4, 1), k_means=means(), v_means=means()[:, :2]),
+    lambda: raw(*qkv(), mask_words=zeros(6, 4, 1), k_means=shifted(means()), v_means=means()),
     lambda: raw(*qkv()[:2], qkv()[2].cpu()),
     *(lambda i=i: raw(*(shifted(t) if i == j else t for j, t in enumerate(qkv()))) for i in range(3)),
     *(lambda i=i: raw(*(odd_rows(t) if i == j else t for j, t in enumerate(qkv()))) for i in range(3)),

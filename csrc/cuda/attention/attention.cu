@@ -12,23 +12,9 @@ namespace {
 
 using attn::sm90::KernelParams;
 using attn::sm90::kStoreRows;
-using attn::sm90::Transform;
-
-constexpr float kLog2e = 1.4426950408889634f;
 
 TensorExtent extent_of(const TensorView& view, int64_t dim, int64_t heads) {
   return {dim, view.tokens, heads, view.batch_size};
-}
-
-// How the scores become exponents of two.
-void set_scales(const Problem& problem, KernelParams& k) {
-  // The maximum of the scores is that of the exponents only if the scale is positive; else they are scaled first.
-  const bool capped = problem.softcap != 0.0f;
-  k.transform = capped ? Transform::kCap : problem.softmax_scale > 0.0f ? Transform::kNone : Transform::kScale;
-  k.scale_log2 = (k.transform == Transform::kNone ? problem.softmax_scale : 1.0f) * kLog2e;
-  k.inverse_scale_log2 = 1.0f / k.scale_log2;
-  k.inner_scale = capped ? problem.softmax_scale / problem.softcap : problem.softmax_scale;
-  k.softcap = problem.softcap;
 }
 
 void set_keys(const AttentionParams& params, KernelParams& k) {
@@ -62,6 +48,24 @@ cudaError_t make_maps(const AttentionParams& params, KernelParams& k) {
   if (error == cudaSuccess) error = make_tensor_map(&k.k, key, extent, p.dtype, k.box_rows, key_halves);
   if (error == cudaSuccess) error = make_tensor_map(&k.v, value, extent, p.dtype, k.box_rows, key_halves);
   return error;
+}
+
+// The means lie like keys whose tokens are blocks.
+cudaError_t make_mean_maps(const AttentionParams& params, KernelParams& k) {
+  const Problem& p = params.problem;
+  const int64_t blocks = ceil_div(p.kv.max_seqlen, kBlockKeys);
+  k.has_means = params.words != nullptr && params.k_means != nullptr && params.v_means != nullptr && blocks > 0 &&
+                p.batch > 0 && params.window_left < 0;
+  k.k_means = k.v_means = k.q;  // never used, but prefetched
+  if (!k.has_means) return cudaSuccess;
+  const int64_t row = int64_t{p.num_kv_heads} * p.head_dim;
+  TensorView view{const_cast<void*>(params.k_means), blocks * row, row, p.head_dim, p.batch, blocks};
+  const TensorExtent extent = extent_of(view, p.head_dim, p.num_kv_heads);
+  const int halves = p.head_dim / kBoxColumns;
+  const cudaError_t error = make_tensor_map(&k.k_means, view, extent, p.dtype, kBlockKeys, halves);
+  if (error != cudaSuccess) return error;
+  view.data = const_cast<void*>(params.v_means);
+  return make_tensor_map(&k.v_means, view, extent, p.dtype, kBlockKeys, halves);
 }
 
 Tiling tiling_of(const AttentionParams& params) {
@@ -100,7 +104,7 @@ cudaError_t attention(const AttentionParams& params, void* workspace, cudaStream
   k.causal = p.causal;
   k.window_left = params.window_left;
   set_keys(params, k);
-  set_scales(p, k);
+  k.scale = logit_scale(p);
   k.out_data = params.out.data;
   k.out_batch_stride = params.out.batch_stride;
   k.out_token_stride = params.out.token_stride;
@@ -112,6 +116,7 @@ cudaError_t attention(const AttentionParams& params, void* workspace, cudaStream
   int sms = 0;
   cudaError_t error = num_sms(&sms);
   if (error == cudaSuccess) error = make_maps(params, k);
+  if (error == cudaSuccess) error = make_mean_maps(params, k);
   if (error == cudaSuccess) error = make_order(tiling_of(params), k.workspace, sms, stream);
   if (error != cudaSuccess) return error;
   const int ctas = static_cast<int>(std::min<int64_t>(sms, pairs));

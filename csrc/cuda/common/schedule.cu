@@ -8,6 +8,8 @@
 //          that they could keep one SM busy when the others are done (more than 1 / kLongShare of an SM's share of all
 //          work) leave that order and go first, in logarithmic buckets of their length, longest first.
 //          Each warp owns one contiguous piece: count, scan, scatter. Stable, so the same inputs give the same order.
+// level    where the keys of one KV head outgrow L2: sorts every kWindow pairs of that order by length. CTAs that work
+//          on pairs of one length side by side stay in step: they walk the same keys at the same time, from L2.
 // Memory   the words of the mask once; 4 bytes written and thrice read per pair, 8 bytes written.
 // Waits    count for the stream; order for count, and attention for order, each launched while the one before still
 //          runs (programmatic dependent launch).
@@ -22,6 +24,9 @@ namespace {
 constexpr int kCountThreads = 1024;
 constexpr int kOrderThreads = 1024;
 constexpr int kOrderWarps = kOrderThreads / 32;
+constexpr int kWindow = 1024;  // pairs, about eight for each SM
+// Longest sequence whose keys stay in L2 in any order of tiles: 16 MB of K in 16 bits and head_dim 128, as much of V.
+constexpr int32_t kLevelKeys = 1 << 16;
 constexpr int kLongShare = 16;
 constexpr int kSubBits = 2;                            // buckets per octave: 2^kSubBits
 constexpr int kBuckets = (32 - kSubBits) << kSubBits;  // of any count that fits in 31 bits
@@ -69,8 +74,8 @@ __device__ Place find_place(const Problem& problem, int32_t row) {
       problem.query.cu_seqlens == nullptr && problem.kv.cu_seqlens == nullptr && problem.kv.seqlens == nullptr;
   if (alike) {
     const int32_t tiles = sequence_geometry(problem, 0).num_tiles();
-    const int32_t sequence = row / tiles;
-    return {sequence < problem.batch ? sequence : -1, row - sequence * tiles};
+    const int32_t sequence = row / max(tiles, 1);
+    return {tiles > 0 && sequence < problem.batch ? sequence : -1, row - sequence * tiles};
   }
   __shared__ int32_t scratch[kCountThreads / 32];
   __shared__ Place found;
@@ -213,6 +218,40 @@ __global__ void __launch_bounds__(kOrderThreads)
   }
 }
 
+// Bitonic sort of one window, longest first; equal ones stay in order.
+__global__ void __launch_bounds__(kWindow)
+    level_kernel(const Workspace workspace, const int32_t num_rows, const int32_t group) {
+  __shared__ uint64_t keys[kWindow];
+  __shared__ Pair pairs[kWindow];
+  const int i = threadIdx.x;
+  const int32_t begin = blockIdx.x * kWindow;
+  cudaTriggerProgrammaticLaunchCompletion();
+  cudaGridDependencySynchronize();
+  const int32_t size = min(workspace.queue->total - begin, kWindow);
+  if (size <= 0) return;
+  keys[i] = ~uint64_t{0};  // past all pairs
+  if (i < size) {
+    const Pair pair = workspace.order[begin + i];
+    const int64_t natural =
+        (int64_t{pair.head / group} * num_rows + (num_rows - 1 - pair.row)) * group + pair.head % group;
+    keys[i] = uint64_t{0x7fffffffu - static_cast<uint32_t>(workspace.counts[natural])} << 32 | static_cast<uint32_t>(i);
+    pairs[i] = pair;
+  }
+  for (int run = 2; run <= kWindow; run *= 2) {
+    for (int step = run / 2; step > 0; step /= 2) {
+      __syncthreads();
+      const int other = i ^ step;
+      if (other > i && (keys[i] > keys[other]) == ((i & run) == 0)) {
+        const uint64_t key = keys[i];
+        keys[i] = keys[other];
+        keys[other] = key;
+      }
+    }
+  }
+  __syncthreads();
+  if (i < size) workspace.order[begin + i] = pairs[static_cast<uint32_t>(keys[i])];
+}
+
 constexpr int64_t aligned(int64_t bytes) { return (bytes + 127) / 128 * 128; }
 
 }  // namespace
@@ -237,8 +276,13 @@ cudaError_t make_order(const Tiling& tiling, const Workspace& workspace, int num
   count_kernel<<<static_cast<unsigned>(tiling.num_rows), kCountThreads, 0, stream>>>(tiling, workspace);
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess) return error;
-  return launch_early(order_kernel, 1, kOrderThreads, 0, stream, workspace, static_cast<int32_t>(tiling.num_rows),
-                      tiling.heads, tiling.group, num_sms);
+  const auto rows = static_cast<int32_t>(tiling.num_rows);
+  const cudaError_t ordered =
+      launch_early(order_kernel, 1, kOrderThreads, 0, stream, workspace, rows, tiling.heads, tiling.group, num_sms);
+  const bool level = (tiling.words != nullptr || tiling.counts != nullptr) && tiling.problem.kv.max_seqlen > kLevelKeys;
+  if (ordered != cudaSuccess || !level) return ordered;
+  const int windows = static_cast<int>((tiling.num_rows * tiling.heads + kWindow - 1) / kWindow);
+  return launch_early(level_kernel, windows, kWindow, 0, stream, workspace, rows, tiling.group);
 }
 
 cudaError_t num_sms(int* count) {

@@ -68,6 +68,13 @@ __host__ __device__ inline BlockRange visible_range(const TileRow& tile, bool ca
   return range;
 }
 
+// KV blocks [0, whole_blocks) are seen whole by every row of the tile.
+__host__ __device__ inline int32_t whole_blocks(const TileRow& tile, bool causal) {
+  if (!causal) return ceil_div(tile.seqlen_k, kBlockKeys);
+  const int32_t end = tile.position + tile.row_begin + 1;
+  return end > 0 ? end / kBlockKeys : 0;
+}
+
 // What the kernel that follows the order reads and advances.
 struct Queue {
   int32_t next;   // tiles handed out beyond the first one of each CTA

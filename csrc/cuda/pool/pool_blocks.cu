@@ -9,6 +9,9 @@
 //           division and one table read per token, not per load. Only entries below the sequence's end are read.
 // Memory    reads K once, writes the means once; 8 KB of shared memory for the sums, 1 KB for the offsets.
 // Waits     for nothing but its own loads. No tensor cores, no atomics, no workspace.
+//
+// The other modes (Pooling in params.h) have a kernel of their own, pick_kernel: one thread per element of the flattened
+// axis, which walks the block's tokens in order. They are exact: a value of k comes out as it is.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -147,6 +150,56 @@ __global__ void __launch_bounds__(kThreads, kMinCtasPerSm)
   store(out, count > 0 ? total / static_cast<float>(count) : 0.0f);
 }
 
+// Row of a token of sequence b, in elements from the start of k, without the head. Only tokens below the sequence's end.
+__device__ __forceinline__ int64_t token_offset(const PoolParams& params, int32_t b, int32_t token) {
+  const KvLayout& kv = params.kv;
+  if (kv.block_table != nullptr) {
+    const int32_t page = token / kv.page_size;
+    const int32_t slot = token - page * kv.page_size;
+    return kv.block_table[b * kv.block_table_stride + page] * params.k.batch_stride + slot * params.k.token_stride;
+  }
+  if (kv.cu_seqlens != nullptr) return (static_cast<int64_t>(kv.cu_seqlens[b]) + token) * params.k.token_stride;
+  return b * params.k.batch_stride + token * params.k.token_stride;
+}
+
+// kMaxAbs: the largest magnitude; ties: the earlier token. kCenter: token number count / 2. Both 16-bit types order their
+// magnitudes as their bits do, with NaN above all, so the bits are all that is looked at.
+template <Pooling kPooling>
+__global__ void __launch_bounds__(kChunk)
+    pick_kernel(const __grid_constant__ PoolParams params, const int32_t num_chunks) {
+  const KvLayout& kv = params.kv;
+  const uint32_t block = blockIdx.x / static_cast<uint32_t>(num_chunks);
+  const int32_t chunk = blockIdx.x - block * num_chunks;
+  const int32_t b = blockIdx.y;
+  const int32_t width = params.num_kv_heads * params.head_dim;
+  const int32_t element = chunk * kChunk + threadIdx.x;
+  if (element >= width) return;
+  int32_t seqlen = kv.max_seqlen;
+  if (kv.cu_seqlens != nullptr) {
+    seqlen = min(seqlen, kv.cu_seqlens[b + 1] - kv.cu_seqlens[b]);
+  } else if (kv.seqlens != nullptr) {
+    seqlen = min(seqlen, kv.seqlens[b]);
+  }
+  const int32_t first_token = block * params.block_n;
+  const int32_t count = min(params.block_n, seqlen - first_token);  // tokens of this block; <= 0 past the end
+  const int32_t head = element / params.head_dim;
+  const uint16_t* source =
+      static_cast<const uint16_t*>(params.k.data) + head * params.k.head_stride + (element - head * params.head_dim);
+
+  uint16_t best = 0;
+  if constexpr (kPooling == Pooling::kCenter) {
+    if (count > 0) best = source[token_offset(params, b, first_token + count / 2)];
+  } else {
+#pragma unroll 4
+    for (int32_t i = 0; i < count; ++i) {
+      const uint16_t x = source[token_offset(params, b, first_token + i)];
+      if ((x & 0x7fffu) > (best & 0x7fffu)) best = x;
+    }
+  }
+  const int64_t out_block = static_cast<int64_t>(b) * params.max_blocks + block;
+  static_cast<uint16_t*>(params.out)[out_block * width + element] = best;
+}
+
 template <typename T, int kVec>
 cudaError_t launch(const PoolParams& params, int32_t num_chunks, dim3 grid, cudaStream_t stream) {
   if (params.kv.block_table != nullptr) {
@@ -177,6 +230,16 @@ cudaError_t pool_blocks(const PoolParams& params, cudaStream_t stream) {
   if (per_sequence == 0 || params.batch == 0) return cudaSuccess;
   if (per_sequence > INT32_MAX || width > INT32_MAX - kChunk || params.batch > 65535) return cudaErrorInvalidValue;
   const dim3 grid(static_cast<unsigned>(per_sequence), static_cast<unsigned>(params.batch));
+  if (params.dtype != DType::kBFloat16 && params.dtype != DType::kFloat16) return cudaErrorInvalidValue;
+  const int32_t chunks = static_cast<int32_t>(num_chunks);
+  if (params.pooling == Pooling::kMaxAbs) {
+    pick_kernel<Pooling::kMaxAbs><<<grid, kChunk, 0, stream>>>(params, chunks);
+    return cudaGetLastError();
+  }
+  if (params.pooling == Pooling::kCenter) {
+    pick_kernel<Pooling::kCenter><<<grid, kChunk, 0, stream>>>(params, chunks);
+    return cudaGetLastError();
+  }
 
   // 16-byte loads need every row of every head to start on 16 bytes. A stride that nothing is multiplied by does not
   // count.
@@ -185,14 +248,8 @@ cudaError_t pool_blocks(const PoolParams& params, cudaStream_t stream) {
   const bool wide = reinterpret_cast<uintptr_t>(params.k.data) % 16 == 0 && aligned(params.head_dim) &&
                     aligned(params.k.token_stride) && (params.num_kv_heads == 1 || aligned(params.k.head_stride)) &&
                     (one_batch || aligned(params.k.batch_stride));
-  switch (params.dtype) {
-    case DType::kBFloat16:
-      return launch<__nv_bfloat16>(params, wide, static_cast<int32_t>(num_chunks), grid, stream);
-    case DType::kFloat16:
-      return launch<__half>(params, wide, static_cast<int32_t>(num_chunks), grid, stream);
-    default:
-      return cudaErrorInvalidValue;
-  }
+  return params.dtype == DType::kBFloat16 ? launch<__nv_bfloat16>(params, wide, chunks, grid, stream)
+                                          : launch<__half>(params, wide, chunks, grid, stream);
 }
 
 }  // namespace bsfa::cuda

@@ -10,6 +10,24 @@ namespace bsfa::cuda {
 // float16 and bfloat16, any head_dim, page size and strides (rows on 16 bytes are fastest), batch up to 65535.
 cudaError_t pool_blocks(const PoolParams& params, cudaStream_t stream);
 
+// Longest row of the rules from kPooled on: 6.5 million tokens in blocks of 128.
+constexpr int32_t kMaxSelectBlocks = 51200;
+
+// Whether score_blocks() and select_blocks() have kernels for this: float16 and bfloat16 on sm_90, tiles and blocks of
+// 128 tokens; head_dim 64 or 128, but 1 to 256 for kPooled; no HeadSharing::kUnion of kRelativeMax.
+bool select_supports(const ScoreParams& params);
+
+// Whether a row of max_blocks fits in their shared memory.
+bool select_fits(const ScoreParams& params);
+
+// Scratch memory of score_blocks() and select_blocks(), on the device, without their outputs.
+int64_t select_workspace_bytes(const ScoreParams& params);
+
+// num_rows is at least max_mask_rows (geometry.h); rows that hold no query get scores of -1, or no blocks. For rules that
+// read through TMA (all but kPooled) q, and k where it is read, are aligned to 16 bytes in base and strides. `workspace`
+// may be reused once the kernels are done.
+cudaError_t score_blocks(const ScoreParams& params, void* workspace, cudaStream_t stream);
+cudaError_t select_blocks(const SelectParams& params, void* workspace, cudaStream_t stream);
 // Scratch memory of probe_attention(), on the device: 1.5 KiB per query head and 1024 keys.
 int64_t probe_attention_workspace_bytes(const ProbeParams& params);
 

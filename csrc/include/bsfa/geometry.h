@@ -10,12 +10,6 @@
 
 #include "bsfa/params.h"
 
-#if defined(__CUDACC__)
-#define BSFA_HOST_DEVICE __host__ __device__
-#else
-#define BSFA_HOST_DEVICE
-#endif
-
 namespace bsfa {
 
 BSFA_HOST_DEVICE constexpr int32_t ceil_div(int32_t a, int32_t b) { return (a + b - 1) / b; }
@@ -54,6 +48,12 @@ struct SequenceGeometry {
     if (!causal) return num_blocks();
     const int32_t last = offset() + row_end(t) - 1;
     return last < 0 ? 0 : last / block_n + 1;
+  }
+  // KV blocks [0, whole_blocks(t)) are seen whole by every row of tile t that belongs to this call.
+  BSFA_HOST_DEVICE int32_t whole_blocks(int32_t t) const {
+    if (!causal) return num_blocks();
+    const int32_t first = offset() + row_begin(t);
+    return first < 0 ? 0 : (first + 1) / block_n;
   }
 };
 

@@ -48,7 +48,16 @@ BSFA_HOST_DEVICE inline bool is_last_tile(const SequenceGeometry& g, int32_t loc
   return g.first_tile() + local_tile >= ceil_div(length, g.block_m) - last_tiles;
 }
 
-// BFLA's rescue of blocks that every rule drops. `tile` is absolute.
+// How many of the best blocks are kept whatever the threshold. The product is rounded to float32 before the floor.
+BSFA_HOST_DEVICE inline int32_t best_blocks(int32_t min_blocks, float min_ratio, int32_t visible) {
+  if (min_ratio >= 1.0f) return visible;
+  const int32_t by_ratio = min_ratio > 0.0f ? static_cast<int32_t>(min_ratio * static_cast<float>(visible)) : 0;
+  const int32_t best = min_blocks > by_ratio ? min_blocks : by_ratio;
+  return best < visible ? best : visible;
+}
+
+// BFLA's rescue of blocks that every rule drops. `tile` is absolute; `head` counts the mask's heads, so that a mask that
+// is shared by a group draws once.
 struct Rescue {
   int32_t stride = 0;  // 0: off
   int32_t parts = 0;   // of a million: the share of blocks that the hash keeps; 0: off

@@ -6,6 +6,12 @@
 
 #include <cstdint>
 
+#if defined(__CUDACC__)
+#define BSFA_HOST_DEVICE __host__ __device__
+#else
+#define BSFA_HOST_DEVICE
+#endif
+
 namespace bsfa {
 
 enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
@@ -122,8 +128,12 @@ struct ScoreParams {
   int64_t num_rows = 0;
   float* scores = nullptr;  // [num_rows, score_heads, max_blocks]; -1 where the block is not visible
 
-  int32_t score_heads() const { return sharing == HeadSharing::kGroup ? problem.num_kv_heads : problem.num_q_heads; }
-  int32_t mask_heads() const { return sharing == HeadSharing::kNone ? problem.num_q_heads : problem.num_kv_heads; }
+  BSFA_HOST_DEVICE int32_t score_heads() const {
+    return sharing == HeadSharing::kGroup ? problem.num_kv_heads : problem.num_q_heads;
+  }
+  BSFA_HOST_DEVICE int32_t mask_heads() const {
+    return sharing == HeadSharing::kNone ? problem.num_q_heads : problem.num_kv_heads;
+  }
 };
 
 // Which visible blocks are kept: those that the rule, or any of the following, keeps.

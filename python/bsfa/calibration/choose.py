@@ -45,7 +45,8 @@ def choose(curves: CalibrationCurves, target_recall: float, *, seed: int = 0) ->
     the mean over the chosen-from prompts of every length keeps the target as well (long prompts lose more than short
     ones); the other half gives the recall and density in the table. Heads for which no threshold keeps the promise are
     dense; if that is for want of prompts, a :class:`CalibrationWarning` says how many are needed; another warns if
-    held-out prompts of some length keep less than the target. Deterministic. One :func:`collect` serves any number of
+    held-out prompts of some length keep less than the target. Heads that share a threshold get the strictest of what
+    each needs. Deterministic. One :func:`collect` serves any number of
     targets.
     """
     check_target(target_recall)
@@ -57,6 +58,9 @@ def choose(curves: CalibrationCurves, target_recall: float, *, seed: int = 0) ->
     index = loosest(risks, target_recall)
     for members in _by_length(curves.tokens, held_in).values():
         index = torch.minimum(index, loosest_mean(risks[members], target_recall))
+    if curves.group > 1:  # the strictest of the heads that share a threshold
+        shared = index.unflatten(-1, (-1, curves.group)).amin(dim=-1)
+        index = shared.repeat_interleave(curves.group, dim=-1)
     if n < needed:
         warnings.warn(
             f"all heads stay dense: {n} calibration prompts can promise a recall of at most {1 - 1 / (n + 1):.3f}, "

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from bsfa.calibration.curves import BlockCurves, block_curves, threshold_grid
+from bsfa.calibration.curves import BlockCurves, block_curves, check_sharing, threshold_grid
 from bsfa.calibration.forward import prefill
 from bsfa.errors import UnsupportedError
 from bsfa.identity import ModelIdentity
@@ -38,6 +38,7 @@ class CalibrationCurves:
     lost_mass, tail_lost, density: float32 [prompts, layers, heads, G]; see
         :class:`bsfa.calibration.curves.BlockCurves`. 0, 0 and 1 in layers that stay dense.
     tail: the share of a prompt's query tiles that ``tail_lost`` is about.
+    group: query heads, next to each other, that share a threshold.
     tokens: length of each prompt. The rest goes into the threshold file as it is.
     """
 
@@ -52,6 +53,7 @@ class CalibrationCurves:
     prompts_sha256: str
     model: ModelIdentity
     attention: dict[str, Any]
+    group: int = 1
 
 
 def prefill_work(tokens: int) -> float:
@@ -93,6 +95,7 @@ class _Collector:
         self.softcap: list[float | None] = [None] * num_layers
         self.dtype = ""
         self.heads: int | None = None
+        self.group = 1
         self.current: dict[int, BlockCurves] = {}
 
     def __call__(self, call: AttentionCall) -> None:
@@ -107,6 +110,13 @@ class _Collector:
         if self.heads not in (None, heads):
             raise UnsupportedError(f"layers have different numbers of query heads ({self.heads} and {heads})")
         self.heads = heads
+        if self.policy.scoring.sharing == "group":
+            group = heads // call.k.shape[-2]
+            if self.current and self.group != group:
+                raise UnsupportedError(
+                    f"layers have different numbers of KV heads, which share thresholds: {self.policy.name}"
+                )
+            self.group = group
         self.layers[call.layer] = CALIBRATED
         self.scale[call.layer], self.softcap[call.layer] = float(call.softmax_scale), float(call.softcap)
         self.dtype = str(call.q.dtype).removeprefix("torch.")
@@ -160,6 +170,7 @@ def collect(
 
     if not isinstance(policy, ScoredPolicy):
         raise TypeError(f"only policies with a score can be calibrated, got {type(policy).__name__}")
+    check_sharing(policy)
     if not 0.0 < tail <= 1.0:
         raise ValueError(f"tail must be a share of the query tiles, above 0 and at most 1, got {tail}")
     if len(prompts) < 2:
@@ -190,4 +201,5 @@ def collect(
         prompts_sha256=prompts_sha256([p.text for p in prompts]),
         model=ModelIdentity.of(model),
         attention={"softmax_scale": collector.scale, "softcap": collector.softcap, "dtype": collector.dtype},
+        group=collector.group,
     )

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from bsfa.block_mask import BlockMask, MaskGeometry
+from bsfa.errors import UnsupportedError
 from bsfa.layout import Layout
 from bsfa.policies import ScoredPolicy
-from bsfa.stages import block_mass, pool_blocks, select_blocks
+from bsfa.stages import block_mass, select_for
 
 CHUNK = 1 << 22  # (tile, head, block) triples per histogram
 FINEST = 24  # strictest threshold of the grid besides keep-all: 2^-24 from the keep-all end
@@ -73,6 +74,15 @@ def call_geometry(q: Tensor, k: Tensor, causal: bool, policy_m: int, policy_n: i
     return MaskGeometry.of(Layout(1, q.shape[1], k.shape[1], causal, q.shape[1]), policy_m, policy_n, q.device)
 
 
+def check_sharing(policy: ScoredPolicy) -> None:
+    """Raise :class:`bsfa.UnsupportedError` for a union of masks: what a head keeps hangs on other heads' thresholds."""
+    if policy.scoring.sharing == "union":
+        raise UnsupportedError(
+            f"{type(policy).__name__} with shared=True cannot be calibrated: in a union of masks a head's recall "
+            "depends on the thresholds of the others. Calibrate with shared=False; the union keeps at least as much"
+        )
+
+
 def block_curves(
     policy: ScoredPolicy,
     grid: Tensor,
@@ -87,18 +97,20 @@ def block_curves(
 ) -> BlockCurves:
     """Lost mass and density of a prompt at every threshold of ``grid``.
 
+    Where query heads share scores and a mask (``sharing="group"``), each has its own curves under that mask.
+
     q [1, S, Hq, D], k [1, S, Hkv, D], lse float32 [1, Hq, S] of dense attention. tail: share of the query tiles, 0 to 1
     (rounded up to whole tiles), whose mean loss is ``tail_lost``.
     """
+    check_sharing(policy)
     geometry = call_geometry(q, k, causal, policy.block_m, policy.block_n)
     heads, points, blocks = q.shape[2], grid.shape[0], geometry.num_blocks
     grid = grid.to(q.device)
     # What is kept at the loosest threshold is kept at all of them, by score or by rule.
-    chosen = select_blocks(
+    chosen = select_for(
         q,
-        pool_blocks(k, block_n=policy.block_n) if policy.needs_summary else None,
+        k,
         policy.with_threshold(float(grid[-1])),
-        seqlen_k=k.shape[1],
         causal=causal,
         softmax_scale=softmax_scale,
         softcap=softcap,
@@ -119,7 +131,9 @@ def block_curves(
     )
     visible = geometry.visible_blocks()
     queries = row_queries(geometry)
-    forced = mask.to_rows()
+    group = heads // scores.shape[1]  # query heads that share a score
+    scores = scores.repeat_interleave(group, dim=1) if group > 1 else scores
+    forced = mask.to_rows().repeat_interleave(group, dim=1)
     columns = torch.arange(blocks, device=q.device)
     lost = torch.zeros(geometry.num_rows, heads, points, dtype=torch.float64, device=q.device)
     count = torch.zeros(heads, points, dtype=torch.int64, device=q.device)

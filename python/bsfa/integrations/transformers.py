@@ -50,7 +50,8 @@ from bsfa.attention import attention, attention_varlen
 from bsfa.errors import UnsupportedError, warn_dense
 from bsfa.info import AttentionInfo
 from bsfa.integrations._hf_masks import KeyMask, MaskFacts, Packing, bsfa_mask, padding_facts
-from bsfa.policies import Policy, ScoredPolicy
+from bsfa.policies import Policy
+from bsfa.policies.composed import PerLayer, on_device
 
 __all__ = [
     "AttentionCall",
@@ -132,6 +133,7 @@ class _LayerState:
     policy: Policy | None
     record: bool
     density: Tensor | None = None
+    mean_correction: bool = False
 
 
 _observers: WeakKeyDictionary[nn.Module, list[Callback]] = WeakKeyDictionary()
@@ -256,6 +258,7 @@ def _prefill(
     window_left = None if facts.window is None else facts.window - 1
     options: dict[str, Any] = {
         "policy": None if reason else policy,
+        "mean_correction": reason is None and policy is not None and state is not None and state.mean_correction,
         "causal": facts.causal,
         "softmax_scale": scale,
         "softcap": softcap,
@@ -380,6 +383,8 @@ def _per_layer(
             f"{type(model).__name__} has several attention layers with index {twice[0]}: set policies per layer on the "
             "part of it that is the language model"
         )
+    if isinstance(policy, PerLayer):
+        policy = policy.policies
     if isinstance(policy, LayerPolicies):
         policy.check_model(model)
         chosen = {index: policy.layer(index) for index in layers}
@@ -395,8 +400,8 @@ def _per_layer(
         chosen = {index: policy[index] for index in layers}
     else:
         raise TypeError(
-            "policy must be None, a bsfa.policies.Policy, a sequence of them, or an object with layer(index) and "
-            f"check_model(model) such as a bsfa.ThresholdTable; got {type(policy).__name__}"
+            "policy must be None, a bsfa.policies.Policy, a sequence (or PerLayer) of them, or an object with "
+            f"layer(index) and check_model(model) such as a bsfa.ThresholdTable; got {type(policy).__name__}"
         )
     for index, p in chosen.items():
         if p is not None and not isinstance(p, Policy):
@@ -409,31 +414,37 @@ def _per_layer(
 def _beside(module: nn.Module, policy: Policy | None) -> Policy | None:
     """``policy`` with its per-head thresholds on the module's device, so that calls do not copy them again."""
     device = next((p.device for p in module.parameters() if p.device.type != "meta"), None)
-    if device is None or not isinstance(policy, ScoredPolicy) or not isinstance(policy.threshold, Tensor):
-        return policy
-    return policy if policy.threshold.device == device else policy.with_threshold(policy.threshold.to(device))
+    return policy if device is None else on_device(policy, device)
 
 
 def set_policy(
-    model: nn.Module, policy: Policy | Sequence[Policy | None] | LayerPolicies | None, *, record: bool = False
+    model: nn.Module,
+    policy: Policy | Sequence[Policy | None] | LayerPolicies | None,
+    *,
+    record: bool = False,
+    mean_correction: bool = False,
 ) -> None:
     """Choose the blocks that each layer of ``model`` attends to in prefill; switches the model to "bsfa".
 
     model: a ``transformers.PreTrainedModel``. policy: None (dense), one :class:`bsfa.policies.Policy` for all layers, a
-    sequence with one Policy or None per layer, or an object with ``layer(index)`` and ``check_model(model)`` such as a
-    ``bsfa.ThresholdTable``, which refuses a model that it was not made for. Policies belong to this model (and to
-    deep copies made afterwards), replace earlier ones, and act on its causal attention layers.
+    sequence or ``PerLayer`` with one Policy or None per layer, or an object with ``layer(index)`` and
+    ``check_model(model)`` such as a ``bsfa.ThresholdTable``, which refuses a model that it was not made for. Policies
+    belong to this model (and to deep copies made afterwards), replace earlier ones, and act on its causal attention
+    layers.
     record: keep the density of each layer's last prefill call for :func:`density`.
+    mean_correction: as in :func:`bsfa.attention`, for every layer with a policy.
 
     Raises ``TypeError``/``ValueError`` for a policy that does not fit, :class:`bsfa.UnsupportedError` for a model that
     does not use transformers' attention interface, and whatever ``check_model`` raises. Policies set before then stay.
     """
+    if not isinstance(mean_correction, bool):
+        raise TypeError(f"mean_correction must be a bool, got {type(mean_correction).__name__}")
     layers = _attention_layers(model)
     chosen = _per_layer(model, policy, layers)
     _use_bsfa(model)
     for index, modules in layers.items():
         for module in modules:
-            state: Any = _LayerState(_beside(module, chosen[index]), record)
+            state: Any = _LayerState(_beside(module, chosen[index]), record, mean_correction=mean_correction)
             module._bsfa_state = state
 
 

@@ -7,7 +7,9 @@ variables.
 
 from __future__ import annotations
 
+from bsfa.policies.antidiagonal import Antidiagonal
 from bsfa.policies.base import Policy, ScoredPolicy, Selection
+from bsfa.policies.composed import Composed, Intersection, PerLayer, Union
 from bsfa.policies.cumulative_mass import CumulativeMass
 from bsfa.policies.dense import Dense
 from bsfa.policies.fixed import Fixed
@@ -16,17 +18,22 @@ from bsfa.policies.relative_max import RelativeMax
 from bsfa.policies.static_pattern import StaticPattern
 
 #: Policies that calibration and the command line know by name.
-SCORED: dict[str, type[ScoredPolicy]] = {p.name: p for p in (RelativeMax, CumulativeMass)}
+SCORED: dict[str, type[ScoredPolicy]] = {p.name: p for p in (RelativeMax, CumulativeMass, Antidiagonal)}
 
 __all__ = [
     "SCORED",
+    "Antidiagonal",
+    "Composed",
     "CumulativeMass",
     "Dense",
     "Fixed",
     "FlexPrefill",
+    "Intersection",
+    "PerLayer",
     "Policy",
     "RelativeMax",
     "ScoredPolicy",
     "Selection",
     "StaticPattern",
+    "Union",
 ]

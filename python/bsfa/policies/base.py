@@ -10,9 +10,9 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from bsfa._library import require_kernel
 from bsfa.block_mask import BlockMask, MaskGeometry
 from bsfa.layout import Layout, check_block_sizes
+from bsfa.limits import check_limits, check_tma
 
 Threshold = float | Sequence[float] | Tensor
 
@@ -58,11 +58,24 @@ class Policy:
 
     #: Name in threshold files and on the command line.
     name: ClassVar[str] = ""
-    #: Whether :meth:`select` needs pooled keys.
-    needs_summary: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_block_sizes(self.block_m, self.block_n)
+
+    @property
+    def needs_summary(self) -> bool:
+        """Whether :meth:`select` needs pooled keys (:func:`bsfa.pool_blocks` with :attr:`summary_pooling`)."""
+        return False
+
+    @property
+    def needs_keys(self) -> bool:
+        """Whether :meth:`select` needs the keys themselves."""
+        return False
+
+    @property
+    def summary_pooling(self) -> str:
+        """How the keys of a block are pooled, where :attr:`needs_summary`."""
+        return "mean"
 
     def select(self, selection: Selection) -> BlockMask | None:
         """The blocks to keep, or None for dense attention."""
@@ -77,9 +90,25 @@ def check_count(owner: str, name: str, value: int, least: int = 0) -> None:
         raise ValueError(f"{owner}.{name} must be at least {least}, got {value}")
 
 
+def check_share(owner: str, name: str, value: float) -> None:
+    """Raise unless ``value`` is a number in 0 .. 1."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{owner}.{name} must be a number, got {type(value).__name__}")
+    if not 0.0 <= value <= 1.0:  # false for NaN
+        raise ValueError(f"{owner}.{name} must be 0 .. 1, got {value}")
+
+
+def check_flag(owner: str, name: str, value: bool) -> None:
+    """Raise unless ``value`` is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{owner}.{name} must be a bool, got {type(value).__name__}")
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ScoredPolicy(Policy):
-    """A policy that scores (query tile, KV block) pairs per query head and compares with a threshold per head.
+    """A policy that scores (query tile, KV block) pairs per head and compares with a threshold per head.
+
+    Scores and thresholds are per query head; where :attr:`scoring` says ``sharing="group"``, per KV head.
 
     sink_blocks: first KV blocks of the sequence, always kept.
     window_blocks: KV blocks up to and including the tile's own, always kept; at least 1 (the diagonal).
@@ -98,7 +127,8 @@ class ScoredPolicy(Policy):
     keeps_at_least: ClassVar[bool] = True
     #: Raised whenever scores change meaning; stored in threshold files.
     version: ClassVar[int] = 1
-    needs_summary: ClassVar[bool] = True
+    #: Fields that came after files had been written: a file without one means its default.
+    added_parameters: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -110,7 +140,7 @@ class ScoredPolicy(Policy):
         value = self.threshold
         if isinstance(value, Tensor):
             if value.dim() != 1 or not value.is_floating_point():
-                raise ValueError(f"{owner}.{self.threshold_name} must be a float tensor of shape [query heads]")
+                raise ValueError(f"{owner}.{self.threshold_name} must be a float tensor of shape [heads]")
             # Values are read where that needs no device sync; comparisons with NaN are false.
             if value.device.type == "cpu" and not torch.compiler.is_compiling() and value.numel():
                 low, high = (float(x) for x in value.aminmax())
@@ -139,6 +169,26 @@ class ScoredPolicy(Policy):
         raise NotImplementedError
 
     @property
+    def needs_summary(self) -> bool:
+        """Whether the rule looks at pooled keys."""
+        return self.scoring.rule in ("relative_max", "pooled")
+
+    @property
+    def needs_keys(self) -> bool:
+        """Whether the rule looks at the keys themselves."""
+        return not self.needs_summary
+
+    @property
+    def summary_pooling(self) -> str:
+        """How keys and queries are pooled."""
+        return self.scoring.pooling
+
+    @property
+    def scale_factor(self) -> float:
+        """What the rule multiplies ``softmax_scale`` with."""
+        return 1.0
+
+    @property
     def extras(self) -> Extras:
         """What is kept beyond threshold, sink, window, last tiles and min_blocks."""
         return Extras()
@@ -148,7 +198,10 @@ class ScoredPolicy(Policy):
         return 0.0 if self.keeps_at_least else 1.0
 
     def thresholds_for(self, num_heads: int, device: torch.device) -> Tensor:
-        """float32 [num_heads] as the kernels want it: keep-all becomes -1 (at least) or +inf (below)."""
+        """float32 [num_heads] as the kernels want it: keep-all becomes -1 (at least) or +inf (below).
+
+        ``num_heads``: query heads, or KV heads where the rule shares scores within a group.
+        """
         value = self.threshold
         if isinstance(value, int | float):
             t = torch.full((num_heads,), float(value), dtype=torch.float32, device=device)
@@ -156,26 +209,31 @@ class ScoredPolicy(Policy):
             t = torch.as_tensor(value, dtype=torch.float32, device=device)
         if t.shape != (num_heads,):
             raise ValueError(
-                f"{type(self).__name__}.{self.threshold_name} has {t.shape[0]} values but q has {num_heads} heads"
+                f"{type(self).__name__}.{self.threshold_name} has {t.shape[0]} values but "
+                f"{'k' if self.scoring.sharing == 'group' else 'q'} has {num_heads} heads"
             )
         if self.keeps_at_least:
             return torch.where(t <= 0.0, -1.0, t).contiguous()
         return torch.where(t >= 1.0, math.inf, t).contiguous()
 
     def _score_arguments(self, s: Selection, op: str) -> tuple[object, ...]:
-        require_kernel(op, s.q.device)
+        blocks, rule = (self.block_m, self.block_n), self.scoring.rule
+        check_limits(op, s.q.device, s.q.dtype, s.q.shape[-1], blocks, rule)
         if self.needs_summary and s.summary is None:
             raise ValueError(f"{type(self).__name__} needs pooled keys: pass the result of bsfa.pool_blocks")
-        if not self.needs_summary and s.k is None:
+        if self.needs_keys and s.k is None:
             raise ValueError(f"{type(self).__name__} needs the keys themselves: pass k")
+        if s.q.device.type != "cpu" and rule != "pooled":  # whose kernels take any strides
+            read = {"summary": s.summary} if self.needs_summary else {"k": s.k}
+            check_tma(op, q=s.q, **{name: t for name, t in read.items() if t is not None})
         layout, scoring = s.layout, self.scoring
         return (
             s.q,
             s.summary if self.needs_summary else None,
-            None if self.needs_summary else s.k,
+            s.k if self.needs_keys else None,
             layout.cu_seqlens_q,
             layout.cu_seqlens_k,
-            None if self.needs_summary else layout.block_table,
+            layout.block_table if self.needs_keys else None,
             layout.seqlens_k,
             layout.max_seqlen_q,
             layout.max_seqlen_k,
@@ -183,7 +241,7 @@ class ScoredPolicy(Policy):
             self.block_m,
             self.block_n,
             layout.causal,
-            s.softmax_scale,
+            s.softmax_scale * self.scale_factor,
             s.softcap,
             scoring.rule,
             scoring.pooling,
@@ -194,16 +252,20 @@ class ScoredPolicy(Policy):
         )
 
     def score(self, selection: Selection) -> Tensor:
-        """Scores float32 [rows, query heads, blocks]; -1 where a block is not visible. For calibration and plots."""
+        """Scores float32 [rows, heads, blocks]; -1 where a block is not visible. For calibration and plots."""
         scores: Tensor = torch.ops.bsfa.score_blocks(*self._score_arguments(selection, "score_blocks"))
         return scores
 
     def select(self, selection: Selection) -> BlockMask:
         """Score, compare with the thresholds, add what is always kept."""
-        q = selection.q
+        q, heads = selection.q, selection.q.shape[-2]
+        arguments = self._score_arguments(selection, "select_blocks")
+        if self.scoring.sharing == "group":
+            assert selection.summary is not None
+            heads = selection.summary.shape[-2]
         words, counts = torch.ops.bsfa.select_blocks(
-            *self._score_arguments(selection, "select_blocks"),
-            self.thresholds_for(q.shape[-2], q.device),
+            *arguments,
+            self.thresholds_for(heads, q.device),
             self.last_tiles,
             self.min_blocks,
             *self.extras,

@@ -76,7 +76,16 @@ class FlexPrefill(Policy):
     sink_blocks: int = 1
     window_blocks: int = 1
     name: ClassVar[str] = "flex-prefill"
-    needs_summary: ClassVar[bool] = True
+
+    @property
+    def needs_summary(self) -> bool:
+        """Mean keys, for the query-aware heads."""
+        return True
+
+    @property
+    def needs_keys(self) -> bool:
+        """The keys, for the probe."""
+        return True
 
     def __post_init__(self) -> None:
         super().__post_init__()

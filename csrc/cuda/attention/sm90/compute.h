@@ -16,24 +16,11 @@
 
 #include <cutlass/numeric_conversion.h>
 
+#include "../../common/mma.h"
 #include "softmax.h"
 #include "store.h"
 
 namespace bsfa::cuda::attn::sm90 {
-
-// Issues c = a b (+ c) as one group of warpgroup products; c may not be touched before the group was waited for.
-template <class Mma, class A, class B, class C>
-__device__ __forceinline__ void issue(Mma& mma, const A& a, const B& b, C& c, bool accumulate) {
-  cute::warpgroup_fence_operand(c);
-  cute::warpgroup_arrive();
-  mma.accumulate_ = accumulate ? cute::SM90::GMMA::ScaleOut::One : cute::SM90::GMMA::ScaleOut::Zero;
-#pragma unroll
-  for (int k = 0; k < cute::size<2>(a); ++k) {
-    cute::gemm(mma, a(cute::_, cute::_, k), b(cute::_, cute::_, k), c);
-    mma.accumulate_ = cute::SM90::GMMA::ScaleOut::One;
-  }
-  cute::warpgroup_commit_batch();
-}
 
 // Turns of the two warpgroups: named barrier kTurn + w lets warpgroup w issue.
 constexpr int kTurn = 1;
@@ -174,17 +161,22 @@ class Consumer {
   template <class Tensor>
   __device__ bool softmax(Tensor& s, const Step& step, float (&rescale)[2]) {
     if constexpr (Config::kTransform) {
-      scale_scores(s, p_.inner_scale);
-      if (p_.transform == Transform::kCap) cap_scores(s, p_.softcap);
+      transform_scores(s, p_.scale);
     }
     if (!(step.flags & (kFirst | kMasked)) && rows_complete_) {
-      return softmax_plain(s, rows_, rescale, p_.scale_log2, p_.inverse_scale_log2);
+      return softmax_plain(s, rows_, rescale, p_.scale.scale_log2, p_.scale.inverse_scale_log2);
     }
     if (step.flags & kMasked) {
-      mask_scores(s, shared_.tiles[query_.slot].tile, step.first_key, warp_ * kStoreRows + lane_ / 4, p_.causal,
-                  p_.window_left);
+      const TileRow& tile = shared_.tiles[query_.slot].tile;
+      const int first_row = warp_ * kStoreRows + lane_ / 4;
+      if (step.flags & kMeans) {
+        const Columns& columns = shared_.columns[step.flags >> kColumnsShift];
+        weigh_means(s, tile, step.first_key, columns, first_row, p_.scale.inverse_scale_log2);
+      } else {
+        mask_scores(s, tile, step.first_key, first_row, p_.causal, p_.window_left);
+      }
     }
-    rows_complete_ = softmax_any(s, rows_, rescale, step.flags & kFirst, p_.scale_log2);
+    rows_complete_ = softmax_any(s, rows_, rescale, step.flags & kFirst, p_.scale.scale_log2);
     return true;
   }
 

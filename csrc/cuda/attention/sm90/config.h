@@ -5,9 +5,10 @@
 
 #include <cute/tensor.hpp>
 
+#include "../../common/logits.h"
 #include "../../common/mbarrier.h"
-#include "../../common/tensor_map.h"
 #include "../../common/schedule.h"
+#include "../../common/tensor_map.h"
 
 namespace bsfa::cuda::attn::sm90 {
 
@@ -28,7 +29,7 @@ constexpr int kWorkSlots = 3;   // tiles that the scheduler warp is ahead of the
 constexpr int kQuerySlots = 2;  // query tiles in shared memory
 constexpr int kMaskChunk = 32;  // mask words that a warp holds at once, one per lane
 
-// kTransform: scores are transformed before their maximum is sought (Transform below is not kNone).
+// kTransform: scores are transformed before their maximum is sought (Transform in logits.h is not kNone).
 template <typename Element_, int kHeadDim_, bool kTransform_>
 struct Config {
   using Element = Element_;
@@ -78,16 +79,24 @@ struct TileInfo {
   int32_t head;
 };
 
-// One KV block of one tile, from the key load warp to both consumers: both sides read one list.
+// One KV block of one tile, from the key load warp to both consumers: both sides read one list. Or, in a step of means,
+// the means of kBlockKeys blocks instead of as many tokens.
 struct Step {
-  int32_t first_key;
-  uint32_t flags;
+  int32_t first_key;  // of means: the first block
+  uint32_t flags;     // StepFlags; of means: also the slot of their columns, from bit kColumnsShift
 };
 enum StepFlags : uint32_t {
   kFirst = 1,   // of its tile
   kLast = 2,    // of its tile
-  kMasked = 4,  // some row of the tile does not see the whole block, or (first step) is not of the sequence
+  kMasked = 4,  // some row of the tile does not see the whole block, or (first step) is not of the sequence; or means
   kEnd = 8,     // no block: there is no more work
+  kMeans = 16,
+};
+constexpr int kColumnsShift = 8;
+
+// Which means of a step enter the softmax, one bit each.
+struct Columns {
+  uint32_t words[kBlockKeys / 32];
 };
 
 template <class Config>
@@ -101,20 +110,18 @@ struct SharedStorage {
   Mbarrier key_empty[Config::kKeySlots], value_empty[Config::kValueSlots];
   Mbarrier value_tail;            // a V block whose tail is zeroed before it is handed over
   Step steps[Config::kKeySlots];  // of the K blocks
+  // Of the steps of means, in turn. They are read after the K slot is given back, but before the next one is: a slot
+  // more than K has is enough.
+  Columns columns[Config::kKeySlots + 1];
   TileInfo tiles[kQuerySlots];
   Work work[kWorkSlots];
-};
-
-// What happens to a score before its maximum is sought.
-enum class Transform : int32_t {
-  kNone = 0,
-  kScale = 1,  // f(s) = s * inner_scale, which need not be positive
-  kCap = 2,    // f(s) = softcap * tanh(s * inner_scale)
 };
 
 // What the launch passes to the kernel, by value: the descriptors must lie in parameter memory.
 struct KernelParams {
   CUtensorMap q, k, v, out;
+  CUtensorMap k_means, v_means;  // [sequence, block, head, dim]; of the mean correction
+  bool has_means;
   Workspace workspace;
   const int32_t* words;  // null: dense
   int64_t num_words;     // of a row and head
@@ -137,12 +144,7 @@ struct KernelParams {
   bool store_by_tma;
   float* lse;
   int64_t lse_batch_stride, lse_head_stride;
-  // A score s counts exp2(scale_log2 * f(s)).
-  Transform transform;
-  float scale_log2;
-  float inverse_scale_log2;
-  float inner_scale;
-  float softcap;
+  LogitScale scale;
 };
 
 }  // namespace bsfa::cuda::attn::sm90

@@ -1,6 +1,8 @@
 // Attention on Hopper: out[i] = sum_j softmax_j(scale * q_i . k_j) v_j over the keys j of the kept 128-token blocks.
 //
 // Tile      128 query rows x 128 keys; a CTA works on one (tile, query head) after the other until the queue is empty.
+// Means     with a mean correction, the blocks that a mask drops and that all rows of a tile see follow as steps of
+//           their own, 128 blocks each: a block's mean key is one column, log2(its tokens) is added to its score.
 // Roles     warpgroup 0: warps 0 and 1 fetch by TMA (load.h), warp 2 hands out tiles (schedule.h, load.h), warp 3
 //           leaves; warpgroups 1 and 2 compute 64 rows each (compute.h) and store them (store.h).
 // Memory    two query tiles, whose slots also stage the output; rings of K and of V blocks (config.h).
@@ -39,7 +41,7 @@ __global__ void __launch_bounds__(kThreads, 1) attention_kernel(const __grid_con
     for (int i = 0; i < Config::kValueSlots; ++i) shared.value_empty[i].init(kConsumerWarps);
     shared.value_tail.init(1);
     fence_barrier_init();
-    for (const CUtensorMap* map : {&p.q, &p.k, &p.v, &p.out}) {
+    for (const CUtensorMap* map : {&p.q, &p.k, &p.v, &p.out, &p.k_means, &p.v_means}) {
       cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(map));
     }
   }
@@ -71,7 +73,7 @@ cudaError_t launch_kernel(const KernelParams& params, int num_ctas, cudaStream_t
 
 template <typename Element, int kHeadDim>
 cudaError_t launch(const KernelParams& params, int num_ctas, cudaStream_t stream) {
-  return params.transform == Transform::kNone
+  return params.scale.transform == Transform::kNone
              ? launch_kernel<Config<Element, kHeadDim, false>>(params, num_ctas, stream)
              : launch_kernel<Config<Element, kHeadDim, true>>(params, num_ctas, stream);
 }

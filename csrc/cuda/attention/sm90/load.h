@@ -48,6 +48,44 @@ class BlockWalk {
   uint32_t word_;
 };
 
+// The blocks whose means a tile adds: those that all its rows see and its mask drops. In chunks of kBlockKeys,
+// last one first, without those that have nothing to add. Warp-collective; each lane holds one word.
+class MeansWalk {
+ public:
+  // `word`: what a BlockWalk over `range` starts with. `end`: the blocks that all rows see.
+  __device__ MeansWalk(const int32_t* words, BlockRange range, uint32_t word, int32_t end, int lane)
+      : words_(words), seen_{0, end}, lane_(lane), chunk_(BlockWalk::last_chunk(seen_)) {
+    if (chunk_ != BlockWalk::last_chunk(range)) word = BlockWalk::load(words_, seen_, chunk_, lane_);
+    word_ = dropped(word);
+  }
+
+  // The first block of the next chunk, or -1; `columns` becomes word lane % 4 of its four.
+  __device__ int32_t next(uint32_t* columns) {
+    unsigned lanes = __ballot_sync(kAllLanes, word_ != 0);
+    while (lanes == 0) {
+      if (chunk_ == 0) return -1;
+      --chunk_;
+      word_ = dropped(BlockWalk::load(words_, seen_, chunk_, lane_));
+      lanes = __ballot_sync(kAllLanes, word_ != 0);
+    }
+    const int first = (31 - __clz(lanes)) / kWords * kWords;
+    *columns = __shfl_sync(kAllLanes, word_, first + lane_ % kWords);
+    if (lane_ / kWords * kWords == first) word_ = 0;
+    return (chunk_ * kMaskChunk + first) * 32;
+  }
+
+ private:
+  static constexpr int kWords = kBlockKeys / 32;
+
+  __device__ uint32_t dropped(uint32_t word) const { return ~word & seen_.bits_of_word(chunk_ * kMaskChunk + lane_); }
+
+  const int32_t* words_;
+  BlockRange seen_;
+  int lane_;
+  int32_t chunk_;
+  uint32_t word_;
+};
+
 // Takes pairs from the queue, one tile ahead of the load warps, so that none of these reads is waited for.
 template <class Config>
 __device__ void schedule(SharedStorage<Config>& shared, const KernelParams& p) {
@@ -94,10 +132,11 @@ __device__ void schedule(SharedStorage<Config>& shared, const KernelParams& p) {
 template <class Config>
 class Loader {
  public:
-  // Calls begin(tile, head) for every tile, and load(tile, block, is_first, is_last) for its blocks, last one first. A
-  // tile that keeps nothing has one block without keys: its output is written like any other.
-  template <class Begin, class Load>
-  __device__ void for_each_block(const Begin& begin, const Load& load) {
+  // Calls begin(tile, head) for every tile, load(tile, block, is_first, is_last) for its blocks, last one first, and
+  // then load_means(means, columns, is_first, is_last) for the means that it adds. A tile without any of them has one
+  // block without keys: its output is written like any other.
+  template <class Begin, class Load, class LoadMeans>
+  __device__ void for_each_step(const Begin& begin, const Load& load, const LoadMeans& load_means) {
     RingPosition<kWorkSlots> slot;
     for (;; slot.advance()) {
       const Work& work = shared_.work[slot.slot];
@@ -105,23 +144,36 @@ class Loader {
       const int32_t head = work.head;
       if (head < 0) return;
       const TileRow tile = work.tile;
-      BlockWalk walk(work.words, work.range, work.chunk[lane_], lane_);
+      const uint32_t word = work.chunk[lane_];
+      BlockWalk walk(work.words, work.range, word, lane_);
+      MeansWalk means(work.words, work.range, word, p_.has_means ? whole_blocks(tile, p_.causal) : 0, lane_);
       __syncwarp();
       if (lane_ == 0) shared_.work_empty[slot.slot].arrive();
 
       const Keys keys{p_.block_table + tile.sequence * p_.block_table_stride, tile.key_token,
                       p_.keys_packed ? 0 : tile.sequence, head / p_.heads_per_kv_head};
       int32_t index = walk.next();
+      uint32_t columns = 0;
+      int32_t first_mean = means.next(&columns);
       prefetch_pages(keys, index, tile.seqlen_k);
       begin(tile, head);
       bool first = true;
-      do {
-        const Block block = block_at(keys, index < 0 ? tile.seqlen_k : index * kBlockKeys, tile.seqlen_k);
-        index = index < 0 ? -1 : walk.next();
-        prefetch_pages(keys, index, tile.seqlen_k);
-        load(tile, block, first, index < 0);
+      if (index >= 0 || first_mean < 0) {
+        do {
+          const Block block = block_at(keys, index < 0 ? tile.seqlen_k : index * kBlockKeys, tile.seqlen_k);
+          index = index < 0 ? -1 : walk.next();
+          prefetch_pages(keys, index, tile.seqlen_k);
+          load(tile, block, first, index < 0 && first_mean < 0);
+          first = false;
+        } while (index >= 0);
+      }
+      while (first_mean >= 0) {
+        const Block block = means_at(keys.head, tile.sequence, first_mean);
+        const uint32_t these = columns;
+        first_mean = means.next(&columns);
+        load_means(block, these, first, first_mean < 0);
         first = false;
-      } while (index >= 0);
+      }
     }
   }
 
@@ -209,6 +261,11 @@ class Loader {
     return block;
   }
 
+  // The means from `first` on, as a block: one box.
+  static __device__ Block means_at(int32_t head, int32_t sequence, int32_t first) {
+    return {{nullptr, 0, sequence, head}, first, kBlockKeys, 1, Config::kTileBytes, {first, sequence}};
+  }
+
   // Brings the page numbers of a block near, one block before they are needed.
   __device__ void prefetch_pages(const Keys& keys, int32_t index, int32_t seqlen) const {
     if (p_.block_table == nullptr || index < 0) return;
@@ -229,15 +286,23 @@ class KeyLoader : public Loader<Config> {
   __device__ KeyLoader(SharedStorage<Config>& shared, const KernelParams& p) : Base(shared, p) {}
 
   __device__ void run() {
-    this->for_each_block([this](const TileRow& tile, int32_t head) { load_query(tile, head); },
-                         [this](const TileRow& tile, const Block& block, bool first, bool last) {
-                           const Step step{block.first_key, flags_of(tile, block, first, last)};
-                           this->shared_.key_empty[key_.slot].wait(key_.parity ^ 1);
-                           if (this->lane_ == 0) this->shared_.steps[key_.slot] = step;
-                           this->load_block(this->p_.k, block, this->shared_.full[key_.slot],
-                                            this->shared_.key[key_.slot]);
-                           key_.advance();
-                         });
+    this->for_each_step([this](const TileRow& tile, int32_t head) { load_query(tile, head); },
+                        [this](const TileRow& tile, const Block& block, bool first, bool last) {
+                          const Step step{block.first_key, flags_of(tile, block, first, last)};
+                          this->shared_.key_empty[key_.slot].wait(key_.parity ^ 1);
+                          load_step(this->p_.k, block, step);
+                        },
+                        [this](const Block& block, uint32_t columns, bool first, bool last) {
+                          const uint32_t flags = kMeans | kMasked | (first ? kFirst : 0) | (last ? kLast : 0);
+                          this->shared_.key_empty[key_.slot].wait(key_.parity ^ 1);
+                          if (this->lane_ < kBlockKeys / 32) {
+                            this->shared_.columns[columns_.slot].words[this->lane_] = columns;
+                          }
+                          __syncwarp();
+                          load_step(this->p_.k_means, block,
+                                    {block.first_key, flags | static_cast<uint32_t>(columns_.slot) << kColumnsShift});
+                          columns_.advance();
+                        });
     // The end is a step without a block.
     this->shared_.key_empty[key_.slot].wait(key_.parity ^ 1);
     if (this->lane_ == 0) {
@@ -247,6 +312,12 @@ class KeyLoader : public Loader<Config> {
   }
 
  private:
+  __device__ void load_step(const CUtensorMap& map, const Block& block, const Step& step) {
+    if (this->lane_ == 0) this->shared_.steps[key_.slot] = step;
+    this->load_block(map, block, this->shared_.full[key_.slot], this->shared_.key[key_.slot]);
+    key_.advance();
+  }
+
   __device__ void load_query(const TileRow& tile, int32_t head) {
     this->shared_.query_empty[query_.slot].wait(query_.parity ^ 1);
     if (this->lane_ == 0) {
@@ -270,6 +341,7 @@ class KeyLoader : public Loader<Config> {
 
   RingPosition<kQuerySlots> query_;
   RingPosition<Config::kKeySlots> key_;
+  RingPosition<Config::kKeySlots + 1> columns_;
 };
 
 // Values. A block's V is part of the step after its own, which uses it.
@@ -284,27 +356,30 @@ class ValueLoader : public Loader<Config> {
   __device__ void run() {
     if (this->lane_ == 0) this->shared_.full[step_.slot].arrive();  // the first step of all has none
     step_.advance();
-    this->for_each_block([](const TileRow&, int32_t) {},
-                         [this](const TileRow&, const Block& block, bool, bool) {
-                           this->shared_.value_empty[value_.slot].wait(value_.parity ^ 1);
-                           // The barrier must be past the step that had it before, whose K may still be missing.
-                           this->shared_.full[step_.slot].wait(step_.parity ^ 1);
-                           load_value(block, this->shared_.full[step_.slot], this->shared_.value[value_.slot]);
-                           value_.advance();
-                           step_.advance();
-                         });
+    this->for_each_step([](const TileRow&, int32_t) {},
+                        [this](const TileRow&, const Block& block, bool, bool) { load_step(this->p_.v, block); },
+                        [this](const Block& block, uint32_t, bool, bool) { load_step(this->p_.v_means, block); });
   }
 
  private:
-  __device__ void load_value(const Block& block, Mbarrier& full, char* target) {
+  __device__ void load_step(const CUtensorMap& map, const Block& block) {
+    this->shared_.value_empty[value_.slot].wait(value_.parity ^ 1);
+    // The barrier must be past the step that had it before, whose K may still be missing.
+    this->shared_.full[step_.slot].wait(step_.parity ^ 1);
+    load_value(map, block, this->shared_.full[step_.slot], this->shared_.value[value_.slot]);
+    value_.advance();
+    step_.advance();
+  }
+
+  __device__ void load_value(const CUtensorMap& map, const Block& block, Mbarrier& full, char* target) {
     // Rows past the sequence's end meet probabilities of zero, but zero times NaN is NaN: they must be zeros.
     const bool zero_tail = block.valid < kBlockKeys && (block.valid <= 0 || !this->p_.tails_are_zero);
     if (!zero_tail) {
-      this->load_block(this->p_.v, block, full, target);
+      this->load_block(map, block, full, target);
       return;
     }
     Mbarrier& fetched = this->shared_.value_tail;
-    this->load_block(this->p_.v, block, fetched, target);
+    this->load_block(map, block, fetched, target);
     fetched.wait(tail_parity_);
     tail_parity_ ^= 1;
     constexpr int kPieces = kBoxColumns * 2 / 16;  // of 16 bytes in a row

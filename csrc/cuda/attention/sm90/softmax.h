@@ -45,19 +45,31 @@ __device__ __forceinline__ void mask_scores(Tensor& s, const TileRow& tile, int3
   }
 }
 
+// The same for a step of means, whose columns are blocks: those that are not to be added become -inf, the others get
+// the logarithm of their number of tokens. `unit`: log2 in units of the scores.
 template <class Tensor>
-__device__ __forceinline__ void scale_scores(Tensor& s, float scale) {
+__device__ __forceinline__ void weigh_means(Tensor& s, const TileRow& tile, int32_t first_block, const Columns& columns,
+                                            int first_row, float unit) {
+  const int first_column = 2 * (threadIdx.x % 4);
+  // Only the last block of a sequence may be shorter. (If it is not, there is no block of that number.)
+  const int32_t tail = tile.seqlen_k / kBlockKeys - first_block - first_column;
+  const float whole = 7.0f * unit, partial = log2f(static_cast<float>(tile.seqlen_k % kBlockKeys)) * unit;
+  static_assert(kBlockKeys == 1 << 7, "log2 of a whole block's tokens");
 #pragma unroll
-  for (int i = 0; i < kScores; ++i) s(i) *= scale;
-}
-
-// s -> cap * tanh(s), through exp: the tanh instruction's error of 2^-11, times the cap, would show in the result.
-template <class Tensor>
-__device__ __forceinline__ void cap_scores(Tensor& s, float cap) {
+  for (int w = 0; w < kBlockKeys / 32; ++w) {
+    const uint32_t bits = columns.words[w] >> first_column;
 #pragma unroll
-  for (int i = 0; i < kScores; ++i) {
-    const float e = exp2f(s(i) * (2.0f * 1.4426950408889634f));
-    s(i) = cap * (1.0f - __fdividef(2.0f, e + 1.0f));
+    for (int r = 0; r < 2; ++r) {
+      const int32_t row = first_row + 8 * r;
+      const bool foreign = row < tile.row_begin || row >= tile.row_end;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const int j = 4 * w + i / 2, c = i % 2;
+        float& x = s(4 * j + 2 * r + c);
+        const float weighed = x + (8 * j + c == tail ? partial : whole);
+        x = foreign ? INFINITY : bits >> (8 * (j % 4) + c) & 1u ? weighed : -INFINITY;
+      }
+    }
   }
 }
 

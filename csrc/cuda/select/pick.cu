@@ -1,0 +1,184 @@
+// Masks from scores, for the rules whose threshold is a share of the row's weight (ScoreRule from kPooled on).
+//
+// weight    kPooled, kFlat64: 2^(score - largest score of the row); kAntidiagonal: the score itself
+// kept      blocks before which less than the threshold's share of all weight ranks (keep_row.h), the best block, the
+//           best min_blocks and floor(min_ratio * visible), blocks of more than `probability` of the weight, and those
+//           of keep.h. kAntidiagonal: sinks and window rank before all others, in the order of their index.
+// NaN       a row that holds a NaN, or has no finite weight, keeps all it sees: dropping blocks would hide that.
+// Tile      one CTA of 1, 4 or 16 warps per (mask row, mask head), by the length of the row. HeadSharing::kUnion: it goes
+//           through the group's query heads one after the other and keeps what any of them keeps; one rescue for all.
+// Memory    reads the visible scores once; shared: a key per block, and the mask's words. Writes words and counts.
+// Waits     for the scores. About 30 trips over the row in shared memory per bisection, no atomics.
+#include <cstdint>
+
+#include "bsfa/cuda.h"
+#include "bsfa/keep.h"
+#include "keep_row.h"
+#include "pick.h"
+
+namespace bsfa::cuda {
+namespace select {
+namespace {
+
+constexpr int32_t kShortRow = 1024;  // blocks that one warp works on
+constexpr int32_t kLongRow = 8192;   // and four
+constexpr int32_t kSharedBytes = 227 * 1024;
+
+constexpr int64_t words_of(int64_t blocks) { return (blocks + 31) / 32; }
+constexpr int64_t shared_bytes(int64_t blocks) { return (blocks + words_of(blocks)) * sizeof(uint32_t); }
+static_assert(shared_bytes(kMaxSelectBlocks) + sizeof(TeamScratch<16>) <= kSharedBytes, "the longest row fits");
+
+// The keys of one head's row, and what its weights add up to.
+template <int kWarps>
+struct Row {
+  Team<kWarps> team;
+  uint32_t* keys;
+  int32_t visible;
+  bool antidiagonal;
+  float largest;  // of the scores, unless antidiagonal
+  double first;   // weight of the blocks that rank before all others
+  double total;
+
+  __device__ __forceinline__ float weight(float score) const { return antidiagonal ? score : exp2f(score - largest); }
+
+  // False: the row keeps everything. Leaves the keys in shared memory.
+  __device__ bool read(const float* scores, const AlwaysKept& always) {
+    bool nan = false;
+    uint32_t highest = 0;
+    for (int32_t j = team.thread; j < visible; j += Team<kWarps>::kThreads) {
+      const float score = scores[j];
+      const uint32_t key = key_of(score);
+      nan |= score != score;
+      highest = max(highest, key);
+      keys[j] = key;
+    }
+    team.sync();
+    nan = team.any(nan);
+    largest = score_of(team.largest(highest));
+    double of_first = 0.0, of_others = 0.0;
+    for (int32_t j = team.thread; j < visible; j += Team<kWarps>::kThreads) {
+      const double w = static_cast<double>(weight(score_of(keys[j])));
+      if (antidiagonal && always(j)) {
+        of_first += w;
+        keys[j] = kFirstKey;
+      } else {
+        of_others += w;
+      }
+    }
+    team.sync();
+    first = team.sum(of_first);
+    total = first + team.sum(of_others);
+    return !nan && total > 0.0 && total < static_cast<double>(INFINITY);
+  }
+};
+
+// The blocks that a row keeps beside those of keep.h.
+struct Choice {
+  Cut mass, best;
+};
+
+template <int kWarps>
+__device__ Choice choose(const Row<kWarps>& row, const SelectParams& params, float threshold) {
+  const auto weight = [&row](float score) { return row.weight(score); };
+  const int32_t n = row.visible;
+  Choice choice;
+  choice.mass = mass_cut(row.team, row.keys, n, row.first, row.total, threshold, weight);
+  const int32_t count = max(best_blocks(params.min_blocks, params.min_ratio, n), 1);
+  choice.best = best_cut(row.team, row.keys, n, count);
+  return choice;
+}
+
+template <int kWarps>
+__global__ void __launch_bounds__(32 * kWarps, 1)
+    pick_kernel(const __grid_constant__ SelectParams params, const __grid_constant__ Slab slab, const Rescue rescue) {
+  extern __shared__ uint32_t memory[];
+  __shared__ TeamScratch<kWarps> scratch;
+  const ScoreParams& score = params.score;
+  const int32_t mask_heads = score.mask_heads();
+  const int32_t in_slab = blockIdx.x / mask_heads;
+  const int32_t mask_head = blockIdx.x - in_slab * mask_heads;
+  const int32_t thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+  const int64_t mask_row = int64_t{slab.row_begin + in_slab} * mask_heads + mask_head;
+  int32_t* out = params.words + mask_row * params.num_words;
+
+  const TileRow tile = slab.rows[slab.row_begin + in_slab];
+  int32_t visible = 0;
+  if (tile.sequence >= 0) visible = min(visible_range(tile, score.problem.causal, -1).end, score.max_blocks);
+  if (visible <= 0) {
+    for (int32_t w = thread; w < params.num_words; w += 32 * kWarps) out[w] = 0;
+    if (thread == 0) params.counts[mask_row] = 0;
+    return;
+  }
+  const SequenceGeometry geometry = sequence_geometry(score.problem, tile.sequence);
+  const int32_t absolute_tile = floor_div(tile.position, kTileRows);
+  const int32_t local_tile = absolute_tile - geometry.first_tile();
+  const AlwaysKept always = always_kept(geometry, local_tile, score.sink_blocks, score.window_blocks);
+  const int32_t prompt_len = params.prompt_lens != nullptr ? params.prompt_lens[tile.sequence] : -1;
+  const bool everything = is_last_tile(geometry, local_tile, params.last_tiles, prompt_len);
+  const bool rescues = rescue.stride > 0 || rescue.parts > 0;
+
+  uint32_t* words = memory;
+  Row<kWarps> row;
+  row.team = {thread, &scratch};
+  row.keys = memory + words_of(score.max_blocks);
+  row.visible = visible;
+  row.antidiagonal = score.rule == ScoreRule::kAntidiagonal;
+  const int32_t used_words = static_cast<int32_t>(words_of(visible));
+  const int32_t group = score.problem.num_q_heads / mask_heads;
+  for (int32_t member = 0; member < (everything ? 1 : group); ++member) {
+    const int32_t head = mask_head * group + member;
+    const float threshold = params.thresholds[head];
+    const float* scores = slab.scores + (int64_t{in_slab} * score.problem.num_q_heads + head) * score.max_blocks;
+    // An infinite threshold, or NaN, keeps everything, as nothing is known not to be below it.
+    const bool all = everything || !(threshold < INFINITY) || !row.read(scores, always);
+    Choice choice;
+    if (!all) choice = choose(row, params, threshold);
+    for (int32_t w = warp; w < used_words; w += kWarps) {
+      const int32_t block = w * 32 + lane;
+      bool keep = block < visible;
+      if (keep && !all) {
+        const uint32_t key = row.keys[block];
+        keep = choice.mass.keeps(key, block) || choice.best.keeps(key, block) || always(block);
+        if (!keep && params.probability < 1.0f) {
+          keep = static_cast<double>(row.weight(score_of(key))) > static_cast<double>(params.probability) * row.total;
+        }
+        if (!keep && rescues) keep = rescue(absolute_tile, block, mask_head);
+      }
+      const uint32_t bits = __ballot_sync(kWholeWarp, keep);
+      if (lane == 0) words[w] = member == 0 ? bits : words[w] | bits;
+    }
+    row.team.sync();  // before the next head's keys
+  }
+  uint32_t count = 0;
+  for (int32_t w = thread; w < params.num_words; w += 32 * kWarps) {
+    const uint32_t bits = w < used_words ? words[w] : 0u;
+    count += __popc(bits);
+    out[w] = static_cast<int32_t>(bits);
+  }
+  count = row.team.sum(count);
+  if (thread == 0) params.counts[mask_row] = static_cast<int32_t>(count);
+}
+
+template <int kWarps>
+cudaError_t launch(const SelectParams& params, const Slab& slab, cudaStream_t stream) {
+  const int bytes = static_cast<int>(shared_bytes(params.score.max_blocks));
+  cudaError_t error = cudaFuncSetAttribute(pick_kernel<kWarps>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                           static_cast<int>(kSharedBytes - sizeof(TeamScratch<kWarps>)));
+  if (error != cudaSuccess) return error;
+  const unsigned ctas = static_cast<unsigned>(slab.row_end - slab.row_begin) * params.score.mask_heads();
+  pick_kernel<kWarps><<<ctas, 32 * kWarps, bytes, stream>>>(params, slab, rescue_of(params));
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+cudaError_t pick_blocks(const SelectParams& params, const Slab& slab, cudaStream_t stream) {
+  const int32_t blocks = params.score.max_blocks;
+  if (blocks > kMaxSelectBlocks || params.score.rule == ScoreRule::kRelativeMax) return cudaErrorInvalidValue;
+  if (slab.row_end <= slab.row_begin) return cudaSuccess;
+  if (blocks <= kShortRow) return launch<1>(params, slab, stream);
+  return blocks <= kLongRow ? launch<4>(params, slab, stream) : launch<16>(params, slab, stream);
+}
+
+}  // namespace select
+}  // namespace bsfa::cuda

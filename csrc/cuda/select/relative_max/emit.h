@@ -1,0 +1,127 @@
+// The emitter warps: from a row of energies to its words and count, and to scores where they are asked for.
+#pragma once
+
+#include "../keep_row.h"
+#include "config.h"
+#include "load.h"
+
+namespace bsfa::cuda::select {
+
+// One row of the mask; what is not written by the constructor's user is zero. Warp-collective.
+class Emitter {
+ public:
+  __device__ Emitter(const KernelParams& p, const Work& work)
+      : p_(p),
+        work_(work),
+        lane_(threadIdx.x % 32),
+        row_(int64_t{work.row} * p.select.score.score_heads() + work.head) {
+    const SequenceGeometry geometry = sequence_geometry(p.select.score.problem, work.tile.sequence);
+    const int32_t tile = local_tile(geometry, work.tile);
+    always_ = always_kept(geometry, tile, p.select.score.sink_blocks, p.select.score.window_blocks);
+    everything_ = keeps_everything(p.select, work.tile);
+  }
+
+  // log2 of the energies of the visible blocks; null if nothing was scored.
+  __device__ void emit(float* energy) const {
+    float top = -INFINITY;
+    if (energy != nullptr) {
+      for (int32_t j = lane_; j < work_.visible; j += 32) top = fmaxf(top, energy[j]);
+      for (int d = 16; d > 0; d /= 2) top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, d));
+    }
+    if (p_.select.score.scores != nullptr) write_scores(energy, top);
+    if (p_.select.words != nullptr) write_words(energy, top);
+  }
+
+ private:
+  __device__ static float score(float energy, float top) {
+    return top == -INFINITY && !isnan(energy) ? 0.0f : exp2f(energy - top);
+  }
+
+  __device__ void write_scores(const float* energy, float top) const {
+    const int32_t blocks = p_.select.score.max_blocks;
+    float* scores = p_.select.score.scores + row_ * blocks;
+    for (int32_t j = lane_; j < blocks; j += 32) scores[j] = j < work_.visible ? score(energy[j], top) : -1.0f;
+  }
+
+  __device__ void write_words(float* energy, float top) const {
+    const SelectParams& p = p_.select;
+    const float threshold = p.thresholds[work_.head];
+    const int32_t tile = floor_div(work_.tile.position, kTileRows);
+    int32_t* words = p.words + row_ * p.num_words;
+    int32_t count = for_each_word(words, [&](int32_t j) {
+      if (everything_ || always_(j) || p_.rescue(tile, j, work_.head)) return true;
+      const float x = score(energy[j], top);
+      return threshold < 0.0f || !(x < threshold || x <= 0.0f);
+    });
+    const auto share = static_cast<int32_t>(p.min_ratio * static_cast<float>(work_.visible));
+    const int32_t at_least = min(max(p.min_blocks, share), work_.visible);
+    if (!everything_ && at_least > 0) {
+      // The row's energies are not needed any more: its scores take their place, as keys.
+      auto* keys = reinterpret_cast<uint32_t*>(energy);
+      for (int32_t j = lane_; j < work_.visible; j += 32) keys[j] = key_of(score(energy[j], top));
+      __syncwarp();
+      const Cut best = best_cut(Team<1>{lane_}, keys, work_.visible, at_least);
+      count = for_each_word(words, [&](int32_t j) {
+        return (static_cast<uint32_t>(words[j / 32]) >> (j % 32) & 1) != 0 || best.keeps(keys[j], j);
+      });
+    }
+    if (lane_ == 0) p.counts[row_] = count;
+  }
+
+  // Sets the bits of the visible blocks that `keeps` says, clears all others; returns the number of bits.
+  template <class Keeps>
+  __device__ int32_t for_each_word(int32_t* words, const Keeps& keeps) const {
+    const int32_t num_words = p_.select.num_words;
+    int32_t count = 0;
+    uint32_t mine = 0;
+    for (int32_t w = 0; w < num_words; ++w) {
+      const int32_t j = w * 32 + lane_;
+      const uint32_t word = __ballot_sync(kAllLanes, j < work_.visible && keeps(j));
+      count += __popc(word);
+      if (w % 32 == lane_) mine = word;
+      if (w % 32 == 31 || w == num_words - 1) {
+        const int32_t at = w / 32 * 32 + lane_;
+        if (at <= w) words[at] = static_cast<int32_t>(mine);
+        __syncwarp();
+      }
+    }
+    return count;
+  }
+
+  const KernelParams& p_;
+  const Work& work_;
+  const int lane_;
+  const int64_t row_;
+  AlwaysKept always_;
+  bool everything_;
+};
+
+// Emitter `index` of kEmitters: its own are the items of energy slot `index`, so that it sees every phase of that slot's
+// barriers, and every kEmitters-th of those that have no energies.
+inline __device__ void emit(Control& control, float* energies, const KernelParams& p, int index) {
+  const int lane = threadIdx.x % 32;
+  RingPosition<kWorkSlots> slot;
+  RuntimePosition energy{p.energy_slots};
+  for (int turn = 0;; slot.advance()) {
+    control.work_full[slot.slot].wait(slot.parity);
+    const Work work = control.work[slot.slot];
+    __syncwarp();
+    if (lane == 0) control.work_empty[slot.slot].arrive();
+    if (work.head < 0) return;
+    const bool scored = work.steps > 0;
+    if (scored) {
+      if (energy.slot == index) {
+        control.energy_full[energy.slot].wait(energy.parity);
+        Emitter(p, work).emit(energies + energy.slot * p.energy_stride);
+        __syncwarp();
+        if (lane == 0) control.energy_empty[energy.slot].arrive();
+      }
+      energy.advance();
+    } else {
+      if (turn == index) Emitter(p, work).emit(nullptr);
+      turn = (turn + 1) % kEmitters;
+    }
+  }
+}
+
+}  // namespace bsfa::cuda::select

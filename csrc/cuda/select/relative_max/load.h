@@ -1,0 +1,84 @@
+// The scheduler warp, which hands out items, and the load warp, which fetches queries and block means by TMA.
+#pragma once
+
+#include "config.h"
+
+namespace bsfa::cuda::select {
+
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+// Local index of a tile among those of its sequence.
+__device__ inline int32_t local_tile(const SequenceGeometry& geometry, const TileRow& tile) {
+  return floor_div(tile.position, kTileRows) - geometry.first_tile();
+}
+
+__device__ inline bool keeps_everything(const SelectParams& p, const TileRow& tile) {
+  const SequenceGeometry geometry = sequence_geometry(p.score.problem, tile.sequence);
+  const int32_t prompt_len = p.prompt_lens != nullptr ? p.prompt_lens[tile.sequence] : -1;
+  return is_last_tile(geometry, local_tile(geometry, tile), p.last_tiles, prompt_len);
+}
+
+inline __device__ void schedule(Control& control, const KernelParams& p) {
+  if (threadIdx.x % 32 != 0) return;
+  const Workspace& workspace = p.workspace;
+  cudaGridDependencySynchronize();  // everything else in this kernel waits for this warp's work
+  const int32_t total = workspace.queue->total;
+  RingPosition<kWorkSlots> slot;
+  for (int32_t index = blockIdx.x;; slot.advance()) {
+    Work work{};
+    work.head = -1;
+    int32_t next = 0;
+    if (index < total) {
+      next = gridDim.x + atomicAdd(&workspace.queue->next, 1);
+      const Pair pair = workspace.order[index];
+      work.tile = workspace.rows[pair.row];
+      work.row = pair.row;
+      work.head = pair.head;
+      work.visible = visible_range(work.tile, p.select.score.problem.causal, -1).end;
+      // Where everything is kept, scores are made only for those who ask for them.
+      const bool scored = p.select.score.scores != nullptr || !keeps_everything(p.select, work.tile);
+      work.steps = scored ? ceil_div(work.visible, kStepBlocks) : 0;
+    }
+    control.work_empty[slot.slot].wait(slot.parity ^ 1);
+    control.work[slot.slot] = work;
+    control.work_full[slot.slot].arrive();
+    if (index >= total) return;
+    index = next;
+  }
+}
+
+template <class Config>
+__device__ void load(const Shared<Config>& shared, const KernelParams& p) {
+  if (threadIdx.x % 32 != 0) return;
+  Control& control = shared.control;
+  RingPosition<kWorkSlots> slot;
+  RuntimePosition query{p.query_slots};
+  RingPosition<kMeanSlots> mean;
+  const auto fetch = [](const CUtensorMap& map, Mbarrier& full, char* target, int bytes, cute::TMA::CacheHintSm90 hint,
+                        int32_t token, int32_t head, int32_t batch) {
+    full.arrive_expect(bytes);
+    cute::SM90_TMA_LOAD_5D::copy(&map, &full.state, static_cast<uint64_t>(hint), target, 0, token, 0, head, batch);
+  };
+  for (;; slot.advance()) {
+    control.work_full[slot.slot].wait(slot.parity);
+    const Work work = control.work[slot.slot];
+    control.work_empty[slot.slot].arrive();
+    if (work.head < 0) return;
+    if (work.steps == 0) continue;
+    const int32_t first_head = work.head * p.heads_per_score_head;
+    for (int32_t head = first_head; head < first_head + p.heads_per_score_head; ++head) {
+      control.query_empty[query.slot].wait(query.parity ^ 1);
+      fetch(p.q, control.query_full[query.slot], shared.query + query.slot * Config::kQueryBytes, Config::kQueryBytes,
+            cute::TMA::CacheHintSm90::EVICT_FIRST, work.tile.query_token, head, work.tile.query_batch);
+      query.advance();
+      for (int32_t i = 0; i < work.steps; ++i) {
+        control.mean_empty[mean.slot].wait(mean.parity ^ 1);
+        fetch(p.means, control.mean_full[mean.slot], shared.mean + mean.slot * Config::kMeanBytes, Config::kMeanBytes,
+              cute::TMA::CacheHintSm90::EVICT_LAST, i * kStepBlocks, head / p.heads_per_kv_head, work.tile.sequence);
+        mean.advance();
+      }
+    }
+  }
+}
+
+}  // namespace bsfa::cuda::select

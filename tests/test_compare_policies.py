@@ -1,0 +1,142 @@
+"""examples/compare_policies.py with a tiny random model: every policy runs, and the table says what was measured."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import bsfa
+from bsfa.evaluation import DENSE
+from bsfa.policies import RelativeMax
+from bsfa.prompts import length_bucket, tokenize
+from tiny_model import make_model, make_prompts, make_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+BLOCK = 64  # flat64 takes no smaller one
+TARGETS = (0.6, 0.7)
+
+
+@pytest.fixture(scope="module")
+def script() -> Any:
+    spec = importlib.util.spec_from_file_location("compare_policies", ROOT / "examples" / "compare_policies.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_oracle_keeps_the_fewest_blocks(script: Any) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 300, heads, 16) * 2 for heads in (4, 2, 2))
+    policy = script.Oracle(mass=0.8, block_m=32, block_n=32)
+    _, info = bsfa.attention(q, k, v, policy=policy, return_info=True)  # type: ignore[misc]
+    _, lse = bsfa.block_sparse_attention(q, k, v, None)
+    mass = bsfa.block_mass(q, k, lse, block_m=32, block_n=32)
+    kept = info.mask.to_rows()
+    blocks = torch.arange(10)
+    diagonal = blocks == blocks[:, None, None]
+    assert bool((kept & diagonal).any(-1).all())
+    assert bool(((mass * kept).sum(-1) >= 0.8 - 1e-6).all())
+    # Without its least block, other than the diagonal, a row falls short.
+    least = torch.where(kept & ~diagonal, mass, torch.inf).min(-1).values
+    without = (mass * (kept & ~diagonal)).sum(-1) - least
+    assert bool((without[least.isfinite()] < 0.8).all())
+
+
+def test_comparison(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(script, "SAME_DENSITY", 0.02)  # a handful of blocks: densities come in steps
+    model, tokenizer = make_model(), make_tokenizer()
+    seen: dict[str, float] = {}
+
+    def progress(name: str, done: float, total: float, now: str) -> None:
+        assert 0 <= done <= total
+        seen[name] = done / total
+
+    calibration = make_prompts(8, words=300)
+    tables = script.calibrate(model, tokenizer, calibration, TARGETS, BLOCK, lambda *x: progress("calibrating", *x))
+    prompts = make_prompts(2, words=400, seed=9)
+    report, runs = script.compare(model, tokenizer, prompts, tables, BLOCK, progress)
+    assert seen == dict.fromkeys(("calibrating", "matching densities", "evaluating"), 1.0)
+
+    rows = script.rows_of(report, runs)
+    assert {row["policy"] for row in rows} == {DENSE, script.MATCHED, *script.STYLES}
+    assert len({(row["policy"], row["parameters"]) for row in rows}) == len(rows) == len(runs) + 1
+    assert all(0 < row["density"] <= 1 and 0 < row["recall"] <= 1 + 1e-5 for row in rows)
+    assert not [reason for run in report.runs.values() for reason in run.dense_reasons]
+    by_name = {f"{row['policy']} {row['parameters']}": row for row in rows}
+    for mass in (0.9, 0.95):
+        assert by_name[f"{script.ORACLE} mass {mass}"]["recall"] >= mass
+    plain, corrected = (report.runs[f"{family} alpha 0.5"] for family in (script.GLOBAL, script.CORRECTED))
+    assert plain.recall == corrected.recall and plain.density < 1 and plain.prose_loss != corrected.prose_loss
+    for length in report.prompts_by_length:
+        dense = report.runs[DENSE].accuracy_by_task_and_length["single"][length]
+        assert (dense.right, dense.asked) == (rows[0][f"needles_right_{length}"], rows[0][f"needles_asked_{length}"])
+
+    found = script.dominance(rows, TARGETS)
+    assert [row["target"] for row in found] == list(TARGETS)
+    for row in found:
+        assert abs(row["density"][0] - row["density"][1]) < 0.05
+        better = row["recall"][0] >= row["recall"][1] and row["loss_change"][0] <= row["loss_change"][1]
+        assert not row["dominates"] or better
+
+    again, _ = script.compare(model, tokenizer, prompts, tables, BLOCK, progress)
+    assert script.rows_of(again, runs) == rows
+
+    script.write_csv(tmp_path / "a.csv", rows)
+    with open(tmp_path / "a.csv", newline="") as file:
+        read = list(csv.DictReader(file))
+    assert [float(row["density"]) for row in read] == [row["density"] for row in rows]
+    script.plot(rows, list(report.prompts_by_length)[-1], tmp_path / "a.png", "caption")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["a.csv", "a.png"]
+    # The README's section finds its rows; here target 0.7 stands for 0.95.
+    for row in rows:
+        row["parameters"] = row["parameters"].replace("target 0.7", "target 0.95")
+    settings = {"prompts_by_length": report.prompts_by_length, "machine": "m", "dtype": "float32"}
+    script.write_csv(tmp_path / "policies_tiny_lm.csv", rows)
+    text = script.json.dumps({"settings": settings, "equal_density": found})
+    script.write_text(tmp_path / "policies_tiny_lm.json", text)
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    readme = importlib.import_module("readme")
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    assert readme.policies().count("\n| ") == 1 + len(readme.SHOWN)
+
+    console = script.Console(width=200, file=open(tmp_path / "out.txt", "w"))  # noqa: SIM115
+    script.show(console, rows, list(report.prompts_by_length), "title")
+    script.show_dominance(console, found)
+    console.file.close()
+    assert "antidiagonal" in (tmp_path / "out.txt").read_text()
+
+
+def test_matching_density(script: Any) -> None:
+    model, tokenizer = make_model(), make_tokenizer()
+    ids = [tokenize(p, tokenizer).ids for p in make_prompts(2, words=300)]
+    wanted = script.mean_density(model, ids, RelativeMax(alpha=0.03, block_m=16, block_n=16))
+    alpha = script.matching_alpha(model, ids, wanted, 16)
+    assert script.mean_density(model, ids, RelativeMax(alpha=alpha, block_m=16, block_n=16)) == pytest.approx(
+        wanted, abs=script.SAME_DENSITY
+    )
+
+
+def test_further_prompts(script: Any) -> None:
+    """More prompts than are shipped: their lengths and answers are those of the shipped kind, and new."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(script.TINY_LM / "model")
+    shipped = script.load_prompts(script.TINY_LM / "prompts" / "evaluation.jsonl.gz")
+    prompts = script.further_prompts(shipped, 8192, 2)
+    assert [p.text for p in prompts] == [p.text for p in script.further_prompts(shipped, 8192, 2)]
+    old = {p.text[a.start : a.end] for p in shipped for a in p.answers}
+    for prompt in prompts:
+        t = tokenize(prompt, tokenizer)
+        assert length_bucket(len(t)) == 8192 and len(t) <= 8192
+        tasks = [task for task, _ in t.answers]
+        assert [tasks.count(task) for task in script.NEEDLES] == [4, 5, 4]
+        assert sum(prompt.text[a.start : a.end] in old for a in prompt.answers) <= 2  # words may come twice
