@@ -49,7 +49,8 @@ class FlexPrefill(Policy):
     ``c // block_n + 1`` blocks of the largest v are kept for every query tile. Likewise the groups of ``block_n``
     distances of the largest s: the blocks that a tile reaches at these distances. Both numbers are clamped to
     ``min_budget`` .. ``max_budget`` tokens (rounded up to blocks; None: no limit). The first vertical block and the
-    first slash group, the diagonal, are always among them.
+    first slash group, the diagonal, are always among them. Gamma thus says how many blocks; as in the original, whether
+    those hold gamma of the mass is not asked: a few sharp lines, scattered over blocks, live by ``min_budget``.
     Query-aware heads: per query tile the best blocks until their pooled mass reaches ``gamma`` (as
     :class:`CumulativeMass` with mean pooling), and ``min_budget`` tokens of vertical blocks and of slash groups;
     ``max_budget`` does not bound them.
@@ -65,7 +66,7 @@ class FlexPrefill(Policy):
     a slash group keeps every block diagonal that its distances touch, not the first alone, and groups begin at distance
     0 whatever the length; no NaN where a probability is 0; budgets are rounded to ``block_n``, not to 128;
     softmax_scale and softcap are honoured in the probe; batches, packed and paged keys, chunks and cached prefixes,
-    lengths per sequence; nothing waits for the device and nothing is larger than one number per head and token.
+    lengths per sequence; nothing waits for the device, and memory is linear in tokens.
     """
 
     gamma: Threshold = 0.9
@@ -168,9 +169,10 @@ class FlexPrefill(Policy):
         assert summary is not None
         batch, count, kv_heads, _ = summary.shape
         queries = probe_mean(selection.q, selection.layout, self.block_m)  # [B, Hq, D]
-        grouped = queries.unflatten(1, (kv_heads, -1))
-        means = summary.permute(0, 2, 3, 1).float()  # [B, Hkv, D, blocks]
-        logits = (torch.matmul(grouped, means) * selection.softmax_scale).reshape(batch, -1, count)
+        grouped = queries.unflatten(1, (kv_heads, -1)).unsqueeze(-1)  # [B, Hkv, group, D, 1]
+        means = summary.permute(0, 2, 3, 1).float().unsqueeze(2)  # [B, Hkv, 1, D, blocks]
+        # Not a matmul, whose precision and order depend on settings of the process.
+        logits = (grouped * means).sum(3).reshape(batch, -1, count) * selection.softmax_scale
         if selection.softcap > 0:
             logits = selection.softcap * torch.tanh(logits / selection.softcap)
         exists = torch.arange(count, device=logits.device) < blocks.view(-1, 1, 1)
