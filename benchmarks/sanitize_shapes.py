@@ -140,7 +140,6 @@ def means_of_dropped_blocks() -> None:
 # Rule, pooling, stride, sharing; see csrc/include/bsfa/params.h.
 RULES = (
     ("relative_max", "mean", 16, "none"),
-    ("relative_max", "mean", 16, "union"),
     ("relative_max", "mean", 16, "group"),
     ("pooled", "mean", 16, "none"),
     ("pooled", "maxabs", 16, "none"),
