@@ -25,6 +25,7 @@ class Emitter {
   __device__ void emit(float* energy) const {
     float top = -INFINITY;
     if (energy != nullptr) {
+#pragma unroll 4
       for (int32_t j = lane_; j < work_.visible; j += 32) top = fmaxf(top, energy[j]);
       for (int d = 16; d > 0; d /= 2) top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, d));
     }
@@ -46,45 +47,66 @@ class Emitter {
   __device__ void write_words(float* energy, float top) const {
     const SelectParams& p = p_.select;
     const float threshold = p.thresholds[work_.head];
-    const int32_t tile = floor_div(work_.tile.position, kTileRows);
-    int32_t* words = p.words + row_ * p.num_words;
-    int32_t count = for_each_word(words, [&](int32_t j) {
-      if (everything_ || always_(j) || p_.rescue(tile, j, work_.head)) return true;
-      const float x = score(energy[j], top);
-      return threshold < 0.0f || !(x < threshold || x <= 0.0f);
-    });
-    const int32_t at_least = best_blocks(p.min_blocks, p.min_ratio, work_.visible);
-    if (!everything_ && at_least > 0) {
-      // The row's energies are not needed any more: its scores take their place, as keys.
-      auto* keys = reinterpret_cast<uint32_t*>(energy);
-      for (int32_t j = lane_; j < work_.visible; j += 32) keys[j] = key_of(score(energy[j], top));
-      __syncwarp();
-      const Cut best = best_cut(Team<1>{lane_}, keys, work_.visible, at_least);
-      count = for_each_word(words, [&](int32_t j) {
-        return (static_cast<uint32_t>(words[j / 32]) >> (j % 32) & 1) != 0 || best.keeps(keys[j], j);
+    int32_t count;
+    if (everything_ || threshold < 0.0f) {
+      count = for_each_word([](int32_t) { return true; });
+    } else {
+      count = for_each_word([&](int32_t j) {
+        const float x = score(energy[j], top);
+        return !(x < threshold || x <= 0.0f);
       });
+      if (p_.rescue.stride > 0 || p_.rescue.parts > 0) {
+        const int32_t tile = floor_div(work_.tile.position, kTileRows);
+        count = for_each_word([&](int32_t j) { return kept(j) || p_.rescue(tile, j, work_.head); });
+      }
+      const int32_t at_least = best_blocks(p.min_blocks, p.min_ratio, work_.visible);
+      if (at_least > 0) {
+        // The row's energies are not needed any more: its scores take their place, as keys.
+        auto* keys = reinterpret_cast<uint32_t*>(energy);
+        for (int32_t j = lane_; j < work_.visible; j += 32) keys[j] = key_of(score(energy[j], top));
+        __syncwarp();
+        const Cut best = best_cut(Team<1>{lane_}, keys, work_.visible, at_least);
+        count = for_each_word([&](int32_t j) { return kept(j) || best.keeps(keys[j], j); });
+      }
     }
     if (lane_ == 0) p.counts[row_] = count;
   }
 
-  // Sets the bits of the visible blocks that `keeps` says, clears all others; returns the number of bits.
+  // Whether an earlier for_each_word has kept block j.
+  __device__ bool kept(int32_t j) const {
+    return (static_cast<uint32_t>(p_.select.words[row_ * p_.select.num_words + j / 32]) >> (j % 32) & 1) != 0;
+  }
+
+  // Sets the bits of the visible blocks that `keeps` says or that are always kept, clears all others; returns the number
+  // of bits. Four words at a time, so that one does not wait for another.
   template <class Keeps>
-  __device__ int32_t for_each_word(int32_t* words, const Keeps& keeps) const {
-    const int32_t num_words = p_.select.num_words;
+  __device__ int32_t for_each_word(const Keeps& keeps) const {
+    constexpr int kAtOnce = 4;
+    const int32_t num_words = p_.select.num_words, visible = work_.visible;
+    int32_t* words = p_.select.words + row_ * num_words;
+    const BlockRange sink{0, always_.sink_end}, window{always_.window_begin, always_.window_end};
     int32_t count = 0;
-    uint32_t mine = 0;
-    for (int32_t w = 0; w < num_words; ++w) {
-      const int32_t j = w * 32 + lane_;
-      const uint32_t word = __ballot_sync(kAllLanes, j < work_.visible && keeps(j));
-      count += __popc(word);
-      if (w % 32 == lane_) mine = word;
-      if (w % 32 == 31 || w == num_words - 1) {
-        const int32_t at = w / 32 * 32 + lane_;
-        if (at <= w) words[at] = static_cast<int32_t>(mine);
-        __syncwarp();
+    for (int32_t first = 0; first < num_words; first += 32) {
+      uint32_t mine = 0;  // word first + lane
+      for (int32_t w = first; w < first + 32 && w * 32 < visible; w += kAtOnce) {
+        uint32_t word[kAtOnce];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          const int32_t j = (w + i) * 32 + lane_;
+          word[i] = __ballot_sync(kAllLanes, j < visible && keeps(j));
+        }
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          if (lane_ == w + i - first) mine = word[i];
+        }
       }
+      const int32_t at = first + lane_;
+      mine |= sink.bits_of_word(at) | window.bits_of_word(at);
+      count += __popc(mine);
+      if (at < num_words) words[at] = static_cast<int32_t>(mine);
+      __syncwarp();
     }
-    return count;
+    return static_cast<int32_t>(__reduce_add_sync(kAllLanes, static_cast<unsigned>(count)));
   }
 
   const KernelParams& p_;

@@ -18,18 +18,22 @@ __device__ inline bool keeps_everything(const SelectParams& p, const TileRow& ti
   return is_last_tile(geometry, local_tile(geometry, tile), p.last_tiles, prompt_len);
 }
 
+// The pairs of a CTA are fixed: every gridDim.x-th of the order, back and forth so that no CTA always gets the longer
+// one. What a pair costs is known beforehand, and a queue would cost a round trip to memory for each. The lanes fetch 32
+// pairs at a time.
 inline __device__ void schedule(Control& control, const KernelParams& p) {
-  if (threadIdx.x % 32 != 0) return;
+  const int lane = threadIdx.x % 32;
   const Workspace& workspace = p.workspace;
   cudaGridDependencySynchronize();  // everything else in this kernel waits for this warp's work
   const int32_t total = workspace.queue->total;
+  const auto ctas = static_cast<int32_t>(gridDim.x), cta = static_cast<int32_t>(blockIdx.x);
   RingPosition<kWorkSlots> slot;
-  for (int32_t index = blockIdx.x;; slot.advance()) {
+  for (int32_t round = 0;; round += 32) {
+    const int32_t mine = round + lane;
+    const int64_t index = int64_t{mine} * ctas + (mine % 2 == 0 ? cta : ctas - 1 - cta);
     Work work{};
     work.head = -1;
-    int32_t next = 0;
     if (index < total) {
-      next = gridDim.x + atomicAdd(&workspace.queue->next, 1);
       const Pair pair = workspace.order[index];
       work.tile = workspace.rows[pair.row];
       work.row = pair.row;
@@ -39,11 +43,16 @@ inline __device__ void schedule(Control& control, const KernelParams& p) {
       const bool scored = p.select.score.scores != nullptr || !keeps_everything(p.select, work.tile);
       work.steps = scored ? ceil_div(work.visible, kStepBlocks) : 0;
     }
-    control.work_empty[slot.slot].wait(slot.parity ^ 1);
-    control.work[slot.slot] = work;
-    control.work_full[slot.slot].arrive();
-    if (index >= total) return;
-    index = next;
+    const int taken = __popc(__ballot_sync(kAllLanes, work.head >= 0));
+    for (int i = 0; i <= taken && i < 32; ++i, slot.advance()) {  // after the last pair of all, the end
+      control.work_empty[slot.slot].wait(slot.parity ^ 1);
+      if (lane == i) {
+        control.work[slot.slot] = work;
+        control.work_full[slot.slot].arrive();
+      }
+      __syncwarp();
+    }
+    if (taken < 32) return;
   }
 }
 

@@ -116,12 +116,12 @@ class FlatRule {
       float top[2];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const float x = s(4 * j + 2 * h) * p.scale, y = s(4 * j + 2 * h + 1) * p.scale;
+        const float x = s(4 * j + 2 * h), y = s(4 * j + 2 * h + 1);
         const float pair = both ? max_or_nan(x, y) : x;
         top[h] = exists_[h] ? pair : -INFINITY;
       }
       const float other = __shfl_xor_sync(kAllLanes, odd ? top[0] : top[1], 4);
-      float logit = max_or_nan(odd ? top[1] : top[0], other);
+      float logit = max_or_nan(odd ? top[1] : top[0], other) * p.scale;  // which may be negative
       if (p.cap_log2 > 0.0f) logit = capped(logit, p);
       if (target_.sees(out_tile, block)) *target_.at(out_tile, block) = logit;
     }
