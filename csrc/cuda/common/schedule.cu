@@ -70,9 +70,7 @@ struct Place {
 
 // Which sequence and local tile a mask row is.
 __device__ Place find_place(const Problem& problem, int32_t row) {
-  const bool alike =
-      problem.query.cu_seqlens == nullptr && problem.kv.cu_seqlens == nullptr && problem.kv.seqlens == nullptr;
-  if (alike) {
+  if (all_alike(problem)) {
     const int32_t tiles = sequence_geometry(problem, 0).num_tiles();
     const int32_t sequence = row / max(tiles, 1);
     return {tiles > 0 && sequence < problem.batch ? sequence : -1, row - sequence * tiles};
@@ -118,18 +116,7 @@ __global__ void __launch_bounds__(kCountThreads)
     if (threadIdx.x == 0) workspace.rows[row].sequence = -1;
     return;
   }
-  const SequenceGeometry geometry = sequence_geometry(problem, place.sequence);
-  TileRow tile;
-  const int32_t first_row = (geometry.first_tile() + place.tile) * kTileRows - geometry.offset();
-  const bool packed = problem.query.cu_seqlens != nullptr;
-  tile.query_token = first_row + (packed ? problem.query.cu_seqlens[place.sequence] : 0);
-  tile.query_batch = packed ? 0 : place.sequence;
-  tile.sequence = place.sequence;
-  tile.key_token = problem.kv.cu_seqlens != nullptr ? problem.kv.cu_seqlens[place.sequence] : 0;
-  tile.position = first_row + geometry.offset();
-  tile.row_begin = geometry.row_begin(place.tile) - first_row;
-  tile.row_end = geometry.row_end(place.tile) - first_row;
-  tile.seqlen_k = geometry.seqlen_k;
+  const TileRow tile = tile_row(problem, place.sequence, place.tile);
   if (threadIdx.x == 0) workspace.rows[row] = tile;
 
   const BlockRange range = visible_range(tile, problem.causal, tiling.window_left);
@@ -209,10 +196,7 @@ __global__ void __launch_bounds__(kOrderThreads)
     __syncwarp();
     if (bucket >= 0) {
       if (lane == __ffs(peers) - 1) offsets[warp][bucket] += __popc(peers);
-      const int32_t row_of_group = i / group;
-      const int32_t kv_head = row_of_group / num_rows;
-      const int32_t row = num_rows - 1 - (row_of_group - kv_head * num_rows);
-      workspace.order[at] = {row, kv_head * group + i - row_of_group * group};
+      workspace.order[at] = natural_pair(i, num_rows, group);
     }
     __syncwarp();
   }

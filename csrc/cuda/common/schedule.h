@@ -43,6 +43,25 @@ struct alignas(32) TileRow {
   int32_t seqlen_k;
 };
 
+#if defined(__CUDACC__)
+// Where local tile `tile` of `sequence` lies.
+__device__ inline TileRow tile_row(const Problem& problem, int32_t sequence, int32_t tile) {
+  const SequenceGeometry geometry = sequence_geometry(problem, sequence);
+  const int32_t first_row = (geometry.first_tile() + tile) * kTileRows - geometry.offset();
+  const bool packed = problem.query.cu_seqlens != nullptr;
+  TileRow row;
+  row.query_token = first_row + (packed ? problem.query.cu_seqlens[sequence] : 0);
+  row.query_batch = packed ? 0 : sequence;
+  row.sequence = sequence;
+  row.key_token = problem.kv.cu_seqlens != nullptr ? problem.kv.cu_seqlens[sequence] : 0;
+  row.position = first_row + geometry.offset();
+  row.row_begin = geometry.row_begin(tile) - first_row;
+  row.row_end = geometry.row_end(tile) - first_row;
+  row.seqlen_k = geometry.seqlen_k;
+  return row;
+}
+#endif
+
 struct BlockRange {
   int32_t begin;
   int32_t end;
@@ -85,6 +104,15 @@ struct Pair {
   int32_t row;
   int32_t head;
 };
+
+#if defined(__CUDACC__)
+// Natural order, without a look at lengths: groups of heads, rows from the last to the first, the group's heads.
+__device__ inline Pair natural_pair(int32_t index, int32_t num_rows, int32_t group) {
+  const int32_t of_group = index / group;
+  const int32_t groups_before = of_group / num_rows;
+  return {num_rows - 1 - (of_group - groups_before * num_rows), groups_before * group + (index - of_group * group)};
+}
+#endif
 
 // One allocation, cut up.
 struct Workspace {

@@ -98,6 +98,11 @@ cudaError_t for_each_slab(const ScoreParams& params, const Memory& memory, float
   return cudaSuccess;
 }
 
+// Every mask row holds a query tile, and natural order needs no look at lengths: nothing to prepare.
+bool is_regular(const ScoreParams& params) {
+  return all_alike(params.problem) && params.num_rows == max_mask_rows(params.problem, params.q.tokens);
+}
+
 bool has_queries(const ScoreParams& params) { return params.q.tokens > 0 && params.q.batch_size > 0; }
 
 }  // namespace
@@ -136,7 +141,8 @@ cudaError_t select_blocks(const SelectParams& params, void* workspace, cudaStrea
   if (!runs(score) || !select_fits(score)) return cudaErrorInvalidValue;
   if (mask_rows == 0) return cudaSuccess;
   const bool nothing = !has_queries(score) || score.max_blocks == 0;
-  if (nothing || score.rule == ScoreRule::kRelativeMax) {  // whose kernel leaves out rows that hold no query
+  const bool fused = score.rule == ScoreRule::kRelativeMax;
+  if (nothing || (fused && !is_regular(score))) {  // whose kernel leaves out rows that hold no query
     cudaError_t error = cudaMemsetAsync(params.counts, 0, mask_rows * sizeof(int32_t), stream);
     if (error == cudaSuccess && params.num_words > 0) {
       error = cudaMemsetAsync(params.words, 0, mask_rows * params.num_words * sizeof(int32_t), stream);
@@ -146,10 +152,11 @@ cudaError_t select_blocks(const SelectParams& params, void* workspace, cudaStrea
   int sms = 0;
   cudaError_t error = num_sms(&sms);
   if (error != cudaSuccess) return error;
+  if (fused && is_regular(score)) return select::relative_max(params, {}, sms, stream);
   const Memory memory = cut_up(score, workspace, sms);
   error = make_order(tiling_of(score), memory.order, sms, stream);
   if (error != cudaSuccess) return error;
-  if (score.rule == ScoreRule::kRelativeMax) return select::relative_max(params, memory.order, sms, stream);
+  if (fused) return select::relative_max(params, memory.order, sms, stream);
   return for_each_slab(score, memory, nullptr, sms, stream,
                        [&](const select::Slab& slab) { return select::pick_blocks(params, slab, stream); });
 }
@@ -159,21 +166,20 @@ cudaError_t score_blocks(const ScoreParams& params, void* workspace, cudaStream_
   const int64_t count = params.num_rows * params.score_heads() * params.max_blocks;
   if (count == 0) return cudaSuccess;
   const bool fused = params.rule == ScoreRule::kRelativeMax;
-  if (fused || !has_queries(params)) {
+  if ((fused && !is_regular(params)) || !has_queries(params)) {
     const cudaError_t error = select::fill_invisible(params.scores, count, stream);
     if (error != cudaSuccess || !has_queries(params)) return error;
   }
   int sms = 0;
   cudaError_t error = num_sms(&sms);
   if (error != cudaSuccess) return error;
+  SelectParams select;
+  select.score = params;
+  if (fused && is_regular(params)) return select::relative_max(select, {}, sms, stream);
   const Memory memory = cut_up(params, workspace, sms);
   error = make_order(tiling_of(params), memory.order, sms, stream);
   if (error != cudaSuccess) return error;
-  if (fused) {
-    SelectParams select;
-    select.score = params;
-    return select::relative_max(select, memory.order, sms, stream);
-  }
+  if (fused) return select::relative_max(select, memory.order, sms, stream);
   return for_each_slab(params, memory, params.scores, sms, stream,
                        [&](const select::Slab& slab) { return select::rank_blocks(params, slab, stream); });
 }

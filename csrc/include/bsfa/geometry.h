@@ -76,14 +76,19 @@ BSFA_HOST_DEVICE inline SequenceGeometry sequence_geometry(const Problem& proble
   return geometry;
 }
 
+// Whether all sequences have the same lengths, known on the host.
+BSFA_HOST_DEVICE inline bool all_alike(const Problem& problem) {
+  return problem.query.cu_seqlens == nullptr && problem.kv.cu_seqlens == nullptr && problem.kv.seqlens == nullptr;
+}
+
 // Rows that a mask needs: exact where all sequences are alike, else an upper bound that no device value goes into.
 // `tokens` of all sequences together, for packed queries. The same as Layout.num_mask_rows in Python.
 inline int64_t max_mask_rows(const Problem& problem, int64_t tokens) {
   if (problem.query.cu_seqlens != nullptr) return tokens / problem.block_m + int64_t{2} * problem.batch;
   if (problem.query.max_seqlen == 0 || problem.batch == 0) return 0;
-  const bool alike = problem.kv.cu_seqlens == nullptr && problem.kv.seqlens == nullptr;
-  const int64_t tiles = alike ? sequence_geometry(problem, 0).num_tiles()
-                              : (int64_t{problem.query.max_seqlen} + problem.block_m - 2) / problem.block_m + 1;
+  const int64_t tiles = all_alike(problem)
+                            ? sequence_geometry(problem, 0).num_tiles()
+                            : (int64_t{problem.query.max_seqlen} + problem.block_m - 2) / problem.block_m + 1;
   return problem.batch * tiles;
 }
 

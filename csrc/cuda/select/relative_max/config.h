@@ -78,6 +78,7 @@ struct KernelParams {
   Workspace workspace;
   LogitScale scale;
   Rescue rescue;
+  int32_t group;  // score heads side by side in the natural order
   int32_t heads_per_score_head;
   int32_t heads_per_kv_head;
   int32_t query_slots;

@@ -25,22 +25,25 @@ inline __device__ void schedule(Control& control, const KernelParams& p) {
   const int lane = threadIdx.x % 32;
   const Workspace& workspace = p.workspace;
   cudaGridDependencySynchronize();  // everything else in this kernel waits for this warp's work
-  const int32_t total = workspace.queue->total;
-  const auto ctas = static_cast<int32_t>(gridDim.x), cta = static_cast<int32_t>(blockIdx.x);
+  const ScoreParams& score = p.select.score;
+  const bool natural = workspace.queue == nullptr;
+  const auto num_rows = static_cast<int32_t>(score.num_rows);
+  const uint32_t total = natural ? num_rows * score.score_heads() : workspace.queue->total;
+  const int32_t tiles = natural ? num_rows / score.problem.batch : 0;  // of each sequence
   RingPosition<kWorkSlots> slot;
-  for (int32_t round = 0;; round += 32) {
-    const int32_t mine = round + lane;
-    const int64_t index = int64_t{mine} * ctas + (mine % 2 == 0 ? cta : ctas - 1 - cta);
+  for (uint32_t round = 0;; round += 32) {
+    const uint32_t mine = round + lane;
+    const uint32_t index = mine * gridDim.x + (mine % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x);
     Work work{};
     work.head = -1;
     if (index < total) {
-      const Pair pair = workspace.order[index];
-      work.tile = workspace.rows[pair.row];
+      const Pair pair = natural ? natural_pair(index, num_rows, p.group) : workspace.order[index];
+      work.tile = natural ? tile_row(score.problem, pair.row / tiles, pair.row % tiles) : workspace.rows[pair.row];
       work.row = pair.row;
       work.head = pair.head;
-      work.visible = visible_range(work.tile, p.select.score.problem.causal, -1).end;
+      work.visible = visible_range(work.tile, score.problem.causal, -1).end;
       // Where everything is kept, scores are made only for those who ask for them.
-      const bool scored = p.select.score.scores != nullptr || !keeps_everything(p.select, work.tile);
+      const bool scored = score.scores != nullptr || !keeps_everything(p.select, work.tile);
       work.steps = scored ? ceil_div(work.visible, kStepBlocks) : 0;
     }
     const int taken = __popc(__ballot_sync(kAllLanes, work.head >= 0));

@@ -57,6 +57,7 @@ cudaError_t relative_max(const SelectParams& params, const Workspace& workspace,
   k.workspace = workspace;
   k.scale = logit_scale(p);
   k.rescue = rescue_of(params);
+  k.group = std::max(score.score_heads() / p.num_kv_heads, 1);
   k.heads_per_score_head = p.num_q_heads / score.score_heads();
   k.heads_per_kv_head = p.num_q_heads / p.num_kv_heads;
   const cudaError_t error = make_maps(score, k);
