@@ -222,7 +222,7 @@ def test_selection_suite_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     readme = importlib.import_module("readme")
     monkeypatch.setattr(readme, "_load", lambda name: (GOOD, by_id))
     assert readme.attention() == ""
-    assert readme.selection().count("\n| ") == 7 + 7  # tables of 6 and 6 rows with their heads
+    assert readme.selection().count("\n| ") == 8 + 7  # tables of 7 and 6 rows with their heads
     panels = importlib.import_module("plot_selection").draw({**GOOD, "measurements": rows}).axes
     assert [len(line.get_xdata()) for panel in panels for line in panel.get_lines()] == [5] * 6
 

@@ -256,12 +256,14 @@ class BlockSummary:
 
         ``table`` int32 [B, pages >= 1] and ``seqlens`` [B] count from the start of a unit.
         """
-        block = torch.arange(blocks, dtype=torch.int32, device=table.device)
-        last = torch.minimum((block + 1) * self.block_n, seqlens[:, None]) - 1  # the block's last token so far
-        column = torch.div(last.clamp(min=0), self.page_size, rounding_mode="floor")
-        page = table.gather(1, column.long()).long()
-        entry = page * self.blocks_per_page + torch.remainder(block, self.blocks_per_page)
-        return torch.where(block * self.block_n < seqlens[:, None], entry, self.num_pages * self.blocks_per_page)
+        # Few and tiny operations: in a chunk's time what counts is how many there are.
+        n = self.block_n
+        first = torch.arange(0, blocks * n, n, device=table.device)
+        last = torch.minimum(first + (n - 1), (seqlens - 1).clamp_(min=0)[:, None])  # the block's last token so far
+        entry = table.gather(1, last.div_(self.page_size, rounding_mode="floor"))
+        if self.blocks_per_page > 1:
+            entry = entry * self.blocks_per_page + torch.arange(blocks, device=table.device) % self.blocks_per_page
+        return torch.where(first < seqlens[:, None], entry.long(), self.num_pages * self.blocks_per_page)
 
     def _update(
         self,
@@ -278,12 +280,13 @@ class BlockSummary:
         unit, pages = self._unit, self._unit // self.page_size
         # Units that hold a sequence's new tokens or, if it has none, its last and incomplete block: the first, and at
         # most how many.
-        first = torch.div((seqlens_k - lengths_q).clamp(min=0), unit, rounding_mode="floor")
+        first = (seqlens_k - lengths_q).clamp_(min=0).div_(unit, rounding_mode="floor")
         units = min((max(max_seqlen_q, 1) + unit - 2) // unit + 1, (max_pages * self.page_size + unit - 1) // unit)
-        column = first[:, None] * pages + torch.arange(units * pages, dtype=torch.int32, device=block_table.device)
         # Columns past the table's end are past the sequence's: which page stands there does not matter.
-        table = block_table.gather(1, column.clamp(max=max_pages - 1).long())
-        seqlens = (seqlens_k - first * unit).clamp(max=units * unit)
+        columns = torch.arange(units * pages, device=block_table.device)
+        columns = torch.add(columns, first[:, None], alpha=pages).clamp_(max=max_pages - 1)
+        table = block_table.gather(1, columns)
+        seqlens = torch.sub(seqlens_k, first, alpha=unit).clamp_(max=units * unit)
         entries = self._entries(table, seqlens, units * unit // self.block_n).flatten()
         for cache, kept, pooling in ((k_cache, self.keys, self.pooling), (v_cache, self.values, "mean")):
             if cache is None or kept is None:
