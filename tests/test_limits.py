@@ -18,9 +18,10 @@ from bsfa.policies.base import Scoring
 
 POOL = {"op": "pool_blocks", "device": "cuda", "arch": "sm_90a", "dtypes": "bfloat16, float16", "head_dim": "any"}
 ATTENTION = {**POOL, "op": "attention", "head_dim": "64, 128", "blocks": "128x128"}
-SELECT = {**ATTENTION, "op": "select_blocks", "rule": "relative_max, flat64"}
-SELECT_POOLED = {**SELECT, "head_dim": "1..256", "rule": "pooled"}
-SELECT_DIAGONALS = {**SELECT, "rule": "antidiagonal", "stride": "4..64"}
+SELECT = {**ATTENTION, "op": "select_blocks", "rule": "relative_max", "sharing": "none, group", "max_blocks": 40}
+SELECT_STRIDED = {**ATTENTION, "op": "select_blocks", "rule": "flat64, antidiagonal", "stride": "4..64"}
+SELECT_STRIDED = {**SELECT_STRIDED, "max_blocks": 100}
+SELECT_POOLED = {**ATTENTION, "op": "select_blocks", "head_dim": "1..256", "rule": "pooled", "max_blocks": 100}
 CPU = {**POOL, "device": "cpu", "dtypes": "float32", "head_dim": "1..256"}
 
 
@@ -36,11 +37,12 @@ def test_parse() -> None:
 
 
 def test_rules() -> None:
-    some, pooled = limits.parse([SELECT, SELECT_POOLED])["select_blocks", "cuda"]
-    assert some.rules == ("relative_max", "flat64") and pooled.rules == ("pooled",)
+    one, strided, pooled = limits.parse([SELECT, SELECT_STRIDED, SELECT_POOLED])["select_blocks", "cuda"]
+    assert one.rules == ("relative_max",) and strided.rules == ("flat64", "antidiagonal")
+    assert one.sharings == ("none", "group") and one.max_blocks == 40 and strided.strides == ((4, 64),)
     attention = limits.parse([ATTENTION])["attention", "cuda"][0]
-    assert attention.rules is attention.strides is some.strides is None
-    assert limits.parse([SELECT_DIAGONALS])["select_blocks", "cuda"][0].strides == ((4, 64),)
+    assert attention.rules is attention.strides is attention.sharings is attention.max_blocks is None
+    assert pooled.sharings is one.strides is None
 
 
 @pytest.mark.parametrize(
@@ -69,7 +71,7 @@ def test_this_build() -> None:
 def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fake tensors on a device 0 of capability 9.0, with the kernels of the table above."""
     monkeypatch.setitem(_library.KERNELS, "cuda", frozenset({"pool_blocks", "select_blocks", "attention"}))
-    monkeypatch.setattr(limits, "LIMITS", limits.parse([POOL, ATTENTION, SELECT, SELECT_POOLED, SELECT_DIAGONALS]))
+    monkeypatch.setattr(limits, "LIMITS", limits.parse([POOL, ATTENTION, SELECT, SELECT_STRIDED, SELECT_POOLED]))
     monkeypatch.setattr(limits, "_capability_of", {0: 90})
     torch.compiler.reset()
     with FakeTensorMode():
@@ -82,10 +84,13 @@ def make(*shape: int, strides: tuple[int, ...] | None = None, dtype: torch.dtype
     return torch.empty_strided(shape, strides, device="cuda:0", dtype=dtype)
 
 
-def select(policy: ScoredPolicy, q: Tensor | None = None, summary: Tensor | None = None) -> Any:
+def select(policy: ScoredPolicy, q: Tensor | None = None, seqlen_k: int = 300) -> Any:
+    """With the pooled keys or the keys, as the policy wants."""
     q = make(2, 300, 4, 64) if q is None else q
-    summary = make(2, 3, 2, q.shape[-1], dtype=q.dtype) if summary is None else summary
-    return bsfa.select_blocks(q, summary, policy, seqlen_k=300).words
+    tokens = -(-seqlen_k // policy.block_n) if policy.needs_summary else seqlen_k
+    keys = make(2, tokens, 2, q.shape[-1], dtype=q.dtype)
+    summary, k = (keys, None) if policy.needs_summary else (None, keys)
+    return bsfa.select_blocks(q, summary, policy, k=k, seqlen_k=seqlen_k).words
 
 
 def attend(q: Tensor | None = None, k: Tensor | None = None, v: Tensor | None = None, **options: Any) -> Any:
@@ -99,11 +104,12 @@ class Ruled(CumulativeMass):
     """A policy that asks for any rule."""
 
     rule: str
-    stride: int
+    stride: int = 16
+    sharing: str = "none"
 
     @property
     def scoring(self) -> Scoring:
-        return Scoring(self.rule, stride=self.stride)
+        return Scoring(self.rule, stride=self.stride, sharing=self.sharing)
 
 
 SUPPORTED: list[Callable[[], Any]] = [
@@ -119,7 +125,12 @@ SUPPORTED: list[Callable[[], Any]] = [
     lambda: attend(q=make(2, 0, 4, 64)),
     lambda: bsfa.pool_blocks(make(2, 300, 2, 33)),
     lambda: select(RelativeMax()),
+    lambda: select(RelativeMax(shared=True)),
+    lambda: select(RelativeMax(), seqlen_k=40 * 128),
     lambda: select(CumulativeMass()),
+    lambda: select(CumulativeMass(shared=True), seqlen_k=100 * 128),
+    lambda: select(CumulativeMass(pooling="flat64", shared=True), seqlen_k=100 * 128),
+    lambda: select(Ruled("antidiagonal", 4, "union"), seqlen_k=100 * 128),
     lambda: select(CumulativeMass(), make(2, 300, 4, 33, strides=(300 * 135, 135, 33, 1))),
 ]
 
@@ -149,6 +160,10 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: select(RelativeMax(), make(2, 300, 4, 64, strides=(300 * 260, 260, 65, 1))), r"q\.contiguous\(\)"),
     (lambda: select(Ruled("antidiagonal", 2)), "'select_blocks'.*a stride of 2: its kernels take 4..64"),
     (lambda: select(Ruled("something", 16)), "'select_blocks'.*score rule something, which has no kernel"),
+    (lambda: select(Ruled("relative_max", sharing="union")), "relative_max .* sharing 'union': .* take none, group"),
+    (lambda: select(RelativeMax(), seqlen_k=40 * 128 + 1), "'select_blocks'.*with 41 KV blocks .* at most 40"),
+    (lambda: select(CumulativeMass(), seqlen_k=100 * 128 + 1), "'select_blocks'.*with 101 KV blocks .* at most 100"),
+    (lambda: select(Ruled("antidiagonal"), seqlen_k=100 * 128 + 1), "'select_blocks'.*101 KV blocks .* at most 100"),
     (lambda: bsfa.pool_blocks(make(2, 300, 2, 64, dtype=torch.float32)), "'pool_blocks'.*float32"),
     (lambda: bsfa.block_mass(*[make(2, 300, 2, 64)] * 2, make(2, 2, 300, dtype=torch.float32)), "'block_mass'"),
 ]

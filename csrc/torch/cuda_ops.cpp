@@ -210,20 +210,26 @@ std::tuple<Tensor, Tensor> pattern_mask(const Tensor& base, const Tensor& query_
   return {words, counts};
 }
 
-// JSON: one row per compiled CUDA kernel, with the keys of bsfa._C.kernels(); `rule`
-// where a row is of some score rules only, `stride` of antidiagonals.
+// Rows of cuda_kernels() for score_blocks or select_blocks, which run the same kernels; each ends with a comma.
+std::string selection_rows(const std::string& op) {
+  const auto row = [&op](int32_t max_blocks, const char* rest) {
+    return R"({"device": "cuda", "arch": "sm_90a", "dtypes": "bfloat16, float16", "blocks": "128x128", "op": ")" + op +
+           "\", \"max_blocks\": " + std::to_string(max_blocks) + ", " + rest + "},\n    ";
+  };
+  return row(cuda::kMaxRelativeMaxBlocks,
+             R"("head_dim": "64, 128", "rule": "relative_max", "sharing": "none, group")") +
+         row(cuda::kMaxSelectBlocks, R"("head_dim": "64, 128", "rule": "flat64, antidiagonal", "stride": "4..64")") +
+         row(cuda::kMaxSelectBlocks, R"("head_dim": "1..256", "rule": "pooled")");
+}
+
+// JSON: one row per compiled CUDA kernel, with the keys of bsfa._C.kernels(); where a row does not take all of them also
+// `rule` and `sharing` (as in schemas.h), `stride` of antidiagonals, and `max_blocks`, the KV blocks of a mask row.
 std::string cuda_kernels() {
   return R"([
     {"op": "pool_blocks", "device": "cuda", "arch": "sm_90a", "dtypes": "bfloat16, float16", "head_dim": "any"},
-    {"op": "score_blocks", "device": "cuda", "arch": "sm_90a", "dtypes": "bfloat16, float16", "head_dim": "64, 128",
-     "blocks": "128x128", "rule": "relative_max, flat64, antidiagonal", "stride": "4..64"},
-    {"op": "score_blocks", "device": "cuda", "arch": "sm_90a", "dtypes": "bfloat16, float16", "head_dim": "1..256",
-     "blocks": "128x128", "rule": "pooled"},
-    {"op": "select_blocks", "device": "cuda", "arch": "sm_90a", "dtypes": "bfloat16, float16", "head_dim": "64, 128",
-     "blocks": "128x128", "rule": "relative_max, flat64, antidiagonal", "stride": "4..64"},
-    {"op": "select_blocks", "device": "cuda", "arch": "sm_90a", "dtypes": "bfloat16, float16", "head_dim": "1..256",
-     "blocks": "128x128", "rule": "pooled"},
-    {"op": "probe_attention", "device": "cuda", "arch": "sm_90a", "dtypes": "bfloat16, float16",
+    )" + selection_rows("score_blocks") +
+         selection_rows("select_blocks") +
+         R"({"op": "probe_attention", "device": "cuda", "arch": "sm_90a", "dtypes": "bfloat16, float16",
      "head_dim": "64, 128", "blocks": "128x128"},
     {"op": "pattern_mask", "device": "cuda", "arch": "sm_90a", "dtypes": "int32", "head_dim": "any"},
     {"op": "attention", "device": "cuda", "arch": "sm_90a", "dtypes": "bfloat16, float16", "head_dim": "64, 128",

@@ -66,7 +66,9 @@ KERNELS: dict[str, frozenset[str]] = {
 
 
 def kernel_table() -> list[dict[str, Any]]:
-    """The compiled kernels: one row each with op, device, arch, dtypes, head_dim; blocks, rule, stride if not all."""
+    """The compiled kernels: one row each with op, device, arch, dtypes, head_dim; where not all go, also
+    blocks, rule, sharing, stride, max_blocks.
+    """
     rows: list[dict[str, Any]] = list(_C.kernels())
     if cuda_missing is None:
         rows += json.loads(torch.ops.bsfa.cuda_kernels())

@@ -35,6 +35,8 @@ class Limits:
     blocks: tuple[Blocks, ...] | None
     rules: tuple[str, ...] | None = None  #: score rules, of operations that have them
     strides: tuple[Range, ...] | None = None  #: of the rule antidiagonal
+    sharings: tuple[str, ...] | None = None  #: how the heads of a KV head share, of operations with rules
+    max_blocks: int | None = None  #: KV blocks of a mask row
 
 
 def _capabilities(arch: str) -> Range:
@@ -62,6 +64,11 @@ def _blocks(text: str) -> tuple[Blocks, ...] | None:
     return tuple((int(m), int(n)) for m, n in pairs)
 
 
+def _names(text: str | None) -> tuple[str, ...] | None:
+    """Names between commas; None stays."""
+    return None if text is None else tuple(name.strip() for name in text.split(","))
+
+
 def parse(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str], tuple[Limits, ...]]:
     """The GPU rows of a kernel table (:func:`bsfa.doctor`), by operation and device type."""
     table: dict[tuple[str, str], tuple[Limits, ...]] = {}
@@ -74,8 +81,10 @@ def parse(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str], tuple[Limits,
             tuple(getattr(torch, name.strip()) for name in row["dtypes"].split(",")),
             _ranges(row["head_dim"]),
             _blocks(row.get("blocks", "any")),
-            tuple(rule.strip() for rule in row["rule"].split(",")) if "rule" in row else None,
+            _names(row.get("rule")),
             _ranges(row.get("stride", "any")),
+            _names(row.get("sharing")),
+            row.get("max_blocks"),
         )
         key = (row["op"], row["device"])
         table[key] = (*table.get(key, ()), limits)
@@ -112,11 +121,14 @@ def check_limits(
     blocks: Blocks | None = None,
     rule: str | None = None,
     stride: int | None = None,
+    sharing: str | None = None,
+    num_blocks: int | None = None,
 ) -> None:
     """Raise :class:`UnsupportedError` unless a kernel of ``op`` can run this on ``device``.
 
-    blocks: block_m and block_n of the mask; None where there is none. rule: the score rule of a selection;
-    stride: that of its groups of tokens, None where it has no such groups.
+    blocks: block_m and block_n of the mask; None where there is none. For a selection, rule: its score rule; stride:
+    that of the rule's groups of tokens, None where it has no such groups; sharing: how the query heads of a KV head
+    share scores or masks; num_blocks: KV blocks of the longest sequence.
     """
     require_kernel(op, device)
     rows = LIMITS.get((op, device.type))
@@ -157,11 +169,25 @@ def check_limits(
             f"{cannot} with a stride of {stride}: its kernels take {takes}. Give the policy such a stride, or move the "
             "tensors to the CPU."
         )
-    if blocks is not None and not any(r.blocks is None or blocks in r.blocks for r in fit):
-        takes = ", ".join(f"{m} x {n}" for r in fit for m, n in r.blocks or ())
+    rows, fit = tuple(fit), [r for r in fit if sharing is None or r.sharings is None or sharing in r.sharings]
+    if not fit:
+        takes = ", ".join(name for r in rows for name in r.sharings or ())
+        raise UnsupportedError(
+            f"{cannot} by the score rule {rule} with the head sharing '{sharing}': its kernels take {takes}. Choose "
+            "one of these, or move the tensors to the CPU."
+        )
+    rows, fit = tuple(fit), [r for r in fit if blocks is None or r.blocks is None or blocks in r.blocks]
+    if blocks is not None and not fit:
+        takes = ", ".join(f"{m} x {n}" for r in rows for m, n in r.blocks or ())
         raise UnsupportedError(
             f"{cannot} with a mask of {blocks[0]} x {blocks[1]} tokens (block_m x block_n): its kernels take {takes}. "
             "Give the policy or the mask these block sizes, or move the tensors to the CPU."
+        )
+    if num_blocks is not None and not any(r.max_blocks is None or num_blocks <= r.max_blocks for r in fit):
+        most = max(r.max_blocks or 0 for r in fit)
+        raise UnsupportedError(
+            f"{cannot} with {num_blocks} KV blocks in a sequence: its kernels for this score rule take at most {most}. "
+            "Choose another policy, or move the tensors to the CPU."
         )
 
 

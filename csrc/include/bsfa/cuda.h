@@ -13,11 +13,15 @@ cudaError_t pool_blocks(const PoolParams& params, cudaStream_t stream);
 // Longest row of the rules from kPooled on: 6.5 million tokens in blocks of 128.
 constexpr int32_t kMaxSelectBlocks = 51200;
 
+// Longest row of kRelativeMax, at any head_dim: 2.1 million tokens. Its energies share the memory of an SM with rings of
+// queries and means.
+constexpr int32_t kMaxRelativeMaxBlocks = 16384;
+
 // Whether score_blocks() and select_blocks() have kernels for this: float16 and bfloat16 on sm_90, tiles and blocks of
 // 128 tokens; head_dim 64 or 128, but 1 to 256 for kPooled; a stride of 4 to 64; no HeadSharing::kUnion of kRelativeMax.
 bool select_supports(const ScoreParams& params);
 
-// Whether a row of max_blocks fits in their shared memory.
+// Whether a row of max_blocks fits in their shared memory: one within the limits above does.
 bool select_fits(const ScoreParams& params);
 
 // Scratch memory of score_blocks() and select_blocks(), on the device, without their outputs.
@@ -28,6 +32,7 @@ int64_t select_workspace_bytes(const ScoreParams& params);
 // may be reused once the kernels are done.
 cudaError_t score_blocks(const ScoreParams& params, void* workspace, cudaStream_t stream);
 cudaError_t select_blocks(const SelectParams& params, void* workspace, cudaStream_t stream);
+
 // Scratch memory of probe_attention(), on the device: 1.5 KiB per query head and 1024 keys.
 int64_t probe_attention_workspace_bytes(const ProbeParams& params);
 

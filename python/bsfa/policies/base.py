@@ -217,9 +217,19 @@ class ScoredPolicy(Policy):
         return torch.where(t >= 1.0, math.inf, t).contiguous()
 
     def _score_arguments(self, s: Selection, op: str) -> tuple[object, ...]:
-        blocks, rule = (self.block_m, self.block_n), self.scoring.rule
-        stride = self.scoring.stride if rule == "antidiagonal" else None
-        check_limits(op, s.q.device, s.q.dtype, s.q.shape[-1], blocks, rule, stride)
+        layout, scoring = s.layout, self.scoring
+        rule = scoring.rule
+        check_limits(
+            op,
+            s.q.device,
+            s.q.dtype,
+            s.q.shape[-1],
+            (self.block_m, self.block_n),
+            rule,
+            scoring.stride if rule == "antidiagonal" else None,
+            scoring.sharing,
+            -(-layout.max_seqlen_k // self.block_n),
+        )
         if self.needs_summary and s.summary is None:
             raise ValueError(f"{type(self).__name__} needs pooled keys: pass the result of bsfa.pool_blocks")
         if self.needs_keys and s.k is None:
@@ -227,7 +237,6 @@ class ScoredPolicy(Policy):
         if s.q.device.type != "cpu" and rule != "pooled":  # whose kernels take any strides
             read = {"summary": s.summary} if self.needs_summary else {"k": s.k}
             check_tma(op, q=s.q, **{name: t for name, t in read.items() if t is not None})
-        layout, scoring = s.layout, self.scoring
         return (
             s.q,
             s.summary if self.needs_summary else None,
