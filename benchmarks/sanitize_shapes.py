@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 import bsfa
+from bsfa.layout import Layout
 from bsfa.stages import resolve_layout
 
 DEVICE = "cuda"
@@ -95,18 +96,10 @@ def attention() -> None:
             attend(q, k, v, None, block_table=table, **cache, **queries)
             q = data(4, 100, heads_q)
             attend(q, k, v, random_mask(q, heads_kv, **cache), block_table=table, **cache)
-            means = {"k_means": bsfa.pool_blocks(k, block_table=table, **cache)}
-            means |= {"v_means": bsfa.pool_blocks(v, block_table=table, **cache)}
-            attend(q, k, v, random_mask(q, heads_q, **cache), block_table=table, **cache, **means)
-
-        for causal in (True, False):  # a mask row of several steps of means, and a tail
-            q, k, v = data(1, 200, heads_q), data(1, 17_000, heads_kv), data(1, 17_000, heads_kv)
-            means = {"k_means": bsfa.pool_blocks(k), "v_means": bsfa.pool_blocks(v)}
-            attend(q, k, v, random_mask(q, heads_kv, seqlen_k=17_000, causal=causal), causal=causal, **means)
 
 
 def means_of_dropped_blocks() -> None:
-    """Attention with k_means and v_means: batched, packed, paged; one and two mask words; a softcap."""
+    """Attention with k_means and v_means: batched, packed, paged; one, two and five mask words; a softcap."""
     attend = bsfa.block_sparse_attention
     heads_q, heads_kv = 4, 2
     for dtype, dim in ((torch.bfloat16, 64), (torch.float16, 128)):
@@ -121,20 +114,25 @@ def means_of_dropped_blocks() -> None:
                     mask = random_mask(q, heads, seqlen_k=seqlen_k, causal=causal)
                     means = {"k_means": bsfa.pool_blocks(k), "v_means": bsfa.pool_blocks(v)}
                     attend(q, k, v, mask, causal=causal, softcap=softcap, **means)
+        for causal in (True, False):  # two steps of means, the second a short one
+            q, k, v = data(1, 200, heads_q), data(1, 17_000, heads_kv), data(1, 17_000, heads_kv)
+            means = {"k_means": bsfa.pool_blocks(k), "v_means": bsfa.pool_blocks(v)}
+            attend(q, k, v, random_mask(q, heads_kv, seqlen_k=17_000, causal=causal), causal=causal, **means)
         cu_q, cu_k = int32([0, 0, 129, 130, 330, 330, 340]), int32([0, 7, 136, 137, 400, 400, 400])
         keys: dict[str, Any] = {"cu_seqlens_k": cu_k, "max_seqlen_k": 263}
         packed: dict[str, Any] = {"cu_seqlens_q": cu_q, "max_seqlen_q": 200, **keys}
         q, k, v = data(340, heads_q), data(400, heads_kv), data(400, heads_kv)
         means = {"k_means": bsfa.pool_blocks(k, **keys), "v_means": bsfa.pool_blocks(v, **keys)}
         attend(q, k, v, random_mask(q, heads_q, **packed), **packed, **means)
-        lengths = [129, 0, 1, 900]
-        table, pages = random_pages(lengths, 16)
-        cache: dict[str, Any] = {"seqlens_k": int32(lengths), "max_seqlen_k": 900}
-        q, k, v = data(4, 100, heads_q), data(pages, 16, heads_kv), data(pages, 16, heads_kv)
-        mask = random_mask(q, heads_kv, **cache)
-        cache["block_table"] = table
-        means = {"k_means": bsfa.pool_blocks(k, **cache), "v_means": bsfa.pool_blocks(v, **cache)}
-        attend(q, k, v, mask, **cache, **means)
+        for page_size in (3, 16, 256):
+            lengths = [129, 0, 1, 900]
+            table, pages = random_pages(lengths, page_size)
+            cache: dict[str, Any] = {"seqlens_k": int32(lengths), "max_seqlen_k": 900}
+            q, k, v = data(4, 100, heads_q), data(pages, page_size, heads_kv), data(pages, page_size, heads_kv)
+            mask = random_mask(q, heads_kv, **cache)
+            cache["block_table"] = table
+            means = {"k_means": bsfa.pool_blocks(k, **cache), "v_means": bsfa.pool_blocks(v, **cache)}
+            attend(q, k, v, mask, **cache, **means)
 
 
 # Rule, pooling, stride, sharing; see csrc/include/bsfa/params.h.
@@ -152,8 +150,9 @@ RULES = (
 HEADS_Q, HEADS_KV = 4, 2
 
 
-def selections() -> list[tuple[torch.Tensor, torch.Tensor, dict[str, Any]]]:
+def selections() -> list[tuple[torch.Tensor, torch.Tensor, Layout]]:
     """(q, k, how they lie): one key, edges of tiles and blocks, chunks, two mask words, packed, paged."""
+    names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "block_table", "seqlens_k")
     cases: list[tuple[torch.Tensor, torch.Tensor, dict[str, Any]]] = []
     for dtype, dim in ((torch.bfloat16, 64), (torch.bfloat16, 128), (torch.float16, 128)):
 
@@ -171,14 +170,12 @@ def selections() -> list[tuple[torch.Tensor, torch.Tensor, dict[str, Any]]]:
             table, pages = random_pages(lengths, page_size)
             cache = {"block_table": table, "seqlens_k": int32(lengths), "max_seqlen_k": 300}
             cases.append((data(4, 100, HEADS_Q), data(pages, page_size, HEADS_KV), {"causal": True, **cache}))
-    return cases
+    return [(q, k, resolve_layout(q, k, None, how["causal"], *map(how.get, names))) for q, k, how in cases]
 
 
 def select_blocks() -> None:
     """Every rule, pooling and sharing, with all that keeps blocks beside the score; masks, and scores."""
-    for q, k, how in selections():
-        names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "block_table", "seqlens_k")
-        layout = resolve_layout(q, k, None, how["causal"], *(how.get(name) for name in names))
+    for q, k, layout in selections():
         lengths = (layout.cu_seqlens_k, layout.block_table, layout.seqlens_k, layout.max_seqlen_k)
         rows = layout.num_mask_rows(128)
         for rule, pooling, stride, sharing in RULES:
@@ -217,9 +214,7 @@ def select_blocks() -> None:
 
 def patterns() -> None:
     """The probe's vertical and slash mass, and masks from patterns of blocks."""
-    for q, k, how in selections():
-        names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "block_table", "seqlens_k")
-        layout = resolve_layout(q, k, None, how["causal"], *(how.get(name) for name in names))
+    for q, k, layout in selections():
         torch.ops.bsfa.probe_attention(
             q,
             k,

@@ -169,7 +169,9 @@ class PackedAttention(Attention):
 
 
 class PagedAttention(Attention):
-    def forward(self, x: Tensor, cache: Tensor, block_table: Tensor, seqlens_k: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, x: Tensor, cache: Tensor, block_table: Tensor, seqlens_k: Tensor
+    ) -> Tensor:
         q, _, _ = self.heads(x)
         out = bsfa.attention_paged(q, cache[0], cache[1], block_table, seqlens_k, policy=self.policy, **self.options)
         assert isinstance(out, Tensor)

@@ -109,6 +109,29 @@ inline KvLayout kv_layout(const Tensor& k, const OptionalTensor& cu_seqlens_k, c
   return kv;
 }
 
+// Keys of which only the lengths count.
+inline KvLayout kv_lengths(const OptionalTensor& cu_seqlens_k, const OptionalTensor& seqlens_k, int64_t max_seqlen_k,
+                           int64_t batch, const Tensor& like) {
+  STD_TORCH_CHECK(!(cu_seqlens_k.has_value() && seqlens_k.has_value()), "give cu_seqlens_k or seqlens_k, not both");
+  KvLayout kv;
+  kv.max_seqlen = to_int32(max_seqlen_k, "max_seqlen_k");
+  kv.cu_seqlens = index_ptr(cu_seqlens_k, 1, batch + 1, like, "cu_seqlens_k");
+  kv.seqlens = index_ptr(seqlens_k, 1, batch, like, "seqlens_k");
+  return kv;
+}
+
+inline void check_keys(const Tensor& k, const Tensor& q) {
+  STD_TORCH_CHECK(k.scalar_type() == q.scalar_type() && same_device(k, q), "q and k differ in dtype or device");
+  STD_TORCH_CHECK(k.size(k.dim() - 1) == q.size(q.dim() - 1), "q and k differ in head_dim");
+}
+
+inline void set_block_sizes(Problem& p, int64_t block_m, int64_t block_n) {
+  STD_TORCH_CHECK(block_m >= 1 && block_m <= 4096 && block_n >= 1 && block_n <= 4096,
+                  "block_m and block_n must be 1 .. 4096");
+  p.block_m = static_cast<int32_t>(block_m);
+  p.block_n = static_cast<int32_t>(block_n);
+}
+
 // The side of the queries, and what all operations share. `num_kv_heads` and `batch` come from k or from the summary.
 inline Problem make_problem(const Tensor& q, const OptionalTensor& cu_seqlens_q, int64_t batch, int64_t num_kv_heads,
                             int64_t max_seqlen_q, int64_t block_m, int64_t block_n, bool causal, double softmax_scale,
@@ -131,10 +154,7 @@ inline Problem make_problem(const Tensor& q, const OptionalTensor& cu_seqlens_q,
     STD_TORCH_CHECK(q.dim() == 4 && q.size(0) == batch && q.size(1) == max_seqlen_q,
                     "batched q must be [batch, max_seqlen_q, heads, dim]");
   }
-  STD_TORCH_CHECK(block_m >= 1 && block_m <= 4096 && block_n >= 1 && block_n <= 4096,
-                  "block_m and block_n must be 1 .. 4096");
-  p.block_m = static_cast<int32_t>(block_m);
-  p.block_n = static_cast<int32_t>(block_n);
+  set_block_sizes(p, block_m, block_n);
   p.causal = causal;
   p.softmax_scale = static_cast<float>(softmax_scale);
   p.softcap = static_cast<float>(softcap);
@@ -315,8 +335,7 @@ inline ScoreParams score_params(const Tensor& q, const OptionalTensor& summary, 
     STD_TORCH_CHECK(step > 0 && block_m % step == 0 && block_n % step == 0, rule, " needs block sizes divisible by ",
                     step);
     STD_TORCH_CHECK(k.has_value() && !summary.has_value(), rule, " needs k, and no summary");
-    STD_TORCH_CHECK(k->scalar_type() == q.scalar_type() && same_device(*k, q), "q and k differ in dtype or device");
-    STD_TORCH_CHECK(k->size(k->dim() - 1) == q.size(q.dim() - 1), "q and k differ in head_dim");
+    check_keys(*k, q);
     s.problem = make_problem(q, cu_seqlens_q, batch_of_kv(*k, cu_seqlens_k, block_table), k->size(k->dim() - 2),
                              max_seqlen_q, block_m, block_n, causal, softmax_scale, softcap);
     s.problem.kv = kv_layout(*k, cu_seqlens_k, block_table, seqlens_k, max_seqlen_k);
@@ -327,11 +346,7 @@ inline ScoreParams score_params(const Tensor& q, const OptionalTensor& summary, 
     const int64_t batch = summary->size(0);
     s.problem = make_problem(q, cu_seqlens_q, batch, summary->size(2), max_seqlen_q, block_m, block_n, causal,
                              softmax_scale, softcap);
-    KvLayout& kv = s.problem.kv;
-    kv.max_seqlen = to_int32(max_seqlen_k, "max_seqlen_k");
-    STD_TORCH_CHECK(!(cu_seqlens_k.has_value() && seqlens_k.has_value()), "give cu_seqlens_k or seqlens_k, not both");
-    kv.cu_seqlens = index_ptr(cu_seqlens_k, 1, batch + 1, q, "cu_seqlens_k");
-    kv.seqlens = index_ptr(seqlens_k, 1, batch, q, "seqlens_k");
+    s.problem.kv = kv_lengths(cu_seqlens_k, seqlens_k, max_seqlen_k, batch, q);
     check_summary(*summary, q, s.problem, s.problem.head_dim, "summary");
     s.summary = summary->data_ptr();
   }
@@ -362,6 +377,59 @@ inline SelectParams select_params(const ScoreParams& score, const Tensor& q, con
   p.rescue_seed = to_int32(rescue_seed, "rescue_seed");
   p.prompt_lens = index_ptr(prompt_lens, 1, score.problem.batch, q, "prompt_lens");
   p.num_words = ceil_div(score.max_blocks, 32);
+  return p;
+}
+
+// Operator probe_attention up to its outputs. Values of index tensors are not read.
+inline ProbeParams probe_params(const Tensor& q, const Tensor& k, const OptionalTensor& cu_seqlens_q,
+                                const OptionalTensor& cu_seqlens_k, const OptionalTensor& block_table,
+                                const OptionalTensor& seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
+                                int64_t block_m, bool causal, double softmax_scale, double softcap) {
+  ProbeParams p;
+  check_keys(k, q);
+  p.q = view_of(q, "q");
+  p.k = view_of(k, "k");
+  p.problem = make_problem(q, cu_seqlens_q, batch_of_kv(k, cu_seqlens_k, block_table), k.size(k.dim() - 2),
+                           max_seqlen_q, block_m, 128, causal, softmax_scale, softcap);
+  p.problem.kv = kv_layout(k, cu_seqlens_k, block_table, seqlens_k, max_seqlen_k);
+  return p;
+}
+
+// A contiguous int32 tensor of this shape, on the device of `like`.
+inline const int32_t* bits_ptr(const Tensor& t, std::initializer_list<int64_t> sizes, const Tensor& like,
+                               const char* name) {
+  bool fits = t.scalar_type() == ScalarType::Int && t.is_contiguous() && same_device(t, like) &&
+              t.dim() == static_cast<int64_t>(sizes.size());
+  int64_t i = 0;
+  for (const int64_t size : sizes) fits = fits && t.size(i++) == size;
+  STD_TORCH_CHECK(fits, name, " must be contiguous int32, on the device of base, and of the shape that base implies");
+  return static_cast<const int32_t*>(t.data_ptr());
+}
+
+// Operator pattern_mask up to its outputs. Values of index tensors are not read.
+inline PatternParams pattern_params(const Tensor& base, const Tensor& query_aware, const Tensor& vertical,
+                                    const Tensor& slash, const OptionalTensor& cu_seqlens_q,
+                                    const OptionalTensor& cu_seqlens_k, const OptionalTensor& seqlens_k,
+                                    int64_t max_seqlen_q, int64_t max_seqlen_k, int64_t block_m, int64_t block_n,
+                                    bool causal, int64_t sink_blocks, int64_t window_blocks) {
+  STD_TORCH_CHECK(base.dim() == 3 && query_aware.dim() == 2, "base must be [rows, heads, words], query_aware [B, Hq]");
+  PatternParams p;
+  const int64_t batch = query_aware.size(0), heads = base.size(1);
+  p.problem.batch = to_int32(batch, "batch");
+  p.problem.num_q_heads = p.problem.num_kv_heads = to_int32(heads, "query heads");
+  set_block_sizes(p.problem, block_m, block_n);
+  p.problem.causal = causal;
+  p.problem.query.max_seqlen = to_int32(max_seqlen_q, "max_seqlen_q");
+  p.problem.query.cu_seqlens = index_ptr(cu_seqlens_q, 1, batch + 1, base, "cu_seqlens_q");
+  p.problem.kv = kv_lengths(cu_seqlens_k, seqlens_k, max_seqlen_k, batch, base);
+  p.num_rows = base.size(0);
+  p.num_words = ceil_div(ceil_div(p.problem.kv.max_seqlen, p.problem.block_n), 32);
+  p.sink_blocks = to_int32(sink_blocks, "sink_blocks");
+  p.window_blocks = to_int32(window_blocks, "window_blocks");
+  p.base = bits_ptr(base, {p.num_rows, heads, p.num_words}, base, "base");
+  p.query_aware = bits_ptr(query_aware, {batch, heads}, base, "query_aware");
+  p.vertical = bits_ptr(vertical, {batch, heads, p.num_words}, base, "vertical");
+  p.slash = bits_ptr(slash, {batch, heads, p.num_words}, base, "slash");
   return p;
 }
 

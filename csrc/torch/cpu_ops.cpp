@@ -5,7 +5,6 @@
 #include "bsfa/cpu.h"
 #include "bsfa/geometry.h"
 #include "convert.h"
-#include "convert_pattern.h"
 #include "schedule.h"
 #include "schemas.h"
 
@@ -157,8 +156,7 @@ Tensor block_mass(const Tensor& q, const Tensor& k, const Tensor& lse, const Opt
   p.problem = make_problem(q, cu_seqlens_q, batch, k.size(k.dim() - 2), max_seqlen_q, block_m, block_n, causal,
                            softmax_scale, softcap);
   p.problem.kv = kv_layout(k, cu_seqlens_k, block_table, seqlens_k, max_seqlen_k);
-  STD_TORCH_CHECK(k.scalar_type() == q.scalar_type(), "q and k must have one dtype");
-  STD_TORCH_CHECK(k.size(k.dim() - 1) == p.problem.head_dim, "q and k differ in head_dim");
+  check_keys(k, q);
   check_kv_values(p.problem.kv, k, p.problem.batch);
   check_problem_values(p.problem, q, num_rows);
   p.q = view_of(q, "q");

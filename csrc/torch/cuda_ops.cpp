@@ -13,7 +13,6 @@
 #include "bsfa/cuda.h"
 #include "bsfa/geometry.h"
 #include "convert.h"
-#include "convert_pattern.h"
 
 namespace bsfa::torch_ops {
 namespace {
@@ -43,22 +42,18 @@ void check_half_precision(const Tensor& t, const char* name) {
                   " must be bfloat16 or float16 on CUDA");
 }
 
+Tensor new_workspace(const Tensor& like, int64_t bytes) { return new_tensor(like, {bytes}, ScalarType::Byte); }
+
 Tensor pool_blocks(const Tensor& k, const OptionalTensor& cu_seqlens_k, const OptionalTensor& block_table,
                    const OptionalTensor& seqlens_k, int64_t max_seqlen_k, int64_t block_n, std::string pooling) {
   check_half_precision(k, "k");
   PoolParams p = pool_params(k, cu_seqlens_k, block_table, seqlens_k, max_seqlen_k, block_n, pooling);
   STD_TORCH_CHECK(p.batch <= 65535, "at most 65535 sequences on CUDA");
   const Launch launch(k);
-  const std::vector<int64_t> shape = {p.batch, p.max_blocks, p.num_kv_heads, p.head_dim};
-  Tensor out = torch::stable::new_empty(k, shape);
+  Tensor out = new_tensor(k, {p.batch, p.max_blocks, p.num_kv_heads, p.head_dim}, k.scalar_type());
   p.out = out.data_ptr();
   check_launch(cuda::pool_blocks(p, launch.stream()), "pool_blocks");
   return out;
-}
-
-Tensor new_workspace(const Tensor& like, int64_t bytes) {
-  const std::vector<int64_t> shape = {bytes};
-  return torch::stable::new_empty(like, shape, ScalarType::Byte);
 }
 
 void check_selection(const ScoreParams& s) {
@@ -182,14 +177,12 @@ std::tuple<Tensor, Tensor> probe_attention(const Tensor& q, const Tensor& k, con
   STD_TORCH_CHECK(cuda::probe_attention_supports(p),
                   "this dtype, head_dim, block_m or these strides have no CUDA kernel of probe_attention");
   const Launch launch(q);
-  const std::vector<int64_t> shape = {p.problem.batch, p.problem.num_q_heads, max_seqlen_k};
-  Tensor vertical = torch::stable::new_empty(q, shape, ScalarType::Float);
-  Tensor slash = torch::stable::new_empty(q, shape, ScalarType::Float);
+  Tensor vertical = new_tensor(q, {p.problem.batch, p.problem.num_q_heads, max_seqlen_k}, ScalarType::Float);
+  Tensor slash = new_tensor(q, {p.problem.batch, p.problem.num_q_heads, max_seqlen_k}, ScalarType::Float);
   if (vertical.numel() == 0) return {vertical, slash};
   p.vertical = static_cast<float*>(vertical.data_ptr());
   p.slash = static_cast<float*>(slash.data_ptr());
-  const std::vector<int64_t> scratch = {cuda::probe_attention_workspace_bytes(p)};
-  Tensor workspace = torch::stable::new_empty(q, scratch, ScalarType::Byte);
+  Tensor workspace = new_workspace(q, cuda::probe_attention_workspace_bytes(p));
   check_launch(cuda::probe_attention(p, workspace.data_ptr(), launch.stream()), "probe_attention");
   return {vertical, slash};
 }

@@ -9,6 +9,7 @@ from bsfa.errors import warn_dense
 from bsfa.info import AttentionInfo
 from bsfa.layout import Layout, check_out
 from bsfa.policies import Dense, Policy
+from bsfa.pooling import pool
 from bsfa.stages import (
     attend,
     check_attention_kernel,
@@ -16,7 +17,6 @@ from bsfa.stages import (
     check_mask_heads,
     check_policy,
     make_selection,
-    pool,
     resolve_layout,
     resolve_scale,
 )

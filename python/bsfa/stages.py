@@ -41,8 +41,7 @@ from bsfa.layout import (
 from bsfa.limits import check_limits, check_tma
 from bsfa.policies import Composed, Policy, ScoredPolicy, Selection
 from bsfa.policies.fixed import check_geometry
-
-POOLINGS = ("mean", "maxabs", "center")
+from bsfa.pooling import check_pooling, pool
 
 
 def resolve_scale(softmax_scale: float | None, head_dim: int, softcap: float) -> float:
@@ -127,18 +126,8 @@ def pool_blocks(
     """
     check_block_sizes(1, block_n)
     check_data("k", k, (3, 4))
-    if pooling not in POOLINGS:
-        raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
+    check_pooling(pooling)
     return pool(k, key_layout(k, cu_seqlens_k, max_seqlen_k, block_table, seqlens_k), block_n, pooling)
-
-
-def pool(k: Tensor, layout: Layout, block_n: int, pooling: str = "mean") -> Tensor:
-    """Run the pooling operator on inputs that have been checked."""
-    check_limits("pool_blocks", k.device, k.dtype, k.shape[-1])
-    summary: Tensor = torch.ops.bsfa.pool_blocks(
-        k, layout.cu_seqlens_k, layout.block_table, layout.seqlens_k, layout.max_seqlen_k, block_n, pooling
-    )
-    return summary
 
 
 def make_selection(

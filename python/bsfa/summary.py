@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-import bsfa.ops  # noqa: F401  fake kernels
 from bsfa.errors import UnsupportedError
 from bsfa.layout import (
     DTYPES,
@@ -20,8 +19,7 @@ from bsfa.layout import (
     check_values,
     paged_length,
 )
-from bsfa.limits import check_limits
-from bsfa.stages import POOLINGS
+from bsfa.pooling import check_pooling, pool
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -87,8 +85,7 @@ class BlockSummary:
                 raise ValueError(f"{name} must be at least {least}{most}, got {value}")
         if dtype not in DTYPES:
             raise TypeError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
-        if pooling not in POOLINGS:
-            raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
+        check_pooling(pooling)
         if block_n % page_size and page_size % block_n:
             raise UnsupportedError(
                 f"a BlockSummary needs pages that divide a block or blocks that divide a page, got page_size = "
@@ -288,11 +285,11 @@ class BlockSummary:
         table = block_table.gather(1, columns)
         seqlens = torch.sub(seqlens_k, first, alpha=unit).clamp_(max=units * unit)
         entries = self._entries(table, seqlens, units * unit // self.block_n).flatten()
+        layout = Layout(batch, 0, units * unit, False, 0, block_table=table, seqlens_k=seqlens)
         for cache, kept, pooling in ((k_cache, self.keys, self.pooling), (v_cache, self.values, "mean")):
             if cache is None or kept is None:
                 continue
-            check_limits("pool_blocks", cache.device, cache.dtype, cache.shape[-1])
-            pooled = torch.ops.bsfa.pool_blocks(cache, None, table, seqlens, units * unit, self.block_n, pooling)
+            pooled = pool(cache, layout, self.block_n, pooling)
             # Blocks past the end are pooled to zeros and go to the page of zeros. Sequences that share a page write the
             # same values to it, so that the order of writes does not matter.
             kept.flatten(0, 1).index_put_((entries,), pooled.flatten(0, 1))

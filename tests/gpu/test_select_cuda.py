@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import bsfa
+from bsfa.limits import LIMITS
 from cases import BATCHED, BF16, F16, F32, NAN, PACKED, PAGED, PAGED_PACKED, Case, Inputs, int32, poison, square, table
 
 #: "cpu" runs all but the tests of CUDA itself on the CPU kernel, to check this file.
@@ -388,16 +389,14 @@ def test_equal_scores_keep_the_lower_blocks() -> None:
 # --- long rows --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rule", [POOLED, RELATIVE_MAX, replace(POOLED, min_blocks=50, min_ratio=0.01)], ids=str)
-@pytest.mark.parametrize("blocks", [1023, 1024, 1025, 8192, 8193, 20_000])
-def test_long_rows(blocks: int, rule: Rule) -> None:
-    """Rows for one warp, four and sixteen; only the summary is as long as that."""
-    case = replace(BASE, lengths=((200, 40),), hq=2, hkv=1)
+def check_long_rows(blocks: int, rule: Rule, dim: int = 64) -> None:
+    """Masks against the CPU's; only the summary is as long as that. Of shorter rows scores too."""
+    case = replace(BASE, lengths=((200, 40),), hq=2, hkv=1, dim=dim)
     call = Call.make(case.make(), replace(rule, threshold=0.5))
     call.inputs.max_k = blocks * 128 - 40
     call.num_rows = 3
     generator = torch.Generator().manual_seed(blocks)
-    call.summary = torch.randn(1, blocks, 1, 64, generator=generator).to(BF16)
+    call.summary = torch.randn(1, blocks, 1, dim, generator=generator).to(BF16)
     words, counts = (t.cpu() for t in call.to(DEVICE).select())
     want = bits_of(call.select()[0], blocks)
     got = bits_of(words, blocks)
@@ -406,6 +405,29 @@ def test_long_rows(blocks: int, rule: Rule) -> None:
     check_bits(got, want, scores, call.thresholds, exact=False)
     if blocks <= 1025:
         check_scores(call.to(DEVICE).score().cpu(), scores, exact=False)
+
+
+@pytest.mark.parametrize("rule", [POOLED, RELATIVE_MAX, replace(POOLED, min_blocks=50, min_ratio=0.01)], ids=str)
+@pytest.mark.parametrize("blocks", [1023, 1024, 1025, 8192, 8193, 16_384])
+def test_long_rows(blocks: int, rule: Rule) -> None:
+    """Rows for one warp, four and sixteen."""
+    check_long_rows(blocks, rule)
+
+
+@cuda_only
+@by_rule([POOLED, RELATIVE_MAX, replace(RELATIVE_MAX, sharing="group", min_blocks=50)])
+def test_longest_rows(rule: Rule) -> None:
+    """As long as the kernel table promises, at the head_dim that needs more memory; one block more is refused."""
+    most = next(row.max_blocks for row in LIMITS["select_blocks", "cuda"] if rule.rule in (row.rules or ()))
+    assert most is not None
+    check_long_rows(most, rule, dim=128)
+    policy: bsfa.policies.ScoredPolicy = bsfa.policies.CumulativeMass()
+    if rule.rule == "relative_max":
+        policy = bsfa.policies.RelativeMax(shared=rule.sharing == "group")
+    q = torch.zeros(1, 128, 2, 128, dtype=BF16, device=DEVICE)
+    summary = torch.zeros(1, most + 1, 1, 128, dtype=BF16, device=DEVICE)
+    with pytest.raises(bsfa.UnsupportedError, match=f"with {most + 1} KV blocks"):
+        bsfa.select_blocks(q, summary, policy, seqlen_k=128 * (most + 1))
 
 
 @by_rule([FLAT64, ANTIDIAGONAL])

@@ -4,10 +4,9 @@
 #include <cute/tensor.hpp>
 
 #include "bsfa/params.h"
+#include "scalar.h"
 
 namespace bsfa::cuda {
-
-constexpr float kLog2e = 1.4426950408889634f;
 
 enum class Transform : int32_t {
   kNone = 0,
@@ -40,17 +39,14 @@ inline LogitScale logit_scale(const Problem& problem, float factor = 1.0f) {
 
 #if defined(__CUDACC__)
 
-// s -> f(s), in registers. tanh goes through exp: the tanh instruction's error of 2^-11, times the cap, would show.
+// s -> f(s), in registers.
 template <class Tensor>
 __device__ __forceinline__ void transform_scores(Tensor& s, const LogitScale& scale) {
 #pragma unroll
   for (int i = 0; i < cute::size(s); ++i) s(i) *= scale.inner_scale;
   if (scale.transform != Transform::kCap) return;
 #pragma unroll
-  for (int i = 0; i < cute::size(s); ++i) {
-    const float e = exp2f(s(i) * (2.0f * kLog2e));
-    s(i) = scale.softcap * (1.0f - __fdividef(2.0f, e + 1.0f));
-  }
+  for (int i = 0; i < cute::size(s); ++i) s(i) = capped(s(i), scale.softcap);
 }
 
 #endif

@@ -17,6 +17,7 @@
 
 #include "launch.h"
 #include "schedule.h"
+#include "warp.h"
 
 namespace bsfa::cuda {
 namespace {
@@ -30,7 +31,6 @@ constexpr int32_t kLevelKeys = 1 << 16;
 constexpr int kLongShare = 16;
 constexpr int kSubBits = 2;                            // buckets per octave: 2^kSubBits
 constexpr int kBuckets = (32 - kSubBits) << kSubBits;  // of any count that fits in 31 bits
-constexpr unsigned kAllLanes = 0xffffffffu;
 
 static_assert(kBuckets <= kOrderThreads, "one thread per bucket in the scan");
 

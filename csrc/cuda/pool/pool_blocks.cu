@@ -12,11 +12,9 @@
 //
 // The other modes (Pooling in params.h) have a kernel of their own, pick_kernel: one thread per element of the flattened
 // axis, which walks the block's tokens in order. They are exact: a value of k comes out as it is.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cstdint>
 
+#include "../common/scalar.h"
 #include "bsfa/cuda.h"
 #include "config.h"
 
@@ -30,12 +28,6 @@ using pool::kThreads;
 using pool::kWideVec;
 using pool::Tile;
 
-__device__ __forceinline__ float2 unpack(uint32_t bits, __nv_bfloat16) {
-  return {__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u)};
-}
-__device__ __forceinline__ float2 unpack(uint32_t bits, __half) {
-  return __half22float2(*reinterpret_cast<const __half2*>(&bits));
-}
 __device__ __forceinline__ void store(__nv_bfloat16* out, float x) { *out = __float2bfloat16_rn(x); }
 __device__ __forceinline__ void store(__half* out, float x) { *out = __float2half_rn(x); }
 

@@ -7,9 +7,9 @@
 
 #include <cstdint>
 
-namespace bsfa::cuda::select {
+#include "../common/warp.h"
 
-constexpr unsigned kWholeWarp = 0xffffffffu;
+namespace bsfa::cuda::select {
 
 // Ranks before every score, infinity included.
 constexpr uint32_t kFirstKey = 0xffffffffu;
@@ -56,14 +56,14 @@ struct Team {
   template <typename T, typename Op>
   __device__ __forceinline__ T reduce(T value, T* partial, Op op) const {
 #pragma unroll
-    for (int d = 16; d > 0; d /= 2) value = op(value, __shfl_xor_sync(kWholeWarp, value, d));
+    for (int d = 16; d > 0; d /= 2) value = op(value, __shfl_xor_sync(kAllLanes, value, d));
     if constexpr (kWarps > 1) {
       __syncthreads();  // the results of the reduction before have been read
       if (thread % 32 == 0) partial[thread / 32] = value;
       __syncthreads();
       value = partial[thread % kWarps];
 #pragma unroll
-      for (int d = kWarps / 2; d > 0; d /= 2) value = op(value, __shfl_xor_sync(kWholeWarp, value, d));
+      for (int d = kWarps / 2; d > 0; d /= 2) value = op(value, __shfl_xor_sync(kAllLanes, value, d));
     }
     return value;
   }

@@ -8,6 +8,7 @@
 // Waits     for nothing but its own loads.
 #include <cstdint>
 
+#include "../common/warp.h"
 #include "bsfa/cuda.h"
 #include "bsfa/pattern.h"
 
@@ -15,7 +16,6 @@ namespace bsfa::cuda {
 namespace {
 
 constexpr int kPatternThreads = 256;
-constexpr unsigned kEveryLane = 0xffffffffu;
 
 // Which sequence and local tile mask row `row` is; sequence -1: none. By one warp.
 __device__ int2 find_row(const Problem& problem, int64_t row) {
@@ -35,17 +35,17 @@ __device__ int2 find_row(const Problem& problem, int64_t row) {
     int64_t end = tiles;
 #pragma unroll
     for (int d = 1; d < 32; d *= 2) {
-      const int64_t below = __shfl_up_sync(kEveryLane, end, d);
+      const int64_t below = __shfl_up_sync(kAllLanes, end, d);
       if (lane >= d) end += below;
     }
     end += before;
-    const unsigned found = __ballot_sync(kEveryLane, row >= end - tiles && row < end);
+    const unsigned found = __ballot_sync(kAllLanes, row >= end - tiles && row < end);
     if (found != 0) {
       const int owner = __ffs(static_cast<int>(found)) - 1;
-      const int64_t begin = __shfl_sync(kEveryLane, end - tiles, owner);
+      const int64_t begin = __shfl_sync(kAllLanes, end - tiles, owner);
       return make_int2(first + owner, static_cast<int32_t>(row - begin));
     }
-    before = __shfl_sync(kEveryLane, end, 31);
+    before = __shfl_sync(kAllLanes, end, 31);
   }
   return make_int2(-1, 0);
 }
@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kPatternThreads) pattern_kernel(const __grid_c
       words[w] = static_cast<int32_t>(bits);
       count += __popc(bits);
     }
-    count = __reduce_add_sync(kEveryLane, count);
+    count = __reduce_add_sync(kAllLanes, count);
     if (lane == 0) params.counts[index * heads + head] = count;
   }
 }

@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(32 * kWarps, 1)
         }
         if (!keep && rescues) keep = rescue(absolute_tile, block, mask_head);
       }
-      const uint32_t bits = __ballot_sync(kWholeWarp, keep);
+      const uint32_t bits = __ballot_sync(kAllLanes, keep);
       if (lane == 0) words[w] = member == 0 ? bits : words[w] | bits;
     }
     row.team.sync();  // before the next head's keys

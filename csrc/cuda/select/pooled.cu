@@ -11,26 +11,16 @@
 // Memory    reads the queries once, 4 * Hq * D bytes of scratch per tile; summaries are read through L2 by every CTA.
 //           score: 20 KB of shared memory.
 // Waits     score for pool, by the stream. No tensor cores: float32 sums keep ties and near ties where they belong.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cstdint>
 #include <type_traits>
 
+#include "../common/scalar.h"
 #include "score.h"
 
 namespace bsfa::cuda::select {
 namespace {
 
-constexpr float kLog2e = 1.4426950408889634f;
 constexpr int kWideVec = 8;  // 16-bit elements in a 16-byte load
-
-__device__ __forceinline__ float2 unpack(uint32_t bits, __nv_bfloat16) {
-  return {__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u)};
-}
-__device__ __forceinline__ float2 unpack(uint32_t bits, __half) {
-  return __half22float2(*reinterpret_cast<const __half2*>(&bits));
-}
 
 // kVec elements as float32.
 template <typename T>
@@ -66,11 +56,6 @@ struct Scale {
 Scale scale_of(const Problem& problem) {
   if (problem.softcap > 0.0f) return {problem.softmax_scale / problem.softcap, problem.softcap * kLog2e};
   return {problem.softmax_scale * kLog2e, 0.0f};
-}
-
-// Not tanhf, which under fast maths has 11 good bits.
-__device__ __forceinline__ float capped(float x, float cap) {
-  return cap * (1.0f - __fdividef(2.0f, exp2f(2.0f * kLog2e * x) + 1.0f));
 }
 
 // --- pool -------------------------------------------------------------------------------------------------------------

@@ -32,7 +32,6 @@ namespace {
 
 using namespace probe;
 
-constexpr float kLog2e = 1.4426950408889634f;
 constexpr int kJoinGroups = 4;
 
 struct Workspace {
@@ -215,16 +214,12 @@ struct Scores {
       }
     }
     if (params.cap != 0.0f) {
-      // s -> cap * tanh(s), through exp: the tanh instruction is too coarse.
 #pragma unroll
       for (int i = 0; i < kFragments * 2; ++i) {
 #pragma unroll
         for (int n = 0; n < kGroupKeys / 8; ++n) {
 #pragma unroll
-          for (int j = 0; j < 2; ++j) {
-            const float power = exp2f(t[i][n][j] * (2.0f * kLog2e));  // +inf for large ones: tanh is 1
-            t[i][n][j] = params.cap * (1.0f - __fdividef(2.0f, power + 1.0f));
-          }
+          for (int j = 0; j < 2; ++j) t[i][n][j] = capped(t[i][n][j], params.cap);
         }
       }
     }

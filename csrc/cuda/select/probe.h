@@ -6,6 +6,9 @@
 
 #include <cstdint>
 
+#include "../common/scalar.h"
+#include "../common/warp.h"
+
 namespace bsfa::cuda::probe {
 
 constexpr int kRows = 128;  // probe rows of a CTA, at most
@@ -19,7 +22,6 @@ constexpr int kSpan = 1024;         // keys of a CTA
 constexpr int kGroupKeys = 32;      // keys whose scores a warp holds at a time
 constexpr int kMinCtasPerSm = 3;    // 168 registers a thread
 constexpr int kTailStride = kRows;  // floats per (head, span) for the distances that the span before it ends with
-constexpr unsigned kAllLanes = 0xffffffffu;
 
 static_assert(kTileKeys % kWarps == 0 && kTileKeys / kWarps <= 32, "a lane finds one key's row");
 static_assert(kStages * kTileKeys >= kRows, "queries are staged where keys will lie");

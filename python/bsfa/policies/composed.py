@@ -10,12 +10,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-import bsfa.ops  # noqa: F401  fake kernels
 from bsfa.block_mask import BlockMask
-from bsfa.limits import check_limits
 from bsfa.policies.base import Policy, ScoredPolicy, Selection
 from bsfa.policies.dense import Dense
 from bsfa.policies.static_pattern import StaticPattern
+from bsfa.pooling import pool
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, init=False)
@@ -91,17 +90,12 @@ class Composed(Policy):
         return self._combine(masks, selection) if masks else None
 
     def _pool(self, selection: Selection, pooling: str) -> Tensor:
-        k, layout = selection.k, selection.layout
-        if k is None:
+        if selection.k is None:
             raise ValueError(
                 f"the members of this {type(self).__name__} pool keys in different ways ({', '.join(self.poolings)}): "
                 "pass k"
             )
-        check_limits("pool_blocks", k.device, k.dtype, k.shape[-1])
-        pooled: Tensor = torch.ops.bsfa.pool_blocks(
-            k, layout.cu_seqlens_k, layout.block_table, layout.seqlens_k, layout.max_seqlen_k, self.block_n, pooling
-        )
-        return pooled
+        return pool(selection.k, selection.layout, self.block_n, pooling)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(map(repr, self.policies))})"

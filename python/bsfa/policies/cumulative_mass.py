@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from bsfa.policies.base import Extras, ScoredPolicy, Scoring, Threshold, check_count, check_flag, check_share
+from bsfa.pooling import POOLINGS as POOLED
 
-POOLINGS = ("mean", "maxabs", "center", "flat64")
+#: Kinds of pooled keys, and one that looks at the keys themselves.
+POOLINGS = (*POOLED, "flat64")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -44,7 +44,7 @@ class Consumer {
       : shared_(shared),
         p_(p),
         thread_(threadIdx.x - kWarpgroup),
-        warp_(__shfl_sync(0xffffffffu, thread_ / 32, 0)),
+        warp_(__shfl_sync(kAllLanes, thread_ / 32, 0)),
         lane_(threadIdx.x % 32) {}
 
   __device__ void run() {
@@ -149,7 +149,7 @@ class Consumer {
   __device__ void await_step() const { shared_.full[key_.slot].wait(key_.parity); }
   __device__ Step read_step() const {
     const Step step = shared_.steps[key_.slot];
-    return {step.first_key, __shfl_sync(0xffffffffu, step.flags, 0)};  // makes branches on it uniform
+    return {step.first_key, __shfl_sync(kAllLanes, step.flags, 0)};  // makes branches on it uniform
   }
   __device__ void await_query() const { shared_.query_full[query_.slot].wait(query_.parity); }
 

@@ -9,6 +9,7 @@
 #include "../../common/mbarrier.h"
 #include "../../common/schedule.h"
 #include "../../common/tensor_map.h"
+#include "../../common/warp.h"
 
 namespace bsfa::cuda::attn::sm90 {
 

@@ -5,8 +5,6 @@
 
 namespace bsfa::cuda::attn::sm90 {
 
-constexpr unsigned kAllLanes = 0xffffffffu;
-
 // The kept blocks of a tile, last one first. Warp-collective; each lane holds one word of the mask.
 class BlockWalk {
  public:

@@ -73,11 +73,6 @@ __device__ __forceinline__ void weigh_means(Tensor& s, const TileRow& tile, int3
   }
 }
 
-__device__ __forceinline__ float max_over_quad(float x) {
-  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
-  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
-}
-
 template <class Tensor>
 __device__ __forceinline__ float max_of_row(const Tensor& s, int r) {
   float tops[4];
@@ -117,7 +112,7 @@ __device__ __forceinline__ bool softmax_any(Tensor& s, SoftmaxRows& rows, float 
   exponentials(s, scale, minus, sum);
 #pragma unroll
   for (int r = 0; r < 2; ++r) rows.sum[r] = first ? sum[r] : rows.sum[r] * rescale[r] + sum[r];
-  return __all_sync(0xffffffffu, rows.base[0] != -INFINITY && rows.base[1] != -INFINITY);
+  return __all_sync(kAllLanes, rows.base[0] != -INFINITY && rows.base[1] != -INFINITY);
 }
 
 // The usual step: all scores count, and all rows have a base. True if it had to be raised, and `rescale` applies.
@@ -125,8 +120,8 @@ template <class Tensor>
 __device__ __forceinline__ bool softmax_plain(Tensor& s, SoftmaxRows& rows, float (&rescale)[2], float scale,
                                               float inverse_scale) {
   const float top[2] = {max_of_row(s, 0), max_of_row(s, 1)};
-  const bool raise = __any_sync(0xffffffffu, top[0] > (rows.base[0] + kHeadroom) * inverse_scale ||
-                                                 top[1] > (rows.base[1] + kHeadroom) * inverse_scale);
+  const bool raise = __any_sync(kAllLanes, top[0] > (rows.base[0] + kHeadroom) * inverse_scale ||
+                                               top[1] > (rows.base[1] + kHeadroom) * inverse_scale);
   if (raise) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {

@@ -38,9 +38,7 @@ __device__ __forceinline__ void store_tile(char* buffer, const KernelParams& p, 
   float inverse[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    float sum = rows.sum[r];
-    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-    sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+    const float sum = sum_over_quad(rows.sum[r]);
     inverse[r] = sum == 0.0f ? 0.0f : 1.0f / sum;
     const int row = first_row + lane / 4 + 8 * r;
     if (lane % 4 == 0 && row >= tile.row_begin && row < tile.row_end) {

@@ -5,6 +5,7 @@
 // shares no barrier with the other warpgroup, which meanwhile has the tensor cores for what lies in the ring.
 #pragma once
 
+#include "../../common/mma.h"
 #include "config.h"
 #include "rules.h"
 
@@ -34,17 +35,9 @@ class Consumer {
     const auto query_part = slice.partition_fragment_A(query);
     const auto key_part = slice.partition_fragment_B(key);
 
-    const auto issue = [&](auto& s, bool accumulate) __attribute__((always_inline)) {
+    const auto multiply = [&](auto& s, bool accumulate) __attribute__((always_inline)) {
       shared_.full[slot_.slot].wait(slot_.parity);
-      warpgroup_fence_operand(s);
-      warpgroup_arrive();
-      mma.accumulate_ = accumulate ? GMMA::ScaleOut::One : GMMA::ScaleOut::Zero;
-#pragma unroll
-      for (int k = 0; k < size<2>(query_part); ++k) {
-        gemm(mma, query_part(_, _, k, slot_.slot), key_part(_, _, k, slot_.slot), s);
-        mma.accumulate_ = GMMA::ScaleOut::One;
-      }
-      warpgroup_commit_batch();
+      issue(mma, query_part(_, _, _, slot_.slot), key_part(_, _, _, slot_.slot), s, accumulate);
     };
 
     const int32_t steps = p_.halves << p_.stride_shift;
@@ -56,12 +49,12 @@ class Consumer {
         // New registers for each tile: the old ones need not live through the rule.
         auto s = partition_fragment_C(mma, Shape<Int<kQueryGroups>, Int<kKeyGroups>>{});
         static_assert(size(decltype(s){}) == 4 * kColumnTiles);
-        issue(s, false);
+        multiply(s, false);
         int before = slot_.slot;
         slot_.advance();
 #pragma unroll 1
         for (int32_t step = 1; step < steps; ++step) {
-          issue(s, true);
+          multiply(s, true);
           warpgroup_wait<1>();
           release(before);
           before = slot_.slot;

@@ -12,10 +12,10 @@
 #include "../../common/mbarrier.h"
 #include "../../common/schedule.h"
 #include "../../common/tensor_map.h"
+#include "../../common/warp.h"
 
 namespace bsfa::cuda::select::strided {
 
-constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kWarpgroup = 128;
 constexpr int kConsumers = 2;  // warpgroups that compute, 64 query groups each
 constexpr int kThreads = (1 + kConsumers) * kWarpgroup;

@@ -184,9 +184,7 @@ class AntidiagonalRule {
         const float pair = fmaxf(s(4 * j + 2 * h), s(4 * j + 2 * h + 1));
         tops[j % 4] = j < 4 ? pair : fmaxf(tops[j % 4], pair);
       }
-      float top = fmaxf(fmaxf(tops[0], tops[1]), fmaxf(tops[2], tops[3]));
-      top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 1));
-      top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 2));
+      const float top = max_over_quad(fmaxf(fmaxf(tops[0], tops[1]), fmaxf(tops[2], tops[3])));
       const float before = base_[h];
       base_[h] = fmaxf(before, top);
       const float minus = base_[h] == -INFINITY ? 0.0f : -base_[h];
@@ -218,9 +216,7 @@ class AntidiagonalRule {
     float minus[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      float sum = sum_[h];
-      sum += __shfl_xor_sync(kAllLanes, sum, 1);
-      sum += __shfl_xor_sync(kAllLanes, sum, 2);
+      const float sum = sum_over_quad(sum_[h]);
       // Rows that see nothing: all their logarithms are -inf.
       minus[h] = sum == 0.0f ? 0.0f : -(base_[h] + log2f(sum));
     }

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <numeric>
 
+#include "../../common/scalar.h"
 #include "../score.h"
 #include "config.h"
 #include "launch.h"
@@ -23,7 +24,6 @@ using strided::Queue;
 using strided::Segment;
 
 constexpr int kSegmentThreads = 1024;
-constexpr float kLog2e = 1.4426950408889634f;
 
 struct SegmentParams {
   const TileRow* rows;
