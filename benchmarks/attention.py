@@ -97,7 +97,7 @@ def verify(what: str, out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: bsfa.B
         first, end = tile * BLOCK, min((tile + 1) * BLOCK, length)
         seen = torch.arange(end, device=DEVICE) <= torch.arange(first, end, device=DEVICE)[:, None]
         if kept is not None:
-            seen = seen & kept[tile, head].repeat_interleave(BLOCK)[:end]
+            seen = seen & kept[tile, head * kept.shape[1] // q.shape[2]].repeat_interleave(BLOCK)[:end]
         keys, values = (x[0, :end, head // group].float() for x in (k, v))
         scores = q[0, first:end, head].float() @ keys.T / math.sqrt(q.shape[3])
         wanted = scores.masked_fill(~seen, -math.inf).softmax(-1) @ values

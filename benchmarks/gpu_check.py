@@ -130,8 +130,8 @@ def run_tests(scratch: Path) -> tuple[dict[str, int], list[str]]:
 def sanitize(tool: str) -> int:
     """Errors that one tool of compute-sanitizer finds in sanitize_shapes.py.
 
-    racecheck does not see the attention kernel, whose warps hand shared memory over through mbarriers: it does not
-    follow waits by parity, and calls every guarded slot a race. Torch's caching allocator is off: then every tensor is
+    racecheck does not see the kernels whose warps hand shared memory over through mbarriers (attention, relative_max,
+    strided): it does not follow waits by parity, and calls every guarded slot a race. Torch's caching allocator is off: then every tensor is
     an allocation of its own, with edges that memcheck sees.
     """
     program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
@@ -139,6 +139,8 @@ def sanitize(tool: str) -> int:
     if tool == "racecheck":
         args += ["--kernel-name-exclude", "kernel_substring=attention_kernel"]
     args += [sys.executable, "benchmarks/sanitize_shapes.py"]
+    if tool == "racecheck":
+        args.append("--races")
     done = command(f"compute-sanitizer {tool}", args, SANITIZER_TIMEOUT_S, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     # racecheck sums up hazards in its own words
     found = re.findall(r"(?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard)", done.stdout)

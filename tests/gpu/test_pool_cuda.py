@@ -315,7 +315,7 @@ def test_other_device_than_the_current_one() -> None:
 
 
 def raw(k: Tensor, table: Tensor | None, seqlens: Tensor | None, max_seqlen: int) -> Tensor:
-    return torch.ops.bsfa.pool_blocks(k, None, table, seqlens, max_seqlen, 128)
+    return torch.ops.bsfa.pool_blocks(k, None, table, seqlens, max_seqlen, 128, "mean")
 
 
 def test_compile_fullgraph() -> None:
@@ -328,12 +328,13 @@ def test_compile_fullgraph() -> None:
 def test_opcheck() -> None:
     case = Paged.make([300, 0, 129], 16, 2, 64, torch.bfloat16)
     torch.library.opcheck(
-        torch.ops.bsfa.pool_blocks.default, (case.k.nan_to_num(), None, case.block_table, case.seqlens, 300, 128)
+        torch.ops.bsfa.pool_blocks.default,
+        (case.k.nan_to_num(), None, case.block_table, case.seqlens, 300, 128, "mean"),
     )
     k = rand(2, 300, 2, 64)
-    torch.library.opcheck(torch.ops.bsfa.pool_blocks.default, (k, None, None, None, 300, 128))
+    torch.library.opcheck(torch.ops.bsfa.pool_blocks.default, (k, None, None, None, 300, 128, "mean"))
     torch.library.opcheck(
-        torch.ops.bsfa.pool_blocks.default, (k.flatten(0, 1), int32([0, 300, 600]), None, None, 300, 128)
+        torch.ops.bsfa.pool_blocks.default, (k.flatten(0, 1), int32([0, 300, 600]), None, None, 300, 128, "mean")
     )
 
 

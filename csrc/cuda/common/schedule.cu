@@ -113,7 +113,11 @@ __global__ void __launch_bounds__(kCountThreads)
   const Place place = find_place(problem, row);
   if (place.sequence < 0) {
     for (int32_t head = threadIdx.x; head < heads; head += kCountThreads) workspace.counts[natural(head)] = -1;
-    if (threadIdx.x == 0) workspace.rows[row].sequence = -1;
+    if (threadIdx.x == 0) {
+      TileRow none{};
+      none.sequence = -1;
+      workspace.rows[row] = none;
+    }
     return;
   }
   const TileRow tile = tile_row(problem, place.sequence, place.tile);
