@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "../relative_max.h"
+#include "bsfa/cuda.h"
 #include "config.h"
 #include "launch.h"
 
@@ -9,6 +10,9 @@ namespace bsfa::cuda::select {
 namespace {
 
 constexpr int kSharedBytes = 227 * 1024;  // of one SM
+
+static_assert(Shared<Config<cute::bfloat16_t, 128, false>>::bytes(kMinQuerySlots, 1, kMaxRelativeMaxBlocks) <=
+              kSharedBytes);
 
 // As many slots of energies and queries as there is room for; false if there is none.
 bool set_slots(const ScoreParams& params, KernelParams& k) {
