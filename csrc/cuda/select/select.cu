@@ -15,9 +15,9 @@ namespace bsfa::cuda {
 namespace {
 
 // Scores of a slab, and what grows with them. kFlat64 works on 64 mask rows at a time, which at a million tokens and 32
-// heads are 68 MB; all others do with less.
+// heads are 68 MB. The other rules could do with less; the strided kernel loses time at the end of every slab.
 constexpr int64_t kSlabBytes = 40 << 20;
-constexpr int64_t kFlatSlabBytes = 72 << 20;
+constexpr int64_t kStridedSlabBytes = 72 << 20;
 constexpr int32_t kSlabStep = 16;  // rows
 constexpr int32_t kMostSlabRows = 1 << 20;
 constexpr int kUsualSms = 132;  // of an H100 or H200, to speak of memory where there is no device
@@ -30,7 +30,7 @@ bool is_strided(ScoreRule rule) { return rule == ScoreRule::kFlat64 || rule == S
 int32_t slab_rows(const ScoreParams& params) {
   const int64_t row_bytes =
       int64_t{params.problem.num_q_heads} * (params.max_blocks + params.problem.head_dim) * sizeof(float);
-  const int64_t bytes = params.rule == ScoreRule::kFlat64 ? kFlatSlabBytes : kSlabBytes;
+  const int64_t bytes = is_strided(params.rule) ? kStridedSlabBytes : kSlabBytes;
   const int64_t fits = std::max<int64_t>(bytes / std::max<int64_t>(row_bytes, 1), 1);
   const int64_t group = params.rule == ScoreRule::kFlat64 ? 64 : params.stride;  // tokens: rows of one output tile
   int64_t step = kSlabStep;

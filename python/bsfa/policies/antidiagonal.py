@@ -24,8 +24,8 @@ class Antidiagonal(ScoredPolicy):
 
     stride: tokens, 4, 8, 16, 32 or 64, dividing both block sizes. Cost: 1 / stride of dense attention's QK product.
     min_blocks counts in that order, so sink and window blocks count too. No summary is needed, but the keys.
-    On CUDA the scratch memory is larger than that of other policies: up to 42 MB for scores, and 512 bytes per KV block
-    and SM; at 1M tokens on an H200 about 590 MB, where the others take less than 100 MB.
+    On CUDA the scratch memory is larger than that of other policies: up to 75 MB for scores, and 512 bytes per KV block
+    and SM; at 1M tokens on an H200 about 620 MB, where the others take less than 100 MB.
 
     Differs from the original: tiles are aligned to absolute positions, so chunks give the mask of the whole prompt;
     groups that the end of the prompt cuts are filled with zeros, groups without a token left out; softmax_scale and
