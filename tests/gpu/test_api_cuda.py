@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
 import bsfa
+from bsfa.policies import (
+    Antidiagonal,
+    CumulativeMass,
+    FlexPrefill,
+    Policy,
+    RelativeMax,
+    StaticPattern,
+    Union,
+)
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
@@ -37,19 +48,45 @@ def test_fixed_mask_of_another_device_is_refused() -> None:
         bsfa.select_blocks(q, None, bsfa.policies.Fixed(mask=mask), seqlen_k=300)
 
 
-@pytest.mark.parametrize(
-    ("policy", "operation"),
-    [
-        (bsfa.policies.RelativeMax(), "select_blocks"),
-        (bsfa.policies.CumulativeMass(), "select_blocks"),
-    ],
-)
-def test_missing_kernels_are_named(policy: bsfa.policies.Policy | None, operation: str) -> None:
-    if operation in bsfa._library.KERNELS["cuda"]:
-        pytest.skip(f"{operation} has a CUDA kernel")
-    q, k, v = qkv("cuda")
-    with pytest.raises(bsfa.UnsupportedError, match=f"'{operation}'.*cuda"):
-        bsfa.attention(q, k, v, policy=policy)
+POLICIES = [
+    RelativeMax(alpha=1.0, sink_blocks=1, window_blocks=1, last_tiles=1),
+    RelativeMax(alpha=1.0, shared=True, sink_blocks=1, window_blocks=1, last_tiles=1),
+    CumulativeMass(mass=0.5),
+    CumulativeMass(mass=0.5, pooling="flat64", shared=True),
+    Antidiagonal(mass=0.5),
+    FlexPrefill(gamma=0.5, min_budget=128),
+    StaticPattern(sink_blocks=1, window_blocks=2),
+    Union(RelativeMax(alpha=1.0, last_tiles=0), Antidiagonal(mass=0.3)),
+]
+
+
+@pytest.mark.parametrize("mean_correction", [False, True])
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda p: p.name)
+def test_pool_select_attend_without_a_sync_and_in_a_graph(policy: Policy, mean_correction: bool) -> None:
+    generator = torch.Generator().manual_seed(1)
+    q = torch.randn(2, 1500, 4, 64, generator=generator).bfloat16().cuda()
+    k, v = (torch.randn(2, 1500, 2, 64, generator=generator).bfloat16().cuda() for _ in range(2))
+    run = functools.partial(bsfa.attention, q, k, v, policy=policy, mean_correction=mean_correction)
+    run()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        want, info = run(return_info=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert info.mask is not None and 0.0 < float(info.mask.density()) < 1.0
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run()
+    for seed in (1, 2):  # the same inputs, and others
+        generator = torch.Generator().manual_seed(seed)
+        q.copy_(torch.randn(2, 1500, 4, 64, generator=generator).bfloat16())
+        for t in (k, v):
+            t.copy_(torch.randn(2, 1500, 2, 64, generator=generator).bfloat16())
+        out.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(out, want if seed == 1 else run())
 
 
 def test_doctor_names_the_gpu() -> None:
