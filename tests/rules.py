@@ -32,10 +32,13 @@ class Profile:
     blocks64: tuple[int, ...] = (64, 128)  #: for flat64
     longest: int = 8  #: longest prompt, in blocks
     epsilon: float = 3e-6  #: error of a logit, relative to 1 + the largest of its head
+    rare: float = 0.005  #: share of blocks that may be near their threshold, by that error
 
 
 CPU = Profile()
-CUDA = Profile("cuda", (BF16,), (64, 128), (128,), (128,), 12, 1e-5)
+# Tensor cores sum less exactly. Where the softmax is sharp (flat64 in its original scale, maxabs) many more blocks are
+# then near; on float32 logits of the same inputs up to 6.6 % were.
+CUDA = Profile("cuda", (BF16,), (64, 128), (128,), (128,), 12, 1e-5, 0.1)
 
 
 @dataclass(frozen=True)
@@ -371,4 +374,4 @@ def check_many(form: Form, profile: Profile, random: int, structures: int) -> No
             near, blocks = check(form.draw(rng, case), inputs, profile)
             exempt, total = exempt + near, total + blocks
         assert total > 20 * count
-        assert exempt <= max(2, 0.005 * total), f"{kind}: {exempt} of {total} blocks are near their threshold"
+        assert exempt <= max(2, profile.rare * total), f"{kind}: {exempt} of {total} blocks are near their threshold"
