@@ -7,13 +7,11 @@ finite everywhere, and sampled tiles equal to attention in float32. Run by gpu_c
 
 from __future__ import annotations
 
-import argparse
 import functools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +21,7 @@ from torch.nn.attention import flex_attention as flex
 
 import bsfa
 import report
-from report import measurement, write_json
+from report import measurement
 from timing import Work, interleaved
 
 HEADS_Q, HEADS_KV, BLOCK = 32, 8, 128
@@ -398,19 +396,5 @@ def run() -> list[Row]:
     return rows
 
 
-def missed(rows: Sequence[Row]) -> list[str]:
-    """Demands that the measurements do not meet."""
-    return report.missed(rows, DEMANDED)
-
-
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path)
-    output = parser.parse_args().output
-    found = run()
-    for row in found:
-        print(f"{row['id']:<42} {row['value']:>8.4g} {row['unit']}")
-    for miss in missed(found):
-        print(f"missed {miss}")
-    if output is not None:
-        write_json(output, found)
+    report.suite_main(__doc__, run, DEMANDED)

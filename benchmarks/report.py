@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import fnmatch
 import hashlib
 import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -172,3 +173,19 @@ def write_json(path: Path, content: Any) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(content, indent=2) + "\n")
     os.replace(temporary, path)
+
+
+def suite_main(
+    doc: str | None, run: Callable[[], list[dict[str, Any]]], demanded: Mapping[str, tuple[str, float]]
+) -> None:
+    """A suite as a program: run it, print what it measured and what it missed, write it to ``--output``."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path)
+    output = parser.parse_args().output
+    found = run()
+    for row in found:
+        print(f"{row['id']:<42} {row['value']:>8.4g} {row['unit']}")
+    for miss in missed(found, demanded):
+        print(f"missed {miss}")
+    if output is not None:
+        write_json(output, found)

@@ -7,13 +7,11 @@ selection starts from the keys: pooling them is in its time. Run by gpu_check.py
 
 from __future__ import annotations
 
-import argparse
 import functools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +22,7 @@ import bsfa
 import report
 from bsfa.block_mask import unpack_bits
 from bsfa.policies import Antidiagonal, CumulativeMass, FlexPrefill, Policy, RelativeMax
-from report import measurement, write_json
+from report import measurement
 from timing import Work, interleaved
 
 Row = dict[str, Any]
@@ -464,19 +462,5 @@ def run() -> list[Row]:
     return rows
 
 
-def missed(rows: Sequence[Row]) -> list[str]:
-    """Demands that the measurements do not meet."""
-    return report.missed(rows, DEMANDED)
-
-
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path)
-    output = parser.parse_args().output
-    found = run()
-    for row in found:
-        print(f"{row['id']:<42} {row['value']:>8.4g} {row['unit']}")
-    for miss in missed(found):
-        print(f"missed {miss}")
-    if output is not None:
-        write_json(output, found)
+    report.suite_main(__doc__, run, DEMANDED)

@@ -89,6 +89,15 @@ def test_pool_select_attend_without_a_sync_and_in_a_graph(policy: Policy, mean_c
         assert torch.equal(out, want if seed == 1 else run())
 
 
+def test_missing_kernels_are_named() -> None:
+    if "block_mass" in bsfa._library.KERNELS["cuda"]:
+        pytest.skip("block_mass has a CUDA kernel")
+    q, k, v = qkv("cuda")
+    _, lse = bsfa.attention(q, k, v, return_lse=True)
+    with pytest.raises(bsfa.UnsupportedError, match=r"'block_mass'.*cuda"):
+        bsfa.block_mass(q, k, lse)
+
+
 def test_doctor_names_the_gpu() -> None:
     report = bsfa.doctor()
     assert report["machine"]["gpus"][0]["name"]
