@@ -151,22 +151,10 @@ Tensor block_mass(const Tensor& q, const Tensor& k, const Tensor& lse, const Opt
                   const OptionalTensor& cu_seqlens_k, const OptionalTensor& block_table,
                   const OptionalTensor& seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k, int64_t num_rows,
                   int64_t block_m, int64_t block_n, bool causal, double softmax_scale, double softcap) {
-  BlockMassParams p;
-  const int64_t batch = batch_of_kv(k, cu_seqlens_k, block_table);
-  p.problem = make_problem(q, cu_seqlens_q, batch, k.size(k.dim() - 2), max_seqlen_q, block_m, block_n, causal,
-                           softmax_scale, softcap);
-  p.problem.kv = kv_layout(k, cu_seqlens_k, block_table, seqlens_k, max_seqlen_k);
-  check_keys(k, q);
+  BlockMassParams p = block_mass_params(q, k, lse, cu_seqlens_q, cu_seqlens_k, block_table, seqlens_k, max_seqlen_q,
+                                        max_seqlen_k, num_rows, block_m, block_n, causal, softmax_scale, softcap);
   check_kv_values(p.problem.kv, k, p.problem.batch);
   check_problem_values(p.problem, q, num_rows);
-  p.q = view_of(q, "q");
-  p.k = view_of(k, "k");
-  STD_TORCH_CHECK(lse.scalar_type() == ScalarType::Float && lse.is_contiguous(), "lse must be contiguous float32");
-  STD_TORCH_CHECK(lse.numel() * q.size(q.dim() - 1) == q.numel(), "lse does not match q");
-  p.lse = static_cast<const float*>(lse.data_ptr());
-  set_lse_strides(q, &p.lse_batch_stride, &p.lse_head_stride);
-  p.num_rows = num_rows;
-  p.max_blocks = ceil_div(p.problem.kv.max_seqlen, p.problem.block_n);
   Tensor mass = new_tensor(q, {num_rows, p.problem.num_q_heads, p.max_blocks}, ScalarType::Float);
   p.mass = static_cast<float*>(mass.data_ptr());
   if (mass.numel() > 0) cpu::block_mass(p, executor());

@@ -7,7 +7,8 @@
 //   words    [R, heads, ceil(N / 32)] int32, heads = Hq, Hkv or 1; counts [R, heads] int32
 //   lse      [B, Hq, Sq], or [Hq, T], float32
 //   out      q's shape with v's head_dim, dtype of q. attention_out writes into a given one: any strides, last one 1.
-// The enumerations of params.h go by name: pooling "mean", "maxabs", "center"; rule "relative_max", "pooled", "flat64",
+// skip_attention: thresholds float32 [Hq, columns], skips int64 [Hq, 2] (SkipParams); tile_max [R, Hq, N] float32.
+// The enumerations of params.h go by name: form "absolute", "relative"; pooling "mean", "maxabs", "center"; rule "relative_max", "pooled", "flat64",
 // "antidiagonal"; sharing "none", "union", "group".
 #pragma once
 
@@ -40,6 +41,17 @@
       "Tensor? block_table, Tensor? seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? mask_words, "         \
       "Tensor? mask_counts, Tensor? k_means, Tensor? v_means, int block_m, int block_n, bool causal, "                 \
       "float softmax_scale, float softcap, int window_left) -> Tensor lse")                                            \
+  DEF("skip_attention(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? block_table, " \
+      "Tensor? seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? mask_words, Tensor? mask_counts, "         \
+      "int block_m, int block_n, bool causal, float softmax_scale, float softcap, Tensor thresholds, str form, "       \
+      "int sink_blocks, int window_blocks, bool counted) -> (Tensor out, Tensor lse, Tensor skips)")                   \
+  DEF("skip_attention_out(Tensor(a!) out, Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "  \
+      "Tensor? block_table, Tensor? seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? mask_words, "         \
+      "Tensor? mask_counts, int block_m, int block_n, bool causal, float softmax_scale, float softcap, "               \
+      "Tensor thresholds, str form, int sink_blocks, int window_blocks, bool counted) -> (Tensor lse, Tensor skips)")  \
+  DEF("tile_max(Tensor q, Tensor k, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? block_table, "                 \
+      "Tensor? seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, SymInt num_rows, int block_m, int block_n, "       \
+      "bool causal, float softmax_scale, float softcap, str form) -> Tensor")                                          \
   DEF("block_mass(Tensor q, Tensor k, Tensor lse, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? block_table, "   \
       "Tensor? seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, SymInt num_rows, int block_m, int block_n, "       \
       "bool causal, float softmax_scale, float softcap) -> Tensor")

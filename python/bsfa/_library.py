@@ -19,7 +19,8 @@ except ImportError as error:  # pragma: no cover - depends on the installation
         f"({torch.__version__}). Cause: {error}"
     ) from error
 
-# The operations. attention_out is no further one but attention into a given tensor; a device has both or none.
+# The operations. attention_out and skip_attention_out are no further ones but the same into a given tensor; a device
+# has both or none.
 OPERATORS = (
     "pool_blocks",
     "score_blocks",
@@ -27,7 +28,9 @@ OPERATORS = (
     "probe_attention",
     "pattern_mask",
     "attention",
+    "skip_attention",
     "block_mass",
+    "tile_max",
 )
 
 #: Why the CUDA library is not in use; None if it is.

@@ -206,6 +206,83 @@ def _attention_out(
     return _new_lse(q)
 
 
+@torch.library.register_fake("bsfa::skip_attention")
+def _skip_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    block_table: Tensor | None,
+    seqlens_k: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    mask_words: Tensor | None,
+    mask_counts: Tensor | None,
+    block_m: int,
+    block_n: int,
+    causal: bool,
+    softmax_scale: float,
+    softcap: float,
+    thresholds: Tensor,
+    form: str,
+    sink_blocks: int,
+    window_blocks: int,
+    counted: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    skips = q.new_empty((q.shape[-2], 2), dtype=torch.int64)
+    return q.new_empty((*q.shape[:-1], v.shape[-1])), _new_lse(q), skips
+
+
+@torch.library.register_fake("bsfa::skip_attention_out")
+def _skip_attention_out(
+    out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    block_table: Tensor | None,
+    seqlens_k: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    mask_words: Tensor | None,
+    mask_counts: Tensor | None,
+    block_m: int,
+    block_n: int,
+    causal: bool,
+    softmax_scale: float,
+    softcap: float,
+    thresholds: Tensor,
+    form: str,
+    sink_blocks: int,
+    window_blocks: int,
+    counted: bool,
+) -> tuple[Tensor, Tensor]:
+    return _new_lse(q), q.new_empty((q.shape[-2], 2), dtype=torch.int64)
+
+
+@torch.library.register_fake("bsfa::tile_max")
+def _tile_max(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    block_table: Tensor | None,
+    seqlens_k: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    num_rows: int,
+    block_m: int,
+    block_n: int,
+    causal: bool,
+    softmax_scale: float,
+    softcap: float,
+    form: str,
+) -> Tensor:
+    return q.new_empty((num_rows, q.shape[-2], _blocks(max_seqlen_k, block_n)), dtype=torch.float32)
+
+
 @torch.library.register_fake("bsfa::block_mass")
 def _block_mass(
     q: Tensor,

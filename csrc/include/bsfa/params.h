@@ -179,6 +179,33 @@ struct PatternParams {
   int32_t* counts = nullptr;  // [num_rows, Hq]
 };
 
+// How a threshold on exact logits is meant (BSFA and skip-softmax).
+enum class SkipForm : int32_t {
+  kNone = 0,
+  kAbsolute = 1,  // a tile of logits is skipped iff its largest is below the threshold
+  kRelative = 2,  // iff in every row the largest is less than the row's running maximum plus the threshold
+};
+
+// Query rows that are skipped together: groups of this many at absolute positions (multiples of it within a tile).
+constexpr int32_t kSkipRows = 64;
+
+// Skipping after the exact product q . k. Logits are cap(softmax_scale * q . k), natural units, over visible keys. A
+// group of kSkipRows rows meets its kept blocks in this order: the tile's last one, block 0, then the others from the last
+// to the first; the running maximum of a row is over the blocks that its group met before and did not
+// skip (-inf: none). Sinks and window are never skipped, nor is what a NaN logit lies in. What is skipped is left out of
+// the softmax, or, if `counted`, out of the product with V only: then it stays in denominator and LSE.
+struct SkipParams {
+  SkipForm form = SkipForm::kNone;
+  const float* thresholds = nullptr;  // [Hq, columns]; NaN and -inf: nothing is skipped
+  int32_t columns = 0;                // column = absolute query tile (position / block_m), the last for tiles beyond
+  int32_t sink_blocks = 1;            // first blocks of the sequence
+  int32_t window_blocks = 1;          // blocks up to and including the tile's own, at least 1 (always_kept in keep.h)
+  bool counted = false;
+  // [Hq, 2], added to: pairs (group of rows with a query, block that one of its rows sees and the mask keeps) that were
+  // met, and those of them that were skipped.
+  int64_t* counts = nullptr;
+};
+
 struct AttentionParams {
   Problem problem;
   TensorView q, k, v;
@@ -196,6 +223,22 @@ struct AttentionParams {
   // see whole enters the softmax as one key k_means with logit + ln(its tokens) and value v_means.
   const void* k_means = nullptr;  // [B, ceil(kv.max_seqlen / block_n), Hkv, D] contiguous, dtype of q
   const void* v_means = nullptr;  // [B, ceil(kv.max_seqlen / block_n), Hkv, Dv]
+  SkipParams skip;                // not with means or window_left
+};
+
+// The quantity that SkipParams compares with its threshold, for whole tiles of block_m rows (kSkipRows for what
+// attention decides), every visible block being met and kept:
+//   kAbsolute  maxima[row, h, j] = largest logit of the tile's rows over the visible keys of block j
+//   kRelative  largest over the rows of (row's largest logit in block j - row's running maximum); +inf where a row has
+//              met nothing before
+// -inf where nothing is visible; NaN if a logit is.
+struct TileMaxParams {
+  Problem problem;
+  TensorView q, k;
+  SkipForm form = SkipForm::kAbsolute;
+  int64_t num_rows = 0;
+  int32_t max_blocks = 0;
+  float* maxima = nullptr;  // [num_rows, Hq, max_blocks]
 };
 
 // mass[row, h, j] = mean over the tile's query rows of the softmax probability that falls into KV block j.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from bsfa.layout import Layout, check_block_sizes
 from bsfa.limits import check_limits, check_tma
 
 Threshold = float | Sequence[float] | Tensor
+P = TypeVar("P", bound="ThresholdPolicy")
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,21 +106,15 @@ def check_flag(owner: str, name: str, value: bool) -> None:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class ScoredPolicy(Policy):
-    """A policy that scores (query tile, KV block) pairs per head and compares with a threshold per head.
-
-    Scores and thresholds are per query head; where :attr:`scoring` says ``sharing="group"``, per KV head.
+class ThresholdPolicy(Policy):
+    """A policy with a threshold of 0 .. 1 per head, which calibration can choose and a threshold file can hold.
 
     sink_blocks: first KV blocks of the sequence, always kept.
     window_blocks: KV blocks up to and including the tile's own, always kept; at least 1 (the diagonal).
-    last_tiles: query tiles at the end of the prompt that keep every block.
-    min_blocks: at least this many best-scored blocks are kept.
     """
 
     sink_blocks: int = 0
     window_blocks: int = 1
-    last_tiles: int = 0
-    min_blocks: int = 0
 
     #: Field that holds the threshold.
     threshold_name: ClassVar[str] = ""
@@ -135,8 +130,6 @@ class ScoredPolicy(Policy):
         owner = type(self).__name__
         check_count(owner, "sink_blocks", self.sink_blocks)
         check_count(owner, "window_blocks", self.window_blocks, 1)
-        check_count(owner, "last_tiles", self.last_tiles)
-        check_count(owner, "min_blocks", self.min_blocks)
         value = self.threshold
         if isinstance(value, Tensor):
             if value.dim() != 1 or not value.is_floating_point():
@@ -159,9 +152,62 @@ class ScoredPolicy(Policy):
         value: Threshold = getattr(self, self.threshold_name)
         return value
 
-    def with_threshold(self, threshold: Threshold) -> ScoredPolicy:
+    def with_threshold(self: P, threshold: Threshold) -> P:
         """The same policy with another threshold."""
         return replace(self, **{self.threshold_name: threshold})  # type: ignore[arg-type]
+
+    def to(self: P, device: torch.device) -> P:
+        """The same policy with its tensors on ``device``."""
+        value = self.threshold
+        return self.with_threshold(value.to(device)) if isinstance(value, Tensor) and value.device != device else self
+
+    @property
+    def shares_thresholds(self) -> bool:
+        """Whether the query heads of a KV head share one threshold."""
+        return False
+
+    def keep_all_threshold(self) -> float:
+        """The threshold at which every visible block is kept (a dense head)."""
+        return 0.0 if self.keeps_at_least else 1.0
+
+    def _threshold_tensor(self, num_heads: int, device: torch.device) -> Tensor:
+        """The threshold as float32 [num_heads]."""
+        value = self.threshold
+        if isinstance(value, int | float):
+            return torch.full((num_heads,), float(value), dtype=torch.float32, device=device)
+        t = torch.as_tensor(value, dtype=torch.float32, device=device)
+        if t.shape != (num_heads,):
+            raise ValueError(
+                f"{type(self).__name__}.{self.threshold_name} has {t.shape[0]} values but "
+                f"{'k' if self.shares_thresholds else 'q'} has {num_heads} heads"
+            )
+        return t
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ScoredPolicy(ThresholdPolicy):
+    """A policy that scores (query tile, KV block) pairs per head and compares with a threshold per head.
+
+    Scores and thresholds are per query head; where :attr:`scoring` says ``sharing="group"``, per KV head.
+
+    sink_blocks, window_blocks: see :class:`ThresholdPolicy`.
+    last_tiles: query tiles at the end of the prompt that keep every block.
+    min_blocks: at least this many best-scored blocks are kept.
+    """
+
+    last_tiles: int = 0
+    min_blocks: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        owner = type(self).__name__
+        check_count(owner, "last_tiles", self.last_tiles)
+        check_count(owner, "min_blocks", self.min_blocks)
+
+    @property
+    def shares_thresholds(self) -> bool:
+        """Whether the query heads of a KV head share one threshold."""
+        return self.scoring.sharing == "group"
 
     @property
     def scoring(self) -> Scoring:
@@ -193,25 +239,12 @@ class ScoredPolicy(Policy):
         """What is kept beyond threshold, sink, window, last tiles and min_blocks."""
         return Extras()
 
-    def keep_all_threshold(self) -> float:
-        """The threshold at which every visible block is kept (a dense head)."""
-        return 0.0 if self.keeps_at_least else 1.0
-
     def thresholds_for(self, num_heads: int, device: torch.device) -> Tensor:
         """float32 [num_heads] as the kernels want it: keep-all becomes -1 (at least) or +inf (below).
 
         ``num_heads``: query heads, or KV heads where the rule shares scores within a group.
         """
-        value = self.threshold
-        if isinstance(value, int | float):
-            t = torch.full((num_heads,), float(value), dtype=torch.float32, device=device)
-        else:
-            t = torch.as_tensor(value, dtype=torch.float32, device=device)
-        if t.shape != (num_heads,):
-            raise ValueError(
-                f"{type(self).__name__}.{self.threshold_name} has {t.shape[0]} values but "
-                f"{'k' if self.scoring.sharing == 'group' else 'q'} has {num_heads} heads"
-            )
+        t = self._threshold_tensor(num_heads, device)
         if self.keeps_at_least:
             return torch.where(t <= 0.0, -1.0, t).contiguous()
         return torch.where(t >= 1.0, math.inf, t).contiguous()

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from bsfa.block_mask import BlockMask
-from bsfa.policies.base import Policy, ScoredPolicy, Selection
+from bsfa.policies.base import Policy, ScoredPolicy, Selection, ThresholdPolicy
 from bsfa.policies.dense import Dense
+from bsfa.policies.exact_skip import ExactSkip
 from bsfa.policies.static_pattern import StaticPattern
 from bsfa.pooling import pool
 
@@ -40,6 +41,8 @@ class Composed(Policy):
         for p in policies:
             if p is not None and not isinstance(p, Policy):
                 raise TypeError(f"{owner} takes policies or None (dense), got {type(p).__name__}")
+            if isinstance(p, ExactSkip):
+                raise ValueError(f"ExactSkip decides inside attention: give it the {owner} as ExactSkip(within=...)")
         # Dense ones have no blocks of their own.
         sizes = {(p.block_m, p.block_n): p for p in policies if p is not None and not _is_dense(p)}
         if len(sizes) > 1:
@@ -189,6 +192,4 @@ def on_device(policy: Policy | None, device: torch.device) -> Policy | None:
     if isinstance(policy, Composed):
         moved = [on_device(p, device) for p in policy.policies]
         return policy if all(a is b for a, b in zip(moved, policy.policies, strict=True)) else type(policy)(*moved)
-    if isinstance(policy, ScoredPolicy) and isinstance(policy.threshold, Tensor) and policy.threshold.device != device:
-        return policy.with_threshold(policy.threshold.to(device))
-    return policy
+    return policy.to(device) if isinstance(policy, ThresholdPolicy) else policy
