@@ -128,7 +128,8 @@ __global__ void __launch_bounds__(kCountThreads)
     int32_t count = max(range.end - range.begin, 0);
     const int64_t mask_row = int64_t{row} * tiling.mask_heads + head / (heads / max(tiling.mask_heads, 1));
     if (tiling.counts != nullptr) {
-      count = tiling.counts[mask_row];
+      // Handed over, so it may be anything: below 0 the tile would be left out, far above overflows bucket_of.
+      count = min(max(tiling.counts[mask_row], 0), count);
     } else if (tiling.words != nullptr) {
       const int32_t* words = tiling.words + mask_row * tiling.num_words;
       count = 0;
