@@ -62,18 +62,6 @@ __device__ inline TileRow tile_row(const Problem& problem, int32_t sequence, int
 }
 #endif
 
-struct BlockRange {
-  int32_t begin;
-  int32_t end;
-
-  // The bits of mask word w whose blocks lie in the range.
-  __device__ uint32_t bits_of_word(int32_t w) const {
-    const int32_t low = begin - w * 32, high = end - w * 32;
-    if (low >= 32 || high <= 0) return 0;
-    return (low > 0 ? ~0u << low : ~0u) & (high < 32 ? ~(~0u << high) : ~0u);
-  }
-};
-
 // KV blocks that hold a key which some row of the tile may see.
 __host__ __device__ inline BlockRange visible_range(const TileRow& tile, bool causal, int32_t window_left) {
   BlockRange range{0, ceil_div(tile.seqlen_k, kBlockKeys)};

@@ -18,6 +18,19 @@ BSFA_HOST_DEVICE constexpr int32_t floor_div(int32_t a, int32_t b) {
   return a / b - ((a % b != 0) && ((a < 0) != (b < 0)));
 }
 
+// KV blocks [begin, end).
+struct BlockRange {
+  int32_t begin;
+  int32_t end;
+
+  // The bits of mask word w whose blocks lie in the range.
+  BSFA_HOST_DEVICE uint32_t bits_of_word(int32_t w) const {
+    const int32_t low = begin - w * 32, high = end - w * 32;
+    if (low >= 32 || high <= 0) return 0;
+    return (low > 0 ? ~0u << low : ~0u) & (high < 32 ? ~(~0u << high) : ~0u);
+  }
+};
+
 struct SequenceGeometry {
   int32_t seqlen_q = 0;
   int32_t seqlen_k = 0;
