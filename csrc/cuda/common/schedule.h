@@ -60,6 +60,13 @@ __device__ inline TileRow tile_row(const Problem& problem, int32_t sequence, int
   row.seqlen_k = geometry.seqlen_k;
   return row;
 }
+
+__device__ inline int32_t absolute_tile(const TileRow& tile) { return floor_div(tile.position, kTileRows); }
+
+// Index of a tile among those of its sequence.
+__device__ inline int32_t local_tile(const SequenceGeometry& geometry, const TileRow& tile) {
+  return absolute_tile(tile) - geometry.first_tile();
+}
 #endif
 
 // KV blocks that hold a key which some row of the tile may see.

@@ -110,11 +110,10 @@ __global__ void __launch_bounds__(32 * kWarps, 1)
     return;
   }
   const SequenceGeometry geometry = sequence_geometry(score.problem, tile.sequence);
-  const int32_t absolute_tile = floor_div(tile.position, kTileRows);
-  const int32_t local_tile = absolute_tile - geometry.first_tile();
-  const AlwaysKept always = always_kept(geometry, local_tile, score.sink_blocks, score.window_blocks);
+  const int32_t local = local_tile(geometry, tile), absolute = absolute_tile(tile);
+  const AlwaysKept always = always_kept(geometry, local, score.sink_blocks, score.window_blocks);
   const int32_t prompt_len = params.prompt_lens != nullptr ? params.prompt_lens[tile.sequence] : -1;
-  const bool everything = is_last_tile(geometry, local_tile, params.last_tiles, prompt_len);
+  const bool everything = is_last_tile(geometry, local, params.last_tiles, prompt_len);
   const bool rescues = rescue.stride > 0 || rescue.parts > 0;
 
   uint32_t* words = memory;
@@ -142,7 +141,7 @@ __global__ void __launch_bounds__(32 * kWarps, 1)
         if (!keep && params.probability < 1.0f) {
           keep = static_cast<double>(row.weight(score_of(key))) > static_cast<double>(params.probability) * row.total;
         }
-        if (!keep && rescues) keep = rescue(absolute_tile, block, mask_head);
+        if (!keep && rescues) keep = rescue(absolute, block, mask_head);
       }
       const uint32_t bits = __ballot_sync(kAllLanes, keep);
       if (lane == 0) words[w] = member == 0 ? bits : words[w] | bits;

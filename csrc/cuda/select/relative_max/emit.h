@@ -56,7 +56,7 @@ class Emitter {
         return !(x < threshold || x <= 0.0f);
       });
       if (p_.rescue.stride > 0 || p_.rescue.parts > 0) {
-        const int32_t tile = floor_div(work_.tile.position, kTileRows);
+        const int32_t tile = absolute_tile(work_.tile);
         count = for_each_word([&](int32_t j) { return kept(j) || p_.rescue(tile, j, work_.head); });
       }
       const int32_t at_least = best_blocks(p.min_blocks, p.min_ratio, work_.visible);

@@ -1,16 +1,10 @@
 // The scheduler warp, which hands out items, and the load warp, which fetches queries and block means by TMA.
 #pragma once
 
+#include "../../common/warp.h"
 #include "config.h"
 
 namespace bsfa::cuda::select {
-
-constexpr unsigned kAllLanes = 0xffffffffu;
-
-// Local index of a tile among those of its sequence.
-__device__ inline int32_t local_tile(const SequenceGeometry& geometry, const TileRow& tile) {
-  return floor_div(tile.position, kTileRows) - geometry.first_tile();
-}
 
 __device__ inline bool keeps_everything(const SelectParams& p, const TileRow& tile) {
   const SequenceGeometry geometry = sequence_geometry(p.score.problem, tile.sequence);
