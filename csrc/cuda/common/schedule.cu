@@ -15,6 +15,7 @@
 //          runs (programmatic dependent launch).
 #include <utility>
 
+#include "alignment.h"
 #include "launch.h"
 #include "place.h"
 #include "scan.h"
@@ -187,8 +188,6 @@ __global__ void __launch_bounds__(kWindow)
   __syncthreads();
   if (i < size) workspace.order[begin + i] = pairs[static_cast<uint32_t>(keys[i])];
 }
-
-constexpr int64_t aligned(int64_t bytes) { return (bytes + 127) / 128 * 128; }
 
 }  // namespace
 

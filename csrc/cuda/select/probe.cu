@@ -22,6 +22,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "../common/alignment.h"
 #include "../common/mbarrier.h"
 #include "bsfa/cuda.h"
 #include "bsfa/geometry.h"
@@ -474,8 +475,6 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const __grid_constant_
 }
 
 static_assert(kThreads == kRows, "finish has one thread per tail");
-
-int64_t aligned(int64_t bytes) { return (bytes + 127) / 128 * 128; }
 
 int64_t spans_of(const Problem& problem) { return (int64_t{problem.kv.max_seqlen} + kSpan - 1) / kSpan; }
 

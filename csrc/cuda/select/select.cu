@@ -5,6 +5,7 @@
 //                  (pick.h). So memory does not grow with tiles x blocks.
 #include <algorithm>
 
+#include "../common/alignment.h"
 #include "../common/schedule.h"
 #include "bsfa/cuda.h"
 #include "pick.h"
@@ -21,8 +22,6 @@ constexpr int64_t kStridedSlabBytes = 72 << 20;
 constexpr int32_t kSlabStep = 16;  // rows
 constexpr int32_t kMostSlabRows = 1 << 20;
 constexpr int kUsualSms = 132;  // of an H100 or H200, to speak of memory where there is no device
-
-constexpr int64_t aligned(int64_t bytes) { return (bytes + 255) / 256 * 256; }
 
 bool is_strided(ScoreRule rule) { return rule == ScoreRule::kFlat64 || rule == ScoreRule::kAntidiagonal; }
 
@@ -69,7 +68,7 @@ Memory cut_up(const ScoreParams& params, void* workspace, int sms) {
   Memory memory{};
   memory.order = Workspace::in(at, params.num_rows, order_heads(params));
   if (params.rule == ScoreRule::kRelativeMax) return memory;
-  at += aligned(Workspace::bytes(params.num_rows, order_heads(params)));
+  at += Workspace::bytes(params.num_rows, order_heads(params));
   memory.scratch = at;
   memory.scores = reinterpret_cast<float*>(at + aligned(scratch_bytes(params, sms)));
   return memory;
@@ -124,7 +123,7 @@ bool select_fits(const ScoreParams& params) {
 
 int64_t select_workspace_bytes(const ScoreParams& params) {
   if (params.num_rows == 0) return 0;
-  const int64_t order = aligned(Workspace::bytes(params.num_rows, order_heads(params)));
+  const int64_t order = Workspace::bytes(params.num_rows, order_heads(params));
   if (params.rule == ScoreRule::kRelativeMax) return order;
   int sms = kUsualSms;
   if (num_sms(&sms) != cudaSuccess) {
