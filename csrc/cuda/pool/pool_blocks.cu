@@ -14,6 +14,7 @@
 // axis, which walks the block's tokens in order. They are exact: a value of k comes out as it is.
 #include <cstdint>
 
+#include "../common/alignment.h"
 #include "../common/scalar.h"
 #include "bsfa/cuda.h"
 #include "config.h"
@@ -233,13 +234,7 @@ cudaError_t pool_blocks(const PoolParams& params, cudaStream_t stream) {
     return cudaGetLastError();
   }
 
-  // 16-byte loads need every row of every head to start on 16 bytes. A stride that nothing is multiplied by does not
-  // count.
-  const auto aligned = [](int64_t elements) { return elements % kWideVec == 0; };
-  const bool one_batch = kv.cu_seqlens != nullptr || (!paged && params.batch == 1);
-  const bool wide = reinterpret_cast<uintptr_t>(params.k.data) % 16 == 0 && aligned(params.head_dim) &&
-                    aligned(params.k.token_stride) && (params.num_kv_heads == 1 || aligned(params.k.head_stride)) &&
-                    (one_batch || aligned(params.k.batch_stride));
+  const bool wide = rows_on_16_bytes(params.k, params.num_kv_heads, params.head_dim);  // for 16-byte loads
   return params.dtype == DType::kBFloat16 ? launch<__nv_bfloat16>(params, wide, chunks, grid, stream)
                                           : launch<__half>(params, wide, chunks, grid, stream);
 }

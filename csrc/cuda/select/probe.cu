@@ -514,20 +514,14 @@ cudaError_t launch(const KernelParams& params, cudaStream_t stream) {
   return params.probe.problem.head_dim == 64 ? launch<T, 64>(params, stream) : launch<T, 128>(params, stream);
 }
 
-// Whether every row of every head starts on 16 bytes; a stride that nothing is multiplied by does not count.
-bool rows_are_aligned(const TensorView& view, int64_t heads) {
-  const auto fits = [](int64_t stride, int64_t count) { return count <= 1 || stride % 8 == 0; };
-  return reinterpret_cast<uintptr_t>(view.data) % 16 == 0 && fits(view.token_stride, view.tokens) &&
-         fits(view.head_stride, heads) && fits(view.batch_stride, view.batch_size);
-}
-
 }  // namespace
 
 bool probe_attention_supports(const ProbeParams& params) {
   const Problem& p = params.problem;
   return (p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16) && (p.head_dim == 64 || p.head_dim == 128) &&
-         p.block_m <= kRows && p.batch <= 65535 && spans_of(p) <= 65535 && rows_are_aligned(params.q, p.num_q_heads) &&
-         rows_are_aligned(params.k, p.num_kv_heads);
+         p.block_m <= kRows && p.batch <= 65535 && spans_of(p) <= 65535 &&
+         rows_on_16_bytes(params.q, p.num_q_heads, p.head_dim) &&
+         rows_on_16_bytes(params.k, p.num_kv_heads, p.head_dim);
 }
 
 int64_t probe_attention_workspace_bytes(const ProbeParams& params) {
