@@ -24,7 +24,8 @@ bool select_supports(const ScoreParams& params);
 // Whether a row of max_blocks fits in their shared memory: one within the limits above does.
 bool select_fits(const ScoreParams& params);
 
-// Scratch memory of score_blocks() and select_blocks(), on the device, without their outputs.
+// Scratch memory of score_blocks() and select_blocks(), on the device, without their outputs. 0 for kRelativeMax where
+// all sequences have the same lengths, known on the host, and every mask row holds a query tile.
 int64_t select_workspace_bytes(const ScoreParams& params);
 
 // num_rows is at least max_mask_rows (geometry.h); rows that hold no query get scores of -1, or no blocks. For rules that
