@@ -10,8 +10,8 @@
 // Memory    reads K once, writes the means once; 8 KB of shared memory for the sums, 1 KB for the offsets.
 // Waits     for nothing but its own loads. No tensor cores, no atomics, no workspace.
 //
-// The other modes (Pooling in params.h) have a kernel of their own, pick_kernel: one thread per element of the flattened
-// axis, which walks the block's tokens in order. They are exact: a value of k comes out as it is.
+// The other modes (Pooling in params.h) have a kernel of their own, pick_kernel: one thread per element of the
+// flattened axis, which walks the block's tokens in order. They are exact: a value of k comes out as it is.
 #include <cstdint>
 
 #include "../common/alignment.h"
@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(kThreads, kMinCtasPerSm)
   store(out, count > 0 ? total / static_cast<float>(count) : 0.0f);
 }
 
-// Row of a token of sequence b, in elements from the start of k, without the head. Only tokens below the sequence's end.
+// Row of a token of sequence b, in elements from the start of k, without the head. Only tokens of the sequence.
 __device__ __forceinline__ int64_t token_offset(const PoolParams& params, int32_t b, int32_t token) {
   const KvLayout& kv = params.kv;
   if (kv.block_table != nullptr) {
@@ -155,8 +155,8 @@ __device__ __forceinline__ int64_t token_offset(const PoolParams& params, int32_
   return b * params.k.batch_stride + token * params.k.token_stride;
 }
 
-// kMaxAbs: the largest magnitude; ties: the earlier token. kCenter: token number count / 2. Both 16-bit types order their
-// magnitudes as their bits do, with NaN above all, so the bits are all that is looked at.
+// kMaxAbs: the largest magnitude; ties: the earlier token. kCenter: token number count / 2. Both 16-bit types order
+// their magnitudes as their bits do, with NaN above all, so the bits are all that is looked at.
 template <Pooling kPooling>
 __global__ void __launch_bounds__(kChunk)
     pick_kernel(const __grid_constant__ PoolParams params, const int32_t num_chunks) {

@@ -5,8 +5,8 @@
 //           best min_blocks and floor(min_ratio * visible), blocks of more than `probability` of the weight, and those
 //           of keep.h. kAntidiagonal: sinks and window rank before all others, in the order of their index.
 // NaN       a row that holds a NaN, or has no finite weight, keeps all it sees: dropping blocks would hide that.
-// Tile      one CTA of 1, 4 or 16 warps per (mask row, mask head), by the length of the row. HeadSharing::kUnion: it goes
-//           through the group's query heads one after the other and keeps what any of them keeps; one rescue for all.
+// Tile      one CTA of 1, 4 or 16 warps per (mask row, mask head), by the length of the row. HeadSharing::kUnion: it
+//           goes through the group's query heads in turn and keeps what any of them keeps; one rescue for all.
 // Memory    reads the visible scores once; shared: a key per block, and the mask's words. Writes words and counts.
 // Waits     for the scores. About 30 trips over the row in shared memory per bisection, no atomics.
 #include <cstdint>

@@ -59,7 +59,7 @@ Scale scale_of(const Problem& problem) {
   return {problem.softmax_scale * kLog2e, 0.0f};
 }
 
-// --- pool -------------------------------------------------------------------------------------------------------------
+// --- pool ------------------------------------------------------------------------------------------------------------
 
 constexpr int kPoolThreads = 256;
 constexpr int kChunk = 128;
@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(kPoolThreads, kMinCtasPerSm)
   pooled[int64_t{blockIdx.x} * width + first_element + thread] = value * factor;
 }
 
-// --- score ------------------------------------------------------------------------------------------------------------
+// --- score -----------------------------------------------------------------------------------------------------------
 
 constexpr int kTiles = 32;
 constexpr int kBlocks = 128;
@@ -260,7 +260,7 @@ __global__ void __launch_bounds__(kScoreThreads)
   }
 }
 
-// --- host -------------------------------------------------------------------------------------------------------------
+// --- host ------------------------------------------------------------------------------------------------------------
 
 template <typename T, int kVec>
 void launch_pool(const ScoreParams& params, const Slab& slab, float factor, float* pooled, cudaStream_t stream) {

@@ -15,9 +15,9 @@
 // Diagonals e = row - key. Over i and the step n, elements of one lane share a diagonal where i - n is the same: sums
 //           move from i to i + 1 with each step, and leave at i = 3. Of the 8 x 8 sums that leave at a step, those with
 //           g < column lie on the diagonals of the step before, 8 below: kept for one step, they make whole cyclic
-//           diagonals, which three shuffles add up. Every diagonal of a warp so gets one value, and no atomic is needed.
-// Memory    K twice from global memory (heads of a group run side by side, so that L2 serves them), two tiles of 64 keys
-//           in shared memory by cp.async; tokens past the end are zeros and are masked, never read.
+//           diagonals, which three shuffles add up. Every diagonal of a warp so gets one value: no atomics.
+// Memory    K twice from global memory (heads of a group run side by side, so that L2 serves them), two tiles of 64
+//           keys in shared memory by cp.async; tokens past the end are zeros and are masked, never read.
 // Waits     each kernel for the one before it. All sums run in a fixed order: same inputs, same bits.
 #include <algorithm>
 #include <utility>

@@ -1,8 +1,8 @@
 // Block selection on CUDA: from ScoreParams and SelectParams to the kernels that the rule needs.
 //
 //   kRelativeMax   one kernel for scores and masks (relative_max.h), in the order that make_order finds
-//   all others     slab by slab of mask rows: scores (score.h) into scratch memory of a fixed size, then masks from them
-//                  (pick.h). So memory does not grow with tiles x blocks.
+//   all others     slab by slab of mask rows: scores (score.h) into scratch memory of a fixed size, then masks from
+//                  them (pick.h). So memory does not grow with tiles x blocks.
 #include <algorithm>
 
 #include "../common/alignment.h"

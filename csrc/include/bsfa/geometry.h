@@ -1,9 +1,9 @@
 // Which query tiles and KV blocks exist, and where: the one statement of bsfa's coordinates, for host and device.
 //
 // KV blocks count from the start of the sequence. Query tiles are aligned to absolute positions too: with causal
-// attention query row i sits at position p = seqlen_k - seqlen_q + i and belongs to tile floor(p / block_m), so a prompt
-// has the same tiles however it is cut into chunks. Without causality rows sit at position i. Positions can be negative
-// (causal, seqlen_q > seqlen_k): such rows see nothing.
+// attention query row i sits at position p = seqlen_k - seqlen_q + i and belongs to tile floor(p / block_m), so a
+// prompt has the same tiles however it is cut into chunks. Without causality rows sit at position i. Positions can be
+// negative (causal, seqlen_q > seqlen_k): such rows see nothing.
 #pragma once
 
 #include <cstdint>

@@ -13,8 +13,8 @@ __device__ inline bool keeps_everything(const SelectParams& p, const TileRow& ti
 }
 
 // The pairs of a CTA are fixed: every gridDim.x-th of the order, back and forth so that no CTA always gets the longer
-// one. What a pair costs is known beforehand, and a queue would cost a round trip to memory for each. The lanes fetch 32
-// pairs at a time.
+// one. What a pair costs is known beforehand, and a queue would cost a round trip to memory for each. The lanes fetch
+// 32 pairs at a time.
 inline __device__ void schedule(Control& control, const KernelParams& p) {
   const int lane = threadIdx.x % 32;
   const Workspace& workspace = p.workspace;
