@@ -1,8 +1,7 @@
 // Skipping after the exact product (SkipParams in bsfa/params.h): how the two consumers and the warp that fetches V agree.
 //
 // A warpgroup decides for its 64 rows once the scores of a step are made: it keeps the step if one of its threads holds a
-// score that is not below its row's limit. Warps that hold one say so and go on; the others wait for all four, and look
-// whether one has said so. So where nothing is skipped, nobody waits.
+// score that is not below its row's limit (a reduction over a named barrier).
 //
 // The first warpgroup that keeps a step makes the V warp fetch its block; a block that both skip is never fetched. V
 // slots are taken in the order of fetches, which a consumer cannot know: it reads the slot of a step's V from `ready`,
@@ -28,8 +27,8 @@ __device__ __forceinline__ int32_t observe(const int32_t& word) {
 // Position in a ring by step number.
 template <int kSlots>
 struct StepCount {
-  int32_t number = 0;
-  int slot = 0;
+  int32_t number = -1;
+  int slot = kSlots - 1;
 
   __device__ __forceinline__ void advance() {
     ++number;
@@ -37,14 +36,16 @@ struct StepCount {
   }
 };
 
-// A warpgroup's decisions. All members are called by all its warps, in step.
+// A warpgroup's decisions. All its warps call decide(), in step.
 template <class Config>
 class Ballot {
   static constexpr int kRing = SkipStorage<Config>::kRing;
-  static constexpr int kFirstBarrier = 1;  // 0 is __syncthreads'
-  static_assert(kFirstBarrier + kConsumers * kRing <= 16, "named barriers of a CTA");
 
  public:
+  static constexpr int kFirstBarrier = 1;  // 0 is __syncthreads'
+  static constexpr int kBarriers = kConsumers * kRing;
+  static_assert(kFirstBarrier + kBarriers + kConsumers <= 16, "named barriers of a CTA");
+
   __device__ Ballot(SkipStorage<Config>& shared, int warp, int lane)
       : shared_(shared), warpgroup_(warp / 4), leads_(warp % 4 == 0 && lane == 0), lane_(lane) {}
 
@@ -57,17 +58,12 @@ class Ballot {
       if (lane_ == 0) publish(vote, yes);
       __syncwarp();
       asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "n"(kWarpgroup) : "memory");
-      return true;
+    } else {
+      asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(kWarpgroup) : "memory");
+      keep = __shfl_sync(kAllLanes, observe(vote), 0) == yes;
+      if (leads_ && !keep) publish(vote, yes - 1);
     }
-    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(kWarpgroup) : "memory");
-    const bool kept = __shfl_sync(kAllLanes, observe(vote), 0) == yes;
-    if (!kept && leads_) publish(vote, yes - 1);
-    return kept;
-  }
-
-  // The same where all warps know the outcome.
-  __device__ __forceinline__ void announce(const StepCount<kRing>& at, bool keep) const {
-    if (leads_) publish(shared_.votes[warpgroup_][at.slot], at.number << 1 | keep);
+    return keep;
   }
 
  private:
@@ -75,6 +71,34 @@ class Ballot {
   const int warpgroup_;
   const bool leads_;
   const int lane_;
+};
+
+#ifndef TURNS
+#define TURNS 1
+#endif
+// Whose scores are made: the warpgroups take turns, step by step, so that one's scores are made while the other decides.
+// They would otherwise stay as they happen to begin: side by side, and then the tensor cores idle while both decide.
+template <class Config>
+class Turns {
+  static constexpr int kFirstBarrier = Ballot<Config>::kFirstBarrier + Ballot<Config>::kBarriers;
+
+ public:
+  __device__ explicit Turns(int warpgroup) : warpgroup_(warpgroup) {}
+
+  __device__ __forceinline__ void begin() const {
+    if (warpgroup_ != 0) give();
+  }
+  __device__ __forceinline__ void await() const {
+    if constexpr (TURNS)
+    asm volatile("bar.sync %0, %1;" ::"r"(kFirstBarrier + warpgroup_), "n"(kConsumers * kWarpgroup) : "memory");
+  }
+  __device__ __forceinline__ void give() const {
+    if constexpr (TURNS)
+    asm volatile("bar.arrive %0, %1;" ::"r"(kFirstBarrier + 1 - warpgroup_), "n"(kConsumers * kWarpgroup) : "memory");
+  }
+
+ private:
+  const int warpgroup_;
 };
 
 // Fetches the values of steps that some warpgroup keeps.
@@ -94,6 +118,7 @@ class SkipValueLoader : public ValueLoader<Config> {
 
  private:
   __device__ void load_if_kept(const Block& block) {
+    step_.advance();
     auto& skip = this->shared_.skip;
     const int lane = this->lane_;
     const int32_t yes = step_.number << 1 | 1;
@@ -119,7 +144,6 @@ class SkipValueLoader : public ValueLoader<Config> {
         break;
       }
     }
-    step_.advance();
   }
 
   StepCount<SkipStorage<Config>::kRing> step_;

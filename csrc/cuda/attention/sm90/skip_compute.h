@@ -28,7 +28,8 @@ class SkipConsumer {
         thread_(threadIdx.x - kWarpgroup),
         warp_(__shfl_sync(kAllLanes, thread_ / 32, 0)),
         lane_(threadIdx.x % 32),
-        ballot_(shared.skip, warp_, lane_) {}
+        ballot_(shared.skip, warp_, lane_),
+        turns_(warp_ / 4) {}
 
   __device__ void run() {
     using namespace cute;
@@ -53,123 +54,141 @@ class SkipConsumer {
     auto o = partition_fragment_C(output_mma, Shape<Int<kTileRows>, Int<Config::kHeadDim>>{});
     auto probabilities = make_tensor<Element>(Layout<Shape<Shape<_2, _2, _2>, _1, Int<kBlockKeys / 16>>>{});
 
+    turns_.begin();
     Step step{0, 0};
-    float rescale[2], top[2];
-    bool begun = false;  // some tile
-    bool empty = true;   // O holds nothing of the tile
+    float rescale[2];
+    bool kept = false;  // the last step: P holds its probabilities, V has not been multiplied yet
+    bool empty = true;  // O holds nothing of the tile
 
-    const auto scores = [&]() __attribute__((always_inline)) {
+    const auto issue_scores = [&]() __attribute__((always_inline)) {
       issue(score_mma, query_part(_, _, _, query_.slot), key_part(_, _, _, key_.slot), s, false);
     };
-    const auto multiply = [&]() __attribute__((always_inline)) {
-      const int slot = await_value();
-      issue(output_mma, probabilities, value_part(_, _, _, slot), o, !empty);
+    const auto issue_product = [&](int32_t ready) __attribute__((always_inline)) {
+      issue(output_mma, probabilities, value_part(_, _, _, await_value(ready)), o, !empty);
     };
     const auto take_scores = [&]() __attribute__((always_inline)) {
       warpgroup_fence_operand(s);
+      turns_.give();
       release(shared_.key_empty[key_.slot]);
       key_.advance();
+      step_.advance();
+    };
+    const auto finish_product = [&]() __attribute__((always_inline)) {
+      warpgroup_fence_operand(s);
+      warpgroup_wait<0>();
+      warpgroup_fence_operand(o);
     };
     const auto scale_output = [&]() __attribute__((always_inline)) {
 #pragma unroll
       for (int i = 0; i < size(o); ++i) o(i) *= rescale[i / 2 % 2];
     };
-    // A tile whose last step was skipped.
-    const auto finish_if_last = [&]() __attribute__((always_inline)) {
-      if (!(step.flags & kLast)) return;
-      count_tile(query_.slot);
-      if (empty) clear(o);
-      finish_tile(o, rows_, query_.slot);
-    };
 
     for (;;) {
-      // Nothing is pending.
-      next_step(step);
-      if (step.flags & kEnd) break;
-      if (step.flags & kFirst) {
-        if (begun) query_.advance();
-        begun = empty = true;
-        begin_tile();
-      }
-      scores();
-      warpgroup_wait<0>();
-      take_scores();
-      const bool kept = decide(s, step, top);
-      if (kept || counts_skipped(step)) {
-        if (softmax(s, top, step, rescale)) scale_output();
-      }
-      if (!kept) {
-        finish_if_last();
-        done_with(step_.number);
-        step_.advance();
-        continue;
-      }
-      convert(s, probabilities);
-
-      // P is pending.
-      for (;;) {
-        const bool ends = step.flags & kLast;
+      // Between two tiles.
+      give_back_for_next();
+      await_step();
+      if (read_step().flags & kEnd) break;
+      bool more = true;
+      if (kept) {  // of the tile before, whose last product goes beside the first scores of this one
         const int slot = query_.slot;
-        next_step(step);
-        if (step.flags & kEnd) {
-          multiply();
-          warpgroup_wait<0>();
-          warpgroup_fence_operand(o);
-          count_tile(slot);
-          finish_tile(o, rows_, slot);
-          if (lane_ == 0) tma_store_wait<0>();  // shared memory must outlive the stores
-          return;
-        }
         const SoftmaxRows finished = rows_;
-        if (ends) {
-          count_tile(slot);
-          query_.advance();
-          begin_tile();
-        }
-        scores();
-        multiply();
+        begin_tile();
+        turns_.await();
+        issue_scores();
+        issue_product(-1);
+        step = read_step();
         warpgroup_wait<1>();
         take_scores();
-        step_.advance();
-        const bool keep = decide(s, step, top);
-        const bool rescaled = (keep || counts_skipped(step)) && softmax(s, top, step, rescale);
-        warpgroup_fence_operand(s);
-        warpgroup_wait<0>();
-        warpgroup_fence_operand(o);
-        empty = ends;
-        if (ends) {
-          finish_tile(o, finished, slot);
-        } else if (rescaled) {
-          scale_output();
-        }
-        if (!keep) break;
-        convert(s, probabilities);
+        kept = decide(s, step);
+        if (kept || counts(step)) softmax(s, step, rescale);
+        finish_product();
         done_with(step_.number - 1);
+        finish_tile(o, finished, slot);
+        if (kept) {
+          convert(s, probabilities);
+        } else {
+          done_with(step_.number);
+        }
+        more = !(step.flags & kLast);
+      } else {
+        begin_tile();
       }
-      finish_if_last();
-      done_with(step_.number);
-      step_.advance();
+      empty = true;
+      while (more) {
+        if (__builtin_expect(stored_slot_ >= 0, 0)) give_back_if_read();
+        if (kept) {
+          const int32_t ready = observe(shared_.skip.ready[step_.slot]);
+          await_step();
+          turns_.await();
+          issue_scores();
+          issue_product(ready);
+          empty = false;
+          step = read_step();
+          warpgroup_wait<1>();
+          take_scores();
+          kept = decide(s, step);
+          bool rescaled = false;
+          if (kept || counts(step)) rescaled = softmax(s, step, rescale);
+          finish_product();
+          done_with(step_.number - 1);
+          if (rescaled) scale_output();
+        } else {
+          await_step();
+          turns_.await();
+          issue_scores();
+          step = read_step();
+          warpgroup_wait<0>();
+          take_scores();
+          kept = decide(s, step);
+          if (kept || counts(step)) {
+            if (softmax(s, step, rescale)) scale_output();
+          }
+        }
+        if (kept) {
+          convert(s, probabilities);
+        } else {
+          done_with(step_.number);
+        }
+        more = !(step.flags & kLast);
+      }
+      count_tile();
+      if (!kept) {
+        if (empty) clear(o);
+        finish_tile(o, rows_, query_.slot);
+      }
     }
-    if (lane_ == 0) tma_store_wait<0>();
+    if (kept) {
+      issue_product(-1);
+      finish_product();
+      finish_tile(o, rows_, query_.slot);
+    }
+    if (lane_ == 0) tma_store_wait<0>();  // shared memory must outlive the stores
   }
 
  private:
   static constexpr int kRing = SkipStorage<Config>::kRing;
 
-  // Waits for the next step, until its K has arrived. Before that the slot of the tile that was stored last is given
-  // back, one step after it was stored: by then TMA has read it. At once if the next tile's queries want it.
-  __device__ void next_step(Step& step) {
-    if (stored_slot_ >= 0) {
-      if (!just_stored_ || ((step.flags & kLast) && stored_slot_ != query_.slot)) give_back_stored();
-      just_stored_ = false;
-    }
-    shared_.full[key_.slot].wait(key_.parity);
-    step = shared_.steps[key_.slot];
-    step.flags = __shfl_sync(kAllLanes, step.flags, 0);  // makes branches on it uniform
+  // The slot of the tile that was stored last is given back one step after it was stored: by then TMA has read it. But
+  // before the next tile's first step, if the queries of that one want it.
+  __device__ void give_back_if_read() {
+    if (!just_stored_) give_back_stored();
+    just_stored_ = false;
+  }
+  __device__ void give_back_for_next() {
+    if (stored_slot_ >= 0 && stored_slot_ != query_.slot) give_back_stored();
   }
 
-  // The queries of the tile at `query_` have arrived; its rows have seen nothing.
+  // The step's K and the step itself have arrived.
+  __device__ void await_step() const { shared_.full[key_.slot].wait(key_.parity); }
+  __device__ Step read_step() const {
+    const Step step = shared_.steps[key_.slot];
+    return {step.first_key, __shfl_sync(kAllLanes, step.flags, 0)};  // makes branches on it uniform
+  }
+
+  // On to the next tile, whose queries are waited for; its rows have seen nothing.
   __device__ void begin_tile() {
+    if (begun_) query_.advance();
+    begun_ = true;
     shared_.query_full[query_.slot].wait(query_.parity);
     const TileInfo& info = shared_.tiles[query_.slot];
     const int first_row = warp_ * kStoreRows + lane_ / 4;
@@ -185,15 +204,13 @@ class SkipConsumer {
     const int group = warp_ / 4 * kSkipRows;
     has_rows_ = info.tile.row_begin < group + kSkipRows && info.tile.row_end > group;
     rows_complete_ = false;
-    met_ = skipped_ = 0;
+    met_ = kept_ = 0;
   }
 
-  // The slot of the values of step `step_`, which this warpgroup keeps, once they have arrived.
-  __device__ int await_value() const {
-    int32_t ready;
-    do {
-      ready = __shfl_sync(kAllLanes, observe(shared_.skip.ready[step_.slot]), 0);
-    } while (ready >> 4 != step_.number);
+  // The slot of the values of step `step_`, which this warpgroup keeps, once they have arrived. `ready`: what was last
+  // seen of where they will be.
+  __device__ int await_value(int32_t ready) const {
+    while (ready >> 4 != step_.number) ready = observe(shared_.skip.ready[step_.slot]);
     const int slot = ready >> 1 & 7;
     static_assert(Config::kValueSlots <= 8, "bits of a slot");
     shared_.skip.value_full[slot].wait(ready & 1);
@@ -206,47 +223,42 @@ class SkipConsumer {
   __device__ void done_with(int32_t number) const {
     if (lane_ == 0) publish(shared_.skip.done[warp_], number);
   }
-  __device__ bool counts_skipped(const Step& step) const { return p_.skip.counted && !(step.flags & kNone); }
+  // Whether the exponentials of a step that is skipped are wanted.
+  __device__ bool counts(const Step& step) const { return p_.skip.counted && !(step.flags & kNone); }
 
-  // Whether the warpgroup keeps the step `step_`, whose scores are masked here. `top`: the rows' largest scores of this
-  // thread's.
+  // Whether the warpgroup keeps the step `step_`, whose scores are masked here; their rows' maxima go to top_.
   template <class Tensor>
-  __device__ bool decide(Tensor& s, const Step& step, float (&top)[2]) {
+  __device__ bool decide(Tensor& s, const Step& step) {
     if constexpr (Config::kTransform) {
       transform_scores(s, p_.scale);
     }
-    if (step.flags & kMasked) {
+    if (__builtin_expect(step.flags & kMasked, 0)) {
       mask_scores(s, shared_.tiles[query_.slot].tile, step.first_key, warp_ * kStoreRows + lane_ / 4, p_.causal, -1);
     }
-    top[0] = max_of_row<true>(s, 0);
-    top[1] = max_of_row<true>(s, 1);
-    bool keep;
-    if (step.flags & (kKeep | kNone)) {
-      keep = !(step.flags & kNone);
-      ballot_.announce(step_, keep);
-      met_ += keep;
-    } else {
-      // A base of +inf: the row is not of the sequence. A NaN is not below its limit.
-      const bool high = (!(top[0] < largest_[0] + cut_) && rows_.base[0] != INFINITY) ||
-                        (!(top[1] < largest_[1] + cut_) && rows_.base[1] != INFINITY);
-      keep = ballot_.decide(step_, __any_sync(kAllLanes, high));
-      ++met_;
-      skipped_ += !keep;
-    }
-    if (keep && p_.skip.relative && __any_sync(kAllLanes, top[0] > largest_[0] || top[1] > largest_[1])) {
+    bool keep = step.flags & kKeep;
 #pragma unroll
-      for (int r = 0; r < 2; ++r) largest_[r] = fmaxf(largest_[r], max_over_quad(top[r]));
+    for (int r = 0; r < 2; ++r) {
+      top_[r] = max_of_row<true>(s, r);
+      // A base of +inf: the row is not of the sequence. A NaN is not below its limit.
+      keep |= !(top_[r] < largest_[r] + cut_) & (rows_.base[r] != INFINITY);
+    }
+    keep = ballot_.decide(step_, __any_sync(kAllLanes, keep & !(step.flags & kNone)));
+    met_ += !(step.flags & kNone);
+    kept_ += keep;
+    if (keep && p_.skip.relative && __any_sync(kAllLanes, (top_[0] > largest_[0]) | (top_[1] > largest_[1]))) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) largest_[r] = fmaxf(largest_[r], max_over_quad(top_[r]));
     }
     return keep;
   }
 
   // Turns scores into exponentials. True if what was summed before must be multiplied by `rescale`.
   template <class Tensor>
-  __device__ bool softmax(Tensor& s, const float (&top)[2], const Step& step, float (&rescale)[2]) {
+  __device__ bool softmax(Tensor& s, const Step& step, float (&rescale)[2]) {
     if (!(step.flags & kMasked) && rows_complete_) {
-      return softmax_plain(s, top, rows_, rescale, p_.scale.scale_log2, p_.scale.inverse_scale_log2);
+      return softmax_plain(s, top_, rows_, rescale, p_.scale.scale_log2, p_.scale.inverse_scale_log2);
     }
-    rows_complete_ = softmax_any(s, top, rows_, rescale, false, p_.scale.scale_log2);
+    rows_complete_ = softmax_any(s, top_, rows_, rescale, false, p_.scale.scale_log2);
     return true;
   }
 
@@ -257,18 +269,19 @@ class SkipConsumer {
     for (int i = 0; i < kScores / 2; ++i) pairs(i) = pack<Element>(s(2 * i), s(2 * i + 1));
   }
 
-  // Adds what the tile in a query slot met and skipped to the counters of its head.
-  __device__ void count_tile(int slot) const {
+  // Adds what the tile met and skipped to the counters of its head.
+  __device__ void count_tile() const {
     if (warp_ % 4 != 0 || lane_ != 0 || !has_rows_) return;
-    unsigned long long* counts = p_.skip.counts + 2 * shared_.tiles[slot].head;
-    atomicAdd(counts, met_);
-    atomicAdd(counts + 1, skipped_);
+    unsigned long long* counts = p_.skip.counts + 2 * shared_.tiles[query_.slot].head;
+    atomicAdd(counts, static_cast<unsigned long long>(met_));
+    atomicAdd(counts + 1, static_cast<unsigned long long>(met_ - kept_));
   }
 
   template <class Tensor>
   __device__ void finish_tile(const Tensor& o, const SoftmaxRows& rows, int slot) {
     if (stored_slot_ >= 0) give_back_stored();
     store_tile<Config>(shared_.query[slot], p_, shared_.tiles[slot], warp_, o, rows);
+    __syncwarp();
     stored_slot_ = slot;
     just_stored_ = true;
   }
@@ -288,16 +301,19 @@ class SkipConsumer {
   const int warp_;
   const int lane_;
   const Ballot<Config> ballot_;
+  const Turns<Config> turns_;
   RingPosition<kQuerySlots> query_;
   RingPosition<Config::kKeySlots> key_;
   StepCount<kRing> step_;
   SoftmaxRows rows_{};
+  float top_[2];      // of the rows in the step, of this thread's scores
   float largest_[2];  // of the rows, over the steps met and not skipped; 0 where thresholds are absolute
   float cut_ = 0.0f;
-  bool has_rows_ = false;       // some of the warpgroup's rows are of the sequence
-  bool rows_complete_ = false;  // every row of this warp has seen a key
-  unsigned long long met_ = 0, skipped_ = 0;
-  int stored_slot_ = -1;  // query slot of the tile that was stored last, until it is given back
+  bool begun_ = false;           // some tile
+  bool has_rows_ = false;        // some of the warpgroup's rows are of the sequence
+  bool rows_complete_ = false;   // every row of this warp has seen a key
+  uint32_t met_ = 0, kept_ = 0;  // steps of the tile
+  int stored_slot_ = -1;         // query slot of the tile that was stored last, until it is given back
   bool just_stored_ = false;
 };
 

@@ -51,7 +51,9 @@ __device__ __forceinline__ void store_tile(char* buffer, const KernelParams& p, 
   const auto packed = [&](int j, int r) {
     return pack<Element>(o(4 * j + 2 * r) * inverse[r], o(4 * j + 2 * r + 1) * inverse[r]);
   };
-  if (p.store_by_tma && first_row >= tile.row_begin && first_row + kStoreRows <= tile.row_end) {
+  // All lanes alike: the shuffle tells the compiler, which else gives up uniform registers in loops around this.
+  const bool whole = p.store_by_tma && first_row >= tile.row_begin && first_row + kStoreRows <= tile.row_end;
+  if (__shfl_sync(kAllLanes, whole, 0)) {
     constexpr int kRowBytes = kBoxColumns * 2;
     char* first = buffer + first_row * kRowBytes;
     // Lane i addresses rows 0-7 or 8-15 (i / 8 % 2) of column tiles j or j + 1 (i / 16), 16 bytes each, swizzled.
