@@ -292,7 +292,7 @@ def _on_device(entry: Entry, device: torch.device) -> Policy | list[Policy | Non
 def describe(entry: Entry) -> str:
     """A short name of what an entry runs."""
     if isinstance(entry, ThresholdTable):
-        return f"{entry.policy.name}, target recall {entry.target_recall}"
+        return f"{entry.policy.name}, {entry.goal}"
     if isinstance(entry, PerLayer):
         names = dict.fromkeys(DENSE if p is None else p.name for p in entry.policies)
         return f"per layer: {', '.join(names)}"
