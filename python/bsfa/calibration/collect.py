@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from bsfa.calibration.curves import BlockCurves, block_curves, check_sharing, threshold_grid
+from bsfa.calibration.curves import BlockCurves, block_curves, check_calibratable, threshold_grid
 from bsfa.calibration.forward import prefill
 from bsfa.errors import UnsupportedError
 from bsfa.identity import ModelIdentity
@@ -170,7 +170,7 @@ def collect(
 
     if not isinstance(policy, ScoredPolicy):
         raise TypeError(f"only policies with a score can be calibrated, got {type(policy).__name__}")
-    check_sharing(policy)
+    check_calibratable(policy)
     if not 0.0 < tail <= 1.0:
         raise ValueError(f"tail must be a share of the query tiles, above 0 and at most 1, got {tail}")
     if len(prompts) < 2:
