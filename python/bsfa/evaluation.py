@@ -2,8 +2,9 @@
 
 For every prompt the model runs once densely and once per entry. The dense run also gives each entry's *recall*: the
 attention mass that its blocks would keep, on the queries and keys of the dense run. *Density* is that of the masks that
-the sparse run used, less what it skipped inside attention (:meth:`bsfa.AttentionInfo.density`). *Time* is the wall clock of the whole prefill (all layers, and logits at the scored positions) less
-the time that the measuring itself took.
+the sparse run used, less what it skipped inside attention (:meth:`bsfa.AttentionInfo.density`). *Time* is the wall
+clock of the whole prefill (all layers, and logits at the scored positions) less the time that the measuring itself
+took.
 """
 
 from __future__ import annotations

@@ -460,8 +460,9 @@ def clear_policy(model: nn.Module) -> None:
 def density(model: nn.Module) -> dict[int, Tensor]:
     """Kept / visible blocks of each layer's last prefill call (1.0: dense), float32 scalars on the device.
 
-    What was skipped inside attention counts as not kept (:meth:`bsfa.AttentionInfo.density`). With chunked prefill that is the last chunk. Layers without a prefill since :func:`set_policy` are left out. Raises
-    ``ValueError`` unless the policy was set with ``record=True``.
+    What was skipped inside attention counts as not kept (:meth:`bsfa.AttentionInfo.density`). With chunked prefill that
+    is the last chunk. Layers without a prefill since :func:`set_policy` are left out. Raises ``ValueError`` unless the
+    policy was set with ``record=True``.
     """
     states = {
         index: cast(_LayerState, module._bsfa_state)
