@@ -140,7 +140,15 @@ def attention(
 
 
 def tile_max(
-    q: Array, k: Array, *, form: str, scale: float, block_m: int, block_n: int, causal: bool = True, softcap: float = 0.0
+    q: Array,
+    k: Array,
+    *,
+    form: str,
+    scale: float,
+    block_m: int,
+    block_n: int,
+    causal: bool = True,
+    softcap: float = 0.0,
 ) -> Array:
     """[tiles, Hq, blocks]: what is compared, for the rows of whole tiles that meet every visible block and skip none;
     -inf for blocks that are not visible.
