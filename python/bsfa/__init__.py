@@ -14,6 +14,7 @@ from bsfa.attention import attention, attention_paged, attention_varlen
 from bsfa.block_mask import BlockMask, MaskGeometry
 from bsfa.doctor import doctor
 from bsfa.errors import DenseFallbackWarning, ThresholdMismatchError, UnsupportedError
+from bsfa.importing import import_bsfa
 from bsfa.info import AttentionInfo
 from bsfa.plotting import plot_mask
 from bsfa.stages import block_mass, block_sparse_attention, pool_blocks, select_blocks, tile_max
@@ -36,6 +37,7 @@ __all__ = [
     "block_mass",
     "block_sparse_attention",
     "doctor",
+    "import_bsfa",
     "plot_mask",
     "policies",
     "pool_blocks",

@@ -395,7 +395,7 @@ def _parse(text: str | None, tensors: dict[str, Tensor], source: str) -> Thresho
     for name in ("target_recall", "tail"):
         if version == 1 or calibration.get(name) is not None:
             _get(calibration, name, (int, float))
-    values = tensors if measured else {**_not_measured(tensors["thresholds"]), **tensors}
+    values = tensors if measured else {**not_measured(tensors["thresholds"]), **tensors}
     table = ThresholdTable(
         policy=policy,
         layers=tuple(_get(data, "layers", list)),
@@ -417,7 +417,7 @@ def _parse(text: str | None, tensors: dict[str, Tensor], source: str) -> Thresho
     return table
 
 
-def _not_measured(thresholds: Tensor) -> dict[str, Tensor]:
+def not_measured(thresholds: Tensor) -> dict[str, Tensor]:
     """What stands for measurements that there are not: NaN, and no lengths."""
     if thresholds.dim() != 2:
         raise ValueError(f"thresholds must be [layers, heads], got shape {tuple(thresholds.shape)}")
