@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from bsfa.calibration.curves import BlockCurves, block_curves, check_calibratable, threshold_grid
 from bsfa.calibration.forward import prefill
+from bsfa.calibration.resume import PromptRecord, PromptStore, run_settings
 from bsfa.errors import UnsupportedError
 from bsfa.identity import ModelIdentity
 from bsfa.policies import ScoredPolicy
@@ -97,8 +99,38 @@ class _Collector:
         self.heads: int | None = None
         self.group = 1
         self.current: dict[int, BlockCurves] = {}
+        self.listening = True
+        self.restored: dict[str, Any] | None = None
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within it, calls are not measured."""
+        self.listening = False
+        try:
+            yield
+        finally:
+            self.listening = True
+
+    def facts(self, place: Path) -> dict[str, Any]:
+        """What the calls so far told about the model; raises unless it is what the prompts in ``place`` told."""
+        names = ("layers", "scale", "softcap", "dtype", "heads", "group")
+        facts = {name: list(x) if isinstance(x := getattr(self, name), list) else x for name in names}
+        if self.restored not in (None, facts):
+            odd = ", ".join(name for name in facts if facts[name] != (self.restored or {}).get(name))
+            raise ValueError(
+                f"{place}: its prompts were measured under other conditions than this run's ({odd}): delete it"
+            )
+        return facts
+
+    def restore(self, facts: Mapping[str, Any], place: Path) -> None:
+        """Know what an earlier run knew after a prompt."""
+        for name, value in facts.items():
+            setattr(self, name, list(value) if isinstance(value, list) else value)
+        self.restored = self.facts(place)
 
     def __call__(self, call: AttentionCall) -> None:
+        if not self.listening:
+            return
         if not 0 <= call.layer < len(self.layers):
             raise UnsupportedError(f"attention of layer {call.layer} in a model of {len(self.layers)} layers")
         if call.window_left is not None:
@@ -146,6 +178,14 @@ class _Collector:
         return prompt
 
 
+def _record(curves: BlockCurves, facts: Mapping[str, Any]) -> PromptRecord:
+    return PromptRecord({f.name: getattr(curves, f.name) for f in fields(curves)}, facts)
+
+
+def _curves(record: PromptRecord) -> BlockCurves:
+    return BlockCurves(**record.tensors)
+
+
 def collect(
     model: Any,
     tokenizer: Any,
@@ -155,6 +195,7 @@ def collect(
     tail: float = TAIL,
     max_length: int | None = None,
     progress: Progress | None = None,
+    resume: str | Path | None = None,
 ) -> CalibrationCurves:
     """Measure, in one dense pass per prompt, what ``policy`` loses and keeps at every threshold of a fixed grid.
 
@@ -163,8 +204,12 @@ def collect(
     this share of them (1: about all of them alike). max_length: cut prompts to that many tokens. ``policy``'s own
     threshold does not matter. Memory: three floats per prompt, head and grid point, and the block scores of one layer.
 
+    resume: a folder that keeps what each prompt gave as soon as it is measured. A later call with the same settings
+    measures only what is missing and returns the same, bit for bit; what other settings left there does not count. See
+    :mod:`bsfa.calibration.resume`.
+
     Afterwards the model has no policy. Raises ``ValueError`` for too few prompts or unfit ones,
-    :class:`bsfa.UnsupportedError` for models that this cannot measure.
+    :class:`bsfa.UnsupportedError` for models that this cannot measure, ``OSError`` if ``resume`` cannot be written.
     """
     from bsfa.integrations.transformers import observe
 
@@ -179,22 +224,38 @@ def collect(
     work = [prefill_work(len(t)) for t in tokenized]
     total, done = sum(work), 0.0
     collector = _Collector(policy, int(text_config(model).num_hidden_layers), tail)
-    measured: list[BlockCurves] = []
+    measured: list[BlockCurves | None] = [None] * len(prompts)
     with dense_model(model), observe(model, collector):
-        for t, cost in zip(tokenized, work, strict=True):
+        store = None
+        if resume is not None:
+            with collector.paused():
+                extra = {"curves": [f.name for f in fields(BlockCurves)]}
+                store = PromptStore(resume, run_settings(model, policy, collector.grid, tail, extra))
+            for i, t in enumerate(tokenized):
+                record = store.load(t.ids)
+                if record is not None:
+                    collector.restore(record.facts, store.place)
+                    measured[i] = _curves(record)
+                    done += work[i]
+        for i, t in enumerate(tokenized):
+            if measured[i] is not None:
+                continue
             if progress is not None:
                 progress(done, total, f"{len(t)} tokens")
             prefill(model, t.ids)
-            measured.append(collector.take())
-            done += cost
+            measured[i] = curves = collector.take()
+            if store is not None:
+                store.save(t.ids, _record(curves, collector.facts(store.place)))
+            done += work[i]
     if progress is not None:
         progress(total, total, "done")
+    found = [m for m in measured if m is not None]
     return CalibrationCurves(
         policy=policy,
         grid=collector.grid,
-        lost_mass=torch.stack([m.lost for m in measured]),
-        tail_lost=torch.stack([m.tail_lost for m in measured]),
-        density=torch.stack([m.density for m in measured]),
+        lost_mass=torch.stack([m.lost for m in found]),
+        tail_lost=torch.stack([m.tail_lost for m in found]),
+        density=torch.stack([m.density for m in found]),
         tail=float(tail),
         layers=tuple(collector.layers),
         tokens=tuple(len(t) for t in tokenized),

@@ -50,6 +50,7 @@ from bsfa.attention import attention, attention_varlen
 from bsfa.errors import UnsupportedError, warn_dense
 from bsfa.info import AttentionInfo
 from bsfa.integrations._hf_masks import KeyMask, MaskFacts, Packing, bsfa_mask, padding_facts
+from bsfa.placement import module_device
 from bsfa.policies import Policy
 from bsfa.policies.composed import PerLayer, on_device
 from bsfa.stages import check_skip
@@ -413,8 +414,8 @@ def _per_layer(
 
 
 def _beside(module: nn.Module, policy: Policy | None) -> Policy | None:
-    """``policy`` with its per-head thresholds on the module's device, so that calls do not copy them again."""
-    device = next((p.device for p in module.parameters() if p.device.type != "meta"), None)
+    """``policy`` with its per-head thresholds where the module computes, so that calls do not copy them again."""
+    device = module_device(module)
     return policy if device is None else on_device(policy, device)
 
 
