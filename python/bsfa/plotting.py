@@ -56,7 +56,7 @@ def plot_thresholds(table: ThresholdTable, path: str | Path) -> None:
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.yaxis.get_major_locator().set_params(integer=True)
         figure.colorbar(image, ax=axes)
-    figure.suptitle(f"{policy.name}, target recall {table.target_recall}, {table.model.name}", fontsize=11)
+    figure.suptitle(f"{policy.name}, {table.goal}, {table.model.name}", fontsize=11)
     _write(figure, path)
 
 
