@@ -224,13 +224,15 @@ def collect(
     work = [prefill_work(len(t)) for t in tokenized]
     total, done = sum(work), 0.0
     collector = _Collector(policy, int(text_config(model).num_hidden_layers), tail)
+    identity = ModelIdentity.of(model)
     measured: list[BlockCurves | None] = [None] * len(prompts)
     with dense_model(model), observe(model, collector):
         store = None
         if resume is not None:
             with collector.paused():
                 extra = {"curves": [f.name for f in fields(BlockCurves)]}
-                store = PromptStore(resume, run_settings(model, policy, collector.grid, tail, extra))
+                settings = run_settings(model, identity, policy, collector.grid, tail, extra)
+                store = PromptStore(resume, settings)
             for i, t in enumerate(tokenized):
                 record = store.load(t.ids)
                 if record is not None:
@@ -260,7 +262,7 @@ def collect(
         layers=tuple(collector.layers),
         tokens=tuple(len(t) for t in tokenized),
         prompts_sha256=prompts_sha256([p.text for p in prompts]),
-        model=ModelIdentity.of(model),
+        model=identity,
         attention={"softmax_scale": collector.scale, "softcap": collector.softcap, "dtype": collector.dtype},
         group=collector.group,
     )
