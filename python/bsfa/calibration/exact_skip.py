@@ -50,6 +50,7 @@ from bsfa.calibration.curves import (
 from bsfa.calibration.resume import run_settings, tensors_sha256
 from bsfa.calibration.risk import check_target, loosest_mean
 from bsfa.errors import UnsupportedError
+from bsfa.identity import ModelIdentity
 from bsfa.policies import ExactSkip
 from bsfa.prompts import Prompt, TokenizedPrompt, tokenize
 from bsfa.stages import tile_max
@@ -288,6 +289,7 @@ def collect_skip(
     spent = split_spent(len(prompts), seed)[0].tolist()
     grid, layers, relative = threshold_grid(policy), num_layers(model), policy.form == "relative"
     names = [f.name for f in fields(BlockCurves)]
+    identity = ModelIdentity.of(model)
     reference: Tensor | None = None
     positions: tuple[int, ...] = ()
     before = 0.0
@@ -304,7 +306,7 @@ def collect_skip(
             model,
             some,
             first,
-            lambda: run_settings(model, policy, grid, tail, {"lse": list(knots)}),
+            lambda: run_settings(model, identity, policy, grid, tail, {"lse": list(knots)}),
             progress=_part(progress, 0.0, before, after),
             resume=_folder(resume, PASSES[0]),
         )
@@ -315,11 +317,11 @@ def collect_skip(
         model,
         tokenized,
         collector,
-        lambda: run_settings(model, policy, grid, tail, extra),
+        lambda: run_settings(model, identity, policy, grid, tail, extra),
         progress=_part(progress, before, _work(tokenized), 0.0),
         resume=_folder(resume, PASSES[1]),
     )
-    whole = as_curves(model, prompts, tokenized, collector, found)
+    whole = as_curves(identity, prompts, tokenized, collector, found)
     whole = replace(whole, spent=tuple(spent), reference=reference, positions=positions)
     if not relative:
         facts = {"reference": "mean LSE near each position, over the reference prompts", "reference_prompts": spent}
@@ -438,12 +440,13 @@ def calibrate_kth(
     some, rest = [tokenized[i] for i in held_in.tolist()], [tokenized[i] for i in held_out.tolist()]
     tiles, layers = -(-max(map(len, some)) // policy.block_m), num_layers(model)
     grid = torch.tensor([policy.keep_all_threshold(), 1.0])
+    identity = ModelIdentity.of(model)
     first = _KthCollector(policy, layers, k, tiles)
     levels = measure(
         model,
         some,
         first,
-        lambda: run_settings(model, policy, grid, tail, {"k": k, "tiles": tiles}),
+        lambda: run_settings(model, identity, policy, grid, tail, {"k": k, "tiles": tiles}),
         progress=_part(progress, 0.0, _work(some), _work(rest)),
         resume=_folder(resume, PASSES[0]),
     )
@@ -458,11 +461,11 @@ def calibrate_kth(
         model,
         rest,
         collector,
-        lambda: run_settings(model, policy, grid, tail, extra),
+        lambda: run_settings(model, identity, policy, grid, tail, extra),
         progress=_part(progress, _work(some), _work(rest), 0.0),
         resume=_folder(resume, PASSES[1]),
     )
-    curves = as_curves(model, prompts, rest, collector, found)
+    curves = as_curves(identity, prompts, rest, collector, found)
     calibrated = torch.tensor([kind == CALIBRATED for kind in curves.layers])
     sparse = calibrated[:, None] & (reference > -math.inf).any(-1)
     return ThresholdTable(
