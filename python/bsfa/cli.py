@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import math
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,8 +19,10 @@ from rich.markup import escape
 from rich.table import Table
 
 import bsfa
-from bsfa.calibration import Progress, choose, collect
+from bsfa.calibration import Progress, Promise, choose, collect
 from bsfa.calibration.collect import TAIL
+from bsfa.calibration.resume import discard
+from bsfa.calibration.statement import doubts, statement
 from bsfa.doctor import default_device
 from bsfa.evaluation import Accuracy, EvaluationReport, evaluate
 from bsfa.files import write_text
@@ -49,8 +52,13 @@ MaxPrompts = Annotated[int | None, typer.Option(min=1, help="Use the first N pro
 MaxLength = Annotated[int | None, typer.Option(min=2, help="Cut prompts to N tokens.")]
 DtypeOption = Annotated[str, typer.Option(help=f"Of the weights: {', '.join(DTYPES)} (as stored).")]
 DeviceOption = Annotated[
-    str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: a GPU that bsfa can use, or cpu.")
+    str | None,
+    typer.Option(
+        help="cpu, cuda, cuda:1, ...; auto: spread over all GPUs, the CPU and the disk as they have room (accelerate); "
+        "default: a GPU that bsfa can use, or cpu."
+    ),
 ]
+AUTO = "auto"
 
 
 # ---- what all commands share ----------------------------------------------------------------------------------------
@@ -93,7 +101,10 @@ def _global_options(
     _options["traceback"] = traceback
 
 
-def _pick_device(name: str | None) -> torch.device:
+def _pick_device(name: str | None) -> torch.device | None:
+    """The device, or None to spread the model over what there is."""
+    if name == AUTO:
+        return None
     if name is not None:
         try:
             device = torch.device(name)
@@ -105,8 +116,8 @@ def _pick_device(name: str | None) -> torch.device:
     return default_device()
 
 
-def _load_model(name: str, dtype: str, device: torch.device) -> tuple[Any, Any]:
-    """The causal LM and its tokenizer."""
+def _load_model(name: str, dtype: str, device: torch.device | None) -> tuple[Any, Any]:
+    """The causal LM on ``device`` (None: spread over what there is) and its tokenizer."""
     if dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
     try:
@@ -123,20 +134,69 @@ def _load_model(name: str, dtype: str, device: torch.device) -> tuple[Any, Any]:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    return model.to(device).eval(), tokenizer
+    load = functools.partial(transformers.AutoModelForCausalLM.from_pretrained, source, dtype=dtype)
+    if device is not None:
+        model: Any = load()
+        return model.to(device).eval(), tokenizer
+    if not transformers.utils.is_accelerate_available():
+        raise ImportError(f"--device {AUTO} needs accelerate: pip install accelerate")
+    return load(device_map="auto").eval(), tokenizer
+
+
+class TimeLeft:
+    """Seconds left of work that is reported in steps of any length.
+
+    The rate is that of all work since the first report: what was done before that (by an earlier run) says nothing
+    about it. Between reports the estimate counts down.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        self._clock = clock
+        self._first: tuple[float, float] | None = None
+        self._last = (0.0, 0.0)
+        self._total = 0.0
+
+    def report(self, done: float, total: float) -> None:
+        """``done`` of ``total`` is done now."""
+        self._last, self._total = (self._clock(), done), total
+        if self._first is None:
+            self._first = self._last
+
+    def seconds(self) -> float | None:
+        """The estimate; None before anything was done."""
+        if self._first is None or self._last[1] <= self._first[1]:
+            return None
+        rate = (self._last[1] - self._first[1]) / max(self._last[0] - self._first[0], 1e-9)
+        return max((self._total - self._last[1]) / rate - (self._clock() - self._last[0]), 0.0)
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "-:--:--"
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
 
 
 @contextlib.contextmanager
 def _progress_bar(title: str) -> Iterator[Progress]:
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TextColumn
+    from rich.text import Text
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    left = TimeLeft()
+
+    class LeftColumn(ProgressColumn):
+        max_refresh = 0.5
+
+        def render(self, task: Task) -> Text:
+            return Text(_duration(left.seconds()), style="progress.remaining")
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), LeftColumn())
     now = TextColumn("left  {task.fields[now]}")
     with Progress(*columns, now, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(title, total=None, now="")
 
         def report(done: float, total: float, now: str) -> None:
+            left.report(done, total)
             bar.update(task, completed=done, total=total, now=now)
 
         yield report
@@ -171,6 +231,12 @@ def _output_paths(output: str, targets: Sequence[float]) -> list[Path]:
     return paths
 
 
+def _partial_folder(output: str) -> Path:
+    """Where finished prompts are kept until ``output`` is written: beside it, one for all targets."""
+    path = Path(output.replace(TARGET_FIELD, "all-targets"))
+    return path.with_name(f"{path.name}.partial")
+
+
 @app.command()
 @_one_line_errors
 def calibrate(
@@ -191,15 +257,30 @@ def calibrate(
     tail: Annotated[
         float, typer.Option(help="The target is about the worst query tiles of a prompt, this share; 1: about all.")
     ] = TAIL,
+    confidence: Annotated[
+        float | None,
+        typer.Option(
+            help="Keep each head's target in this share of all draws of the calibration prompts, e.g. 0.9, which takes "
+            "more of them; default: in expectation."
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the split into calibration and held-out prompts.")] = 0,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            help="Keep finished prompts in OUTPUT.partial until the file is written, and take up those of a run that "
+            "was killed."
+        ),
+    ] = True,
     dtype: DtypeOption = "auto",
     device: DeviceOption = None,
 ) -> None:
-    """Measure a model on prompts and write the thresholds that keep a target share of the attention mass."""
-    from bsfa.calibration.risk import check_target
+    """Measure a model on prompts and write the thresholds that keep a target share of the attention mass.
 
+    A run that is killed continues where it was when it is started again with the same options.
+    """
     for target in target_recall:
-        check_target(target)
+        Promise(target, confidence)
     paths = _output_paths(output, target_recall)
     fixed = {
         "sink_blocks": sink_blocks,
@@ -213,14 +294,19 @@ def calibrate(
     chosen = SCORED[policy](block_m=block_size, block_n=block_size, **given)
     prompts = load_prompts(data, max_prompts)
     lm, tokenizer = _load_model(model, dtype, _pick_device(device))
+    partial = _partial_folder(output) if resume else None
     with _progress_bar("calibrating") as progress:
-        curves = collect(lm, tokenizer, prompts, chosen, tail=tail, max_length=max_length, progress=progress)
+        curves = collect(
+            lm, tokenizer, prompts, chosen, tail=tail, max_length=max_length, progress=progress, resume=partial
+        )
     rows = []
     for target, path in zip(target_recall, paths, strict=True):
-        table = choose(curves, target, seed=seed)
+        table = choose(curves, target, confidence=confidence, seed=seed)
         table.save(path)
         rows.append([f"{target:g}", *_summary(table)])
         typer.echo(f"wrote {path}")
+    if partial is not None:
+        discard(partial)
     held_out = f"recall and density on {len(prompts) // 2} of {len(prompts)} prompts, which chose nothing"
     _table(held_out, ("target", "recall", "worst tiles", "worst head", "density", "dense heads"), rows)
 
@@ -240,7 +326,9 @@ def _summary(table: ThresholdTable) -> list[str]:
 @_one_line_errors
 def inspect(
     file: Annotated[Path, typer.Argument(help="Threshold file.")],
-    plot: Annotated[Path | None, typer.Option(help="Also write heat maps (layers x heads) to this image.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Also write heat maps and density against length to this image.")
+    ] = None,
 ) -> None:
     """Show a threshold file: where it comes from, and what it achieves per length and layer."""
     table = ThresholdTable.load(file)
@@ -248,20 +336,17 @@ def inspect(
         from bsfa.plotting import plot_thresholds
 
         plot_thresholds(table, plot)
-    facts, policy, head = table.calibration, table.policy, table.metadata()
+    policy, head = table.policy, table.metadata()
     parameters = ", ".join(f"{k}={v}" for k, v in head["policy"]["parameters"].items())
-    prompts = f"{facts.get('calibration_prompts')} chose, {facts.get('held_out_prompts')} checked"
-    tokens = facts.get("tokens") or [0]
     for name, value in (
         ("file", f"{file}, format {head['format_version']}, written by bsfa {head['library_version']}"),
         ("policy", f"{policy.name} version {policy.version} ({parameters})"),
         ("model", f"{table.model.name} ({table.num_layers} layers, {table.num_heads} heads, {table.model.dtype})"),
-        ("target recall", f"{table.target_recall:g} ({facts.get('method')})"),
-        ("about", f"the worst {facts['tail']:.0%} of a prompt's query tiles"),
-        ("prompts", f"{prompts}; {min(tokens)} .. {max(tokens)} tokens; seed {facts.get('seed')}"),
-        ("prompts' sha256", str(facts.get("prompts_sha256"))),
+        *statement(table),
     ):
-        typer.echo(f"{name:16}{value}")
+        typer.echo(f"{name:22}{value}")
+    for doubt in doubts(table):
+        typer.echo(f"warning: {doubt}")
     by_length = [
         [length_name(n), str(count), _number(float(r.mean())), _number(float(r.min())), _number(float(d.mean()))]
         for n, count, r, d in zip(
@@ -304,7 +389,10 @@ def evaluate_command(
     dtype: DtypeOption = "auto",
     device: DeviceOption = None,
 ) -> None:
-    """Compare dense prefill with prefill under threshold files: loss, answers, mass kept, blocks kept, time."""
+    """Compare dense prefill with prefill under threshold files: loss, answers, mass kept, blocks kept, time, speed-up.
+
+    On a GPU every prompt runs twice with each file: once measured, once timed.
+    """
     if json_file is not None and not json_file.parent.is_dir():
         raise ValueError(f"--json {json_file}: {json_file.parent} is not a directory")
     loaded = [ThresholdTable.load(path) for path in thresholds]
@@ -328,6 +416,10 @@ def _share(accuracy: Accuracy) -> str:
     return f"{accuracy.share:.1%} ({accuracy.right}/{accuracy.asked})" if accuracy.asked else "-"
 
 
+def _times(ratio: float) -> str:
+    return f"{ratio:.2f}x" if math.isfinite(ratio) else "-"
+
+
 def _print_report(report: EvaluationReport) -> None:
     runs = list(report.runs.values())
     names = [run.name for run in runs]
@@ -349,8 +441,11 @@ def _print_report(report: EvaluationReport) -> None:
     rows.append(["prefill, seconds", *(_number(r.seconds, 2) for r in runs)])
     for length, count in report.prompts_by_length.items():
         rows.append([f"  at {length}, per prompt", *(_number(r.seconds_by_length[length] / count, 3) for r in runs)])
+    rows.append(["prefill speed-up", *(_times(r.speedup) for r in runs)])
+    for length in report.prompts_by_length:
+        rows.append([f"  at {length}", *(_times(r.speedup_by_length[length]) for r in runs)])
     _table(f"{report.prompts} prompts, {report.tokens} tokens", ("", *names), rows)
-    typer.echo("prefill: wall clock of the whole model, less the time that measuring took")
+    typer.echo("prefill: wall clock of the whole model without the measuring; speed-up: dense seconds / its seconds")
     for run in runs:
         for reason in run.dense_reasons:
             typer.echo(f"{run.name} ran dense in {reason}")

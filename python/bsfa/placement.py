@@ -32,21 +32,25 @@ def _as_device(value: Any) -> torch.device | None:
     return torch.device(value)
 
 
-def module_device(module: nn.Module) -> torch.device | None:
-    """Where ``module`` computes: its hook's execution device, else that of its parameters; None if nothing says so."""
+def _hook_devices(module: nn.Module) -> Iterator[torch.device]:
+    """Execution devices of the hooks on ``module`` itself."""
     for hook in _hooks(module):
         device = _as_device(getattr(hook, "execution_device", None))
         if device is not None and device != _META:
+            yield device
+
+
+def module_device(module: nn.Module) -> torch.device | None:
+    """Where ``module`` computes, by it or by the first of its parts that says so: a hook's execution device, else where
+    its parameters are. None if nothing says so.
+    """
+    for part in module.modules():
+        device = next(_hook_devices(part), None)
+        if device is not None:
             return device
-    for inner in module.modules():
-        for parameter in inner.parameters(recurse=False):
+        for parameter in part.parameters(recurse=False):
             if parameter.device != _META:
                 return parameter.device
-        if inner is not module:
-            for hook in _hooks(inner):
-                device = _as_device(getattr(hook, "execution_device", None))
-                if device is not None and device != _META:
-                    return device
     return None
 
 
@@ -66,10 +70,7 @@ def model_devices(model: Any) -> list[torch.device]:
     inner = getattr(model, "_orig_mod", model)
     found = {p.device for p in inner.parameters() if p.device != _META} | {input_device(model)}
     for module in inner.modules():
-        for hook in _hooks(module):
-            device = _as_device(getattr(hook, "execution_device", None))
-            if device is not None and device != _META:
-                found.add(device)
+        found.update(_hook_devices(module))
     return sorted(found, key=str)
 
 

@@ -312,16 +312,17 @@ def collect(
     tokenized = [tokenize(p, tokenizer, max_length) for p in prompts]
     grid = threshold_grid(policy)
     collector = CurveCollector(policy, num_layers(model), grid, tail)
+    identity = ModelIdentity.of(model)
 
     def settings() -> Any:
-        return run_settings(model, policy, grid, tail, {"curves": [f.name for f in fields(BlockCurves)]})
+        return run_settings(model, identity, policy, grid, tail, {"curves": [f.name for f in fields(BlockCurves)]})
 
     found = measure(model, tokenized, collector, settings, progress=progress, resume=resume)
-    return as_curves(model, prompts, tokenized, collector, found)
+    return as_curves(identity, prompts, tokenized, collector, found)
 
 
 def as_curves(
-    model: Any,
+    identity: ModelIdentity,
     prompts: Sequence[Prompt],
     tokenized: Sequence[TokenizedPrompt],
     collector: CurveCollector,
@@ -338,7 +339,7 @@ def as_curves(
         layers=tuple(collector.layers),
         tokens=tuple(len(t) for t in tokenized),
         prompts_sha256=prompts_sha256([p.text for p in prompts]),
-        model=ModelIdentity.of(model),
+        model=identity,
         attention=collector.attention,
         group=collector.group,
     )

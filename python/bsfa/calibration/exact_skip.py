@@ -50,6 +50,7 @@ from bsfa.calibration.curves import (
 from bsfa.calibration.resume import run_settings, tensors_sha256
 from bsfa.calibration.risk import check_target, loosest_mean
 from bsfa.errors import UnsupportedError
+from bsfa.identity import ModelIdentity
 from bsfa.policies import ExactSkip
 from bsfa.prompts import Prompt, TokenizedPrompt, tokenize
 from bsfa.stages import tile_max
@@ -96,7 +97,7 @@ class Levels:
     nats: Tensor
 
 
-class _LseCollector(Collector[Levels]):
+class LseCollector(Collector[Levels]):
     """Mean LSE of the queries near each knot; 0 where the prompt has none."""
 
     kind = Levels
@@ -128,7 +129,7 @@ def lse_means(lse: Tensor, knots: Sequence[int]) -> Tensor:
     return torch.stack(means, dim=-1).to(torch.float32)
 
 
-class _KthCollector(Collector[Levels]):
+class KthCollector(Collector[Levels]):
     """Per query tile, what parts the k-th largest tile maximum from the next; NaN for tiles that a prompt has not."""
 
     kind = Levels
@@ -178,7 +179,7 @@ def kth_levels(maxima: Tensor, candidates: Tensor, k: int) -> Tensor:
 # ---- second pass: curves, given references --------------------------------------------------------------------------
 
 
-class _SlopeCollector(CurveCollector):
+class SlopeCollector(CurveCollector):
     """Curves [heads, slopes, G] for every slope, from one look at the logits."""
 
     def reduce(self, call: AttentionCall) -> BlockCurves:
@@ -199,7 +200,7 @@ class _SlopeCollector(CurveCollector):
         return BlockCurves(**{f.name: torch.stack([getattr(c, f.name) for c in found], 1) for f in fields(BlockCurves)})
 
 
-class _ReferenceCollector(CurveCollector):
+class ReferenceCollector(CurveCollector):
     """Curves under the reference [layers, heads, knots] of each layer."""
 
     def __init__(self, policy: ExactSkip, grid: Tensor, tail: float, reference: Tensor, positions: tuple[int, ...]):
@@ -288,38 +289,39 @@ def collect_skip(
     spent = split_spent(len(prompts), seed)[0].tolist()
     grid, layers, relative = threshold_grid(policy), num_layers(model), policy.form == "relative"
     names = [f.name for f in fields(BlockCurves)]
+    identity = ModelIdentity.of(model)
     reference: Tensor | None = None
     positions: tuple[int, ...] = ()
     before = 0.0
     collector: CurveCollector
     if relative:
-        collector = _SlopeCollector(policy, layers, grid, tail)
+        collector = SlopeCollector(policy, layers, grid, tail)
         extra: dict[str, Any] = {"curves": names, "slopes": list(SLOPES), "knots": list(LOG_KNOTS)}
     else:
         some = [tokenized[i] for i in spent]
         knots = half_octaves(FIRST, max(map(len, some)))
-        first = _LseCollector(policy, layers, knots)
+        first = LseCollector(policy, layers, knots)
         before, after = _work(some), _work(tokenized)
         levels = measure(
             model,
             some,
             first,
-            lambda: run_settings(model, policy, grid, tail, {"lse": list(knots)}),
+            lambda: run_settings(model, identity, policy, grid, tail, {"lse": list(knots)}),
             progress=_part(progress, 0.0, before, after),
             resume=_folder(resume, PASSES[0]),
         )
-        reference, positions = _mean_lse([x.nats for x in levels], [len(t) for t in some], knots)
-        collector = _ReferenceCollector(policy, grid, tail, reference, positions)
+        reference, positions = mean_lse([x.nats for x in levels], [len(t) for t in some], knots)
+        collector = ReferenceCollector(policy, grid, tail, reference, positions)
         extra = {"curves": names, "reference": tensors_sha256({"reference": reference}), "knots": list(positions)}
     found = measure(
         model,
         tokenized,
         collector,
-        lambda: run_settings(model, policy, grid, tail, extra),
+        lambda: run_settings(model, identity, policy, grid, tail, extra),
         progress=_part(progress, before, _work(tokenized), 0.0),
         resume=_folder(resume, PASSES[1]),
     )
-    whole = as_curves(model, prompts, tokenized, collector, found)
+    whole = as_curves(identity, prompts, tokenized, collector, found)
     whole = replace(whole, spent=tuple(spent), reference=reference, positions=positions)
     if not relative:
         facts = {"reference": "mean LSE near each position, over the reference prompts", "reference_prompts": spent}
@@ -336,7 +338,7 @@ def collect_skip(
     return SkipCurves(candidates=tuple(each), slopes=SLOPES, seed=seed)
 
 
-def _mean_lse(levels: Sequence[Tensor], tokens: Sequence[int], knots: Sequence[int]) -> tuple[Tensor, tuple[int, ...]]:
+def mean_lse(levels: Sequence[Tensor], tokens: Sequence[int], knots: Sequence[int]) -> tuple[Tensor, tuple[int, ...]]:
     """Mean over the prompts that reach each knot, float32 [layers, heads, knots], and the knots that one reaches."""
     starts = torch.tensor(knot_starts(knots))
     total, count = torch.zeros_like(levels[0], dtype=torch.float64), torch.zeros(len(knots), dtype=torch.float64)
@@ -438,17 +440,18 @@ def calibrate_kth(
     some, rest = [tokenized[i] for i in held_in.tolist()], [tokenized[i] for i in held_out.tolist()]
     tiles, layers = -(-max(map(len, some)) // policy.block_m), num_layers(model)
     grid = torch.tensor([policy.keep_all_threshold(), 1.0])
-    first = _KthCollector(policy, layers, k, tiles)
+    identity = ModelIdentity.of(model)
+    first = KthCollector(policy, layers, k, tiles)
     levels = measure(
         model,
         some,
         first,
-        lambda: run_settings(model, policy, grid, tail, {"k": k, "tiles": tiles}),
+        lambda: run_settings(model, identity, policy, grid, tail, {"k": k, "tiles": tiles}),
         progress=_part(progress, 0.0, _work(some), _work(rest)),
         resume=_folder(resume, PASSES[0]),
     )
-    reference, positions = _mean_levels([x.nats for x in levels], policy.block_m)
-    collector = _ReferenceCollector(policy, grid, tail, reference, positions)
+    reference, positions = mean_levels([x.nats for x in levels], policy.block_m)
+    collector = ReferenceCollector(policy, grid, tail, reference, positions)
     extra = {
         "curves": [f.name for f in fields(BlockCurves)],
         "reference": tensors_sha256({"reference": reference}),
@@ -458,11 +461,11 @@ def calibrate_kth(
         model,
         rest,
         collector,
-        lambda: run_settings(model, policy, grid, tail, extra),
+        lambda: run_settings(model, identity, policy, grid, tail, extra),
         progress=_part(progress, _work(some), _work(rest), 0.0),
         resume=_folder(resume, PASSES[1]),
     )
-    curves = as_curves(model, prompts, rest, collector, found)
+    curves = as_curves(identity, prompts, rest, collector, found)
     calibrated = torch.tensor([kind == CALIBRATED for kind in curves.layers])
     sparse = calibrated[:, None] & (reference > -math.inf).any(-1)
     return ThresholdTable(
@@ -489,7 +492,7 @@ def calibrate_kth(
     )
 
 
-def _mean_levels(levels: Sequence[Tensor], block_m: int) -> tuple[Tensor, tuple[int, ...]]:
+def mean_levels(levels: Sequence[Tensor], block_m: int) -> tuple[Tensor, tuple[int, ...]]:
     """Mean over the prompts that have a tile, float32 [layers, heads, knots], and the knots' positions.
 
     levels: [layers, heads, tiles], NaN past a prompt's end, -inf for tiles with too few candidates (the same ones in
@@ -504,11 +507,11 @@ def _mean_levels(levels: Sequence[Tensor], block_m: int) -> tuple[Tensor, tuple[
     mean = (total / count.clamp(min=1)).to(torch.float32)
     mean = torch.where(count > 0, mean, -math.inf)
     finite = (mean > -math.inf).any(0).any(0).nonzero().flatten().tolist()
-    knots = _thinned(finite[0] if finite else mean.shape[-1], mean.shape[-1])
+    knots = thinned(finite[0] if finite else mean.shape[-1], mean.shape[-1])
     return mean[..., knots].contiguous(), tuple(i * block_m for i in knots)
 
 
-def _thinned(first: int, count: int) -> list[int]:
+def thinned(first: int, count: int) -> list[int]:
     """At most :data:`MAX_KNOTS` of the tiles 0 .. count - 1, of which those before ``first`` skip nothing."""
     if first >= count:
         return [0]

@@ -73,14 +73,15 @@ def _probe(model: Any) -> str:
     return tensors_sha256({"logits": logits.float()})
 
 
-def run_settings(model: Any, policy: ThresholdPolicy, grid: Tensor, tail: float, extra: Mapping[str, Any]) -> Any:
+def run_settings(
+    model: Any, identity: ModelIdentity, policy: ThresholdPolicy, grid: Tensor, tail: float, extra: Mapping[str, Any]
+) -> Any:
     """All that determines a prompt's curves, besides the prompt, as JSON values. Call it within ``dense_model``.
 
     extra: further options of the measurement.
     """
     import transformers
 
-    identity = ModelIdentity.of(model)
     config = model.config.to_dict() if hasattr(model.config, "to_dict") else {}
     config = {k: v for k, v in config.items() if k not in _NOT_SETTINGS}
     devices = model_devices(model)
