@@ -19,14 +19,16 @@ from rich.markup import escape
 from rich.table import Table
 
 import bsfa
-from bsfa.calibration import Progress, Promise, choose, collect
+from bsfa.calibration import Progress, Promise, choose, collect, spend
+from bsfa.calibration.budget import check_density, check_output_error
 from bsfa.calibration.collect import TAIL
+from bsfa.calibration.output_error import COSTS
 from bsfa.calibration.resume import discard
 from bsfa.calibration.statement import doubts, statement
 from bsfa.doctor import default_device
 from bsfa.evaluation import Accuracy, EvaluationReport, evaluate
 from bsfa.files import write_text
-from bsfa.policies import SCORED
+from bsfa.policies import SCORED, Antidiagonal
 from bsfa.prompts import length_name, load_prompts
 from bsfa.thresholds import CALIBRATED, ThresholdTable
 
@@ -231,6 +233,39 @@ def _output_paths(output: str, targets: Sequence[float]) -> list[Path]:
     return paths
 
 
+def _targets(
+    recall: list[float] | None,
+    density: list[float] | None,
+    output_error: list[float] | None,
+    cost: str | None,
+    confidence: float | None,
+) -> tuple[str, list[float], str | None]:
+    """The kind of target that was asked for, the targets, and the errors to measure for them; checked."""
+    given = {"target_recall": recall, "target_density": density, "target_output_error": output_error}
+    found = {kind: values for kind, values in given.items() if values} or {"target_recall": [0.95]}
+    if len(found) > 1:
+        names = " and ".join(f"--{kind.replace('_', '-')}" for kind in found)
+        raise ValueError(f"{names}: one kind of target at a time")
+    kind, targets = next(iter(found.items()))
+    if kind == "target_recall":
+        if cost is not None:
+            raise ValueError("--cost belongs to --target-density and --target-output-error")
+        for target in targets:
+            Promise(target, confidence)
+        return kind, targets, None
+    if confidence is not None:
+        raise ValueError("--confidence belongs to --target-recall: a budget promises nothing")
+    errors = cost or "output"
+    if errors not in COSTS:
+        raise ValueError(f"--cost {errors}: choose one of {', '.join(COSTS)}")
+    for target in targets:
+        if kind == "target_density":
+            check_density(target)
+        else:
+            check_output_error(target, errors)
+    return kind, targets, errors
+
+
 def _partial_folder(output: str) -> Path:
     """Where finished prompts are kept until ``output`` is written: beside it, one for all targets."""
     path = Path(output.replace(TARGET_FIELD, "all-targets"))
@@ -245,13 +280,33 @@ def calibrate(
     output: Annotated[str, typer.Option("--output", "-o", help="File to write; {target} stands for the target.")],
     policy: Annotated[str, typer.Option(help=f"What to calibrate: {', '.join(SCORED)}.")] = "relative-max",
     target_recall: Annotated[
-        list[float], typer.Option(help="Share of attention mass to keep; repeat it for several files from one pass.")
-    ] = [0.95],  # noqa: B006  typer copies it
+        list[float] | None,
+        typer.Option(
+            help="Share of attention mass to keep; repeat it for several files from one pass. "
+            "Default, if there is no other target: 0.95."
+        ),
+    ] = None,
+    target_density: Annotated[
+        list[float] | None,
+        typer.Option(help="Instead: share of blocks to keep, spent where it lowers the error most; may be repeated."),
+    ] = None,
+    target_output_error: Annotated[
+        list[float] | None,
+        typer.Option(help="Instead: relative error of the attention outputs to allow; may be repeated."),
+    ] = None,
+    cost: Annotated[
+        str | None,
+        typer.Option(
+            help="What is least for a target density: 'output', the error of the attention outputs (default), or "
+            "'loss', that of the predictions, which takes a backward pass per prompt and its memory."
+        ),
+    ] = None,
     block_size: Annotated[int, typer.Option(min=1, help="Query tile and KV block, tokens.")] = 128,
     sink_blocks: Annotated[int | None, typer.Option(min=0, help="First blocks, always kept.")] = None,
     window_blocks: Annotated[int | None, typer.Option(min=1, help="Blocks up to the tile's own, always kept.")] = None,
     last_tiles: Annotated[int | None, typer.Option(min=0, help="Query tiles at the end that keep everything.")] = None,
     min_blocks: Annotated[int | None, typer.Option(min=0, help="Best blocks that are always kept.")] = None,
+    stride: Annotated[int | None, typer.Option(min=1, help="Of antidiagonal: tokens between sampled ones.")] = None,
     max_prompts: MaxPrompts = None,
     max_length: MaxLength = None,
     tail: Annotated[
@@ -275,40 +330,57 @@ def calibrate(
     dtype: DtypeOption = "auto",
     device: DeviceOption = None,
 ) -> None:
-    """Measure a model on prompts and write the thresholds that keep a target share of the attention mass.
+    """Measure a model on prompts and write the thresholds that keep a target share of the attention mass, or those
+    that spend a target density where it lowers the error most.
 
     A run that is killed continues where it was when it is started again with the same options.
     """
-    for target in target_recall:
-        Promise(target, confidence)
-    paths = _output_paths(output, target_recall)
+    kind, targets, errors = _targets(target_recall, target_density, target_output_error, cost, confidence)
+    paths = _output_paths(output, targets)
     fixed = {
         "sink_blocks": sink_blocks,
         "window_blocks": window_blocks,
         "last_tiles": last_tiles,
         "min_blocks": min_blocks,
+        "stride": stride,
     }
     given = {name: value for name, value in fixed.items() if value is not None}
     if policy not in SCORED:
         raise ValueError(f"--policy {policy}: choose one of {', '.join(SCORED)}")
+    if stride is not None and policy != Antidiagonal.name:
+        raise ValueError(f"--stride: {policy} has none")
     chosen = SCORED[policy](block_m=block_size, block_n=block_size, **given)
     prompts = load_prompts(data, max_prompts)
     lm, tokenizer = _load_model(model, dtype, _pick_device(device))
     partial = _partial_folder(output) if resume else None
     with _progress_bar("calibrating") as progress:
         curves = collect(
-            lm, tokenizer, prompts, chosen, tail=tail, max_length=max_length, progress=progress, resume=partial
+            lm,
+            tokenizer,
+            prompts,
+            chosen,
+            tail=tail,
+            max_length=max_length,
+            progress=progress,
+            resume=partial,
+            errors=errors,
         )
     rows = []
-    for target, path in zip(target_recall, paths, strict=True):
-        table = choose(curves, target, confidence=confidence, seed=seed)
+    for target, path in zip(targets, paths, strict=True):
+        if kind == "target_recall":
+            table = choose(curves, target, confidence=confidence, seed=seed)
+        else:
+            table = spend(curves, **{kind: target}, seed=seed)
         table.save(path)
-        rows.append([f"{target:g}", *_summary(table)])
+        error = [f"{table.calibration['held_out']['error']:.4g}"] if errors else []
+        rows.append([f"{target:g}", *_summary(table), *error])
         typer.echo(f"wrote {path}")
     if partial is not None:
         discard(partial)
-    held_out = f"recall and density on {len(prompts) // 2} of {len(prompts)} prompts, which chose nothing"
-    _table(held_out, ("target", "recall", "worst tiles", "worst head", "density", "dense heads"), rows)
+    what = "recall, density and error" if errors else "recall and density"
+    held_out = f"{what} on {len(prompts) // 2} of {len(prompts)} prompts, which chose nothing"
+    columns = ("target", "recall", "worst tiles", "worst head", "density", "dense heads")
+    _table(held_out, (*columns, "error") if errors else columns, rows)
 
 
 def _summary(table: ThresholdTable) -> list[str]:

@@ -8,6 +8,7 @@ docs/calibration.md says what is promised and what is not.
 
 from __future__ import annotations
 
+from bsfa.calibration.budget import spend
 from bsfa.calibration.choose import Promise, choose, split_prompts
 from bsfa.calibration.collect import CalibrationCurves, Progress, collect
 from bsfa.calibration.curves import BlockCurves, block_curves, threshold_grid
@@ -45,6 +46,7 @@ __all__ = [
     "loosest_mean",
     "p_value",
     "risk_bound",
+    "spend",
     "split_prompts",
     "threshold_grid",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,7 +55,7 @@ def by_length(tokens: tuple[int, ...], prompts: Tensor) -> dict[int, Tensor]:
     return {length: torch.tensor(p) for length, p in places.items()}
 
 
-def _at(curves: Tensor, index: Tensor) -> Tensor:
+def at_index(curves: Tensor, index: Tensor) -> Tensor:
     """curves [P, L, H, G] at index [L, H] -> [P, L, H]."""
     return curves.gather(-1, index.expand(curves.shape[0], -1, -1)[..., None])[..., 0]
 
@@ -130,7 +131,7 @@ class Promise:
         )
 
 
-def _spread(values: Tensor) -> dict[str, float]:
+def spread_over_prompts(values: Tensor) -> dict[str, float]:
     """Mean, standard deviation and least of [prompts]."""
     return {"mean": float(values.mean()), "sd": float(values.std(correction=0)), "worst": float(values.min())}
 
@@ -144,8 +145,8 @@ def _held_out(recall: Tensor, tail_recall: Tensor, index: Tensor, target: float)
     sparse = index > 0
     met = {"recall": recall.mean(0) >= target, "tail_recall": tail_recall.mean(0) >= target}
     return {
-        "recall": _spread(recall.mean((1, 2))),
-        "tail_recall": _spread(tail_recall.mean((1, 2))),
+        "recall": spread_over_prompts(recall.mean((1, 2))),
+        "tail_recall": spread_over_prompts(tail_recall.mean((1, 2))),
         "pairs": index.numel(),
         "sparse_pairs": int(sparse.sum()),
         "pairs_that_meet_target": {name: int(m.sum()) for name, m in met.items()},
@@ -190,9 +191,8 @@ def choose(
     if short is not None:
         warnings.warn(short, CalibrationWarning, stacklevel=2)
     index = torch.where(calibrated[:, None], index.clamp(min=0), 0)
-    keep_all = curves.policy.keep_all_threshold()
     held = HeldOut(curves, index, held_out)
-    promised = promise.bound(_at(risks, index).double().mean(0), n)
+    promised = promise.bound(at_index(risks, index).double().mean(0), n)
     for length, kept in zip(held.lengths, held.length_recall[:, calibrated], strict=True):
         if kept.numel() and float(kept.mean()) < target_recall:
             warnings.warn(
@@ -202,6 +202,29 @@ def choose(
                 stacklevel=2,
             )
     recall, tail_recall = held.recall[:, calibrated], held.tail_recall[:, calibrated]
+    facts = {
+        "target_recall": float(target_recall),
+        "confidence": None if confidence is None else float(confidence),
+        "method": promise.method,
+        "promise": promise.in_words,
+        "largest_bound": float(promised[calibrated].max()) if bool(calibrated.any()) else 0.0,
+        "least_prompts": promise.least_prompts,
+        "held_out": _held_out(recall, tail_recall, index[calibrated], target_recall),
+    }
+    return table_at(curves, index, held, facts, calibration_prompts=n, seed=seed)
+
+
+def table_at(
+    curves: CalibrationCurves,
+    index: Tensor,
+    held: HeldOut,
+    facts: Mapping[str, Any],
+    *,
+    calibration_prompts: int,
+    seed: int,
+) -> ThresholdTable:
+    """The table of the thresholds at ``index`` int64 [layers, heads] into the grid; ``facts``: how they were chosen."""
+    keep_all = curves.policy.keep_all_threshold()
     return ThresholdTable(
         policy=curves.policy.with_threshold(keep_all),
         thresholds=torch.where(index == 0, keep_all, curves.grid[index]).to(torch.float32).contiguous(),
@@ -211,16 +234,10 @@ def choose(
         model=curves.model,
         attention=curves.attention,
         calibration={
-            "target_recall": float(target_recall),
-            "confidence": None if confidence is None else float(confidence),
-            "method": promise.method,
-            "promise": promise.in_words,
+            **facts,
             "tail": curves.tail,
-            "largest_bound": float(promised[calibrated].max()) if bool(calibrated.any()) else 0.0,
-            "least_prompts": promise.least_prompts,
-            "calibration_prompts": n,
-            "held_out_prompts": len(held_out),
-            "held_out": _held_out(recall, tail_recall, index[calibrated], target_recall),
+            "calibration_prompts": calibration_prompts,
+            "held_out_prompts": held.recall.shape[0],
             "tokens": list(curves.tokens),
             "prompts_sha256": curves.prompts_sha256,
             "seed": seed,
@@ -239,9 +256,9 @@ class HeldOut:
     """
 
     def __init__(self, curves: CalibrationCurves, index: Tensor, held_out: Tensor):
-        self.recall = 1.0 - _at(curves.lost_mass[held_out], index).double()
-        self.tail_recall = 1.0 - _at(curves.tail_lost[held_out], index).double()
-        self.density = _at(curves.density[held_out], index).double()
+        self.recall = 1.0 - at_index(curves.lost_mass[held_out], index).double()
+        self.tail_recall = 1.0 - at_index(curves.tail_lost[held_out], index).double()
+        self.density = at_index(curves.density[held_out], index).double()
         places = by_length(curves.tokens, held_out)
         self.lengths = tuple(sorted(places))
         self.length_prompts = tuple(len(places[n]) for n in self.lengths)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
@@ -43,6 +43,8 @@ class CalibrationCurves:
     group: query heads, next to each other, that share a threshold.
     tokens: length of each prompt. The rest goes into the threshold file as it is.
     reference, positions: of ExactSkip, see :class:`bsfa.ThresholdTable`.
+    cost, error: what was measured of the change of attention's output ("output", "loss" or None), float32 [prompts,
+        layers, heads, G] or None; see :mod:`bsfa.calibration.output_error`.
     spent: prompts that chose the reference and therefore choose no thresholds; facts: what the file says about it.
     """
 
@@ -62,6 +64,8 @@ class CalibrationCurves:
     positions: tuple[int, ...] = ()
     spent: tuple[int, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
+    cost: str | None = None
+    error: Tensor | None = None
 
 
 def prefill_work(tokens: int) -> float:
@@ -115,6 +119,13 @@ class Collector(Generic[T]):
     def reduce(self, call: AttentionCall) -> T:
         """What is kept of one attention call."""
         raise NotImplementedError
+
+    def attached(self) -> contextlib.AbstractContextManager[None]:
+        """What is to be in place while prompts run."""
+        return contextlib.nullcontext()
+
+    def prepare(self, ids: Tensor) -> None:
+        """Called with the tokens of a prompt that is about to run."""
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -191,7 +202,7 @@ class Collector(Generic[T]):
 class CurveCollector(Collector[BlockCurves]):
     """Curves over ``grid`` of the policy of each layer."""
 
-    kind = BlockCurves
+    kind: type[BlockCurves] = BlockCurves
     dense: ClassVar[Mapping[str, float]] = {"lost": 0.0, "tail_lost": 0.0, "density": 1.0}
 
     def __init__(self, policy: ThresholdPolicy, num_layers: int, grid: Tensor, tail: float):
@@ -253,7 +264,7 @@ def measure(
     work = [prefill_work(len(t)) for t in prompts]
     total, done = sum(work), 0.0
     measured: list[T | None] = [None] * len(prompts)
-    with dense_model(model), observe(model, collector):
+    with dense_model(model), observe(model, collector), collector.attached():
         store = None
         if resume is not None:
             with collector.paused():
@@ -269,6 +280,7 @@ def measure(
                 continue
             if progress is not None:
                 progress(done, total, f"{len(t)} tokens")
+            collector.prepare(t.ids)
             prefill(model, t.ids)
             measured[i] = one = collector.take()
             if store is not None:
@@ -290,6 +302,7 @@ def collect(
     max_length: int | None = None,
     progress: Progress | None = None,
     resume: str | Path | None = None,
+    errors: str | None = None,
 ) -> CalibrationCurves:
     """Measure, in one dense pass per prompt, what ``policy`` loses and keeps at every threshold of a fixed grid.
 
@@ -302,6 +315,11 @@ def collect(
     measures only what is missing and returns the same, bit for bit; what other settings left there does not count. See
     :mod:`bsfa.calibration.resume`.
 
+    errors: what else to measure, for :func:`bsfa.calibration.spend`. "output": how far every threshold moves the
+    layer's attention output; "loss": the same, weighted by the gradient of the model's predictions, which takes one
+    backward pass per prompt, with all activations and the logits of all tokens in memory. Either costs a block-sparse
+    attention per threshold of a thinned grid; see :mod:`bsfa.calibration.output_error`.
+
     Afterwards the model has no policy. Raises ``ValueError`` for too few prompts or unfit ones,
     :class:`bsfa.UnsupportedError` for models that this cannot measure, ``OSError`` if ``resume`` cannot be written.
     """
@@ -311,14 +329,26 @@ def collect(
     check_options(prompts, tail)
     tokenized = [tokenize(p, tokenizer, max_length) for p in prompts]
     grid = threshold_grid(policy)
-    collector = CurveCollector(policy, num_layers(model), grid, tail)
+    collector: CurveCollector = CurveCollector(policy, num_layers(model), grid, tail)
+    extra: dict[str, Any] = {}
+    if errors is not None:
+        from bsfa.calibration.output_error import COSTS, POINTS, ErrorCollector
+
+        if errors not in COSTS:
+            raise ValueError(f"errors must be None or one of {', '.join(COSTS)}, got {errors!r}")
+        collector = ErrorCollector(model, policy, num_layers(model), grid, tail, errors)
+        extra = {"errors": errors, "error_points": POINTS}
     identity = ModelIdentity.of(model)
 
     def settings() -> Any:
-        return run_settings(model, identity, policy, grid, tail, {"curves": [f.name for f in fields(BlockCurves)]})
+        extra["curves"] = [f.name for f in fields(collector.kind)]
+        return run_settings(model, identity, policy, grid, tail, extra)
 
     found = measure(model, tokenized, collector, settings, progress=progress, resume=resume)
-    return as_curves(identity, prompts, tokenized, collector, found)
+    curves = as_curves(identity, prompts, tokenized, collector, found)
+    if errors is None:
+        return curves
+    return replace(curves, cost=errors, error=torch.stack([m.error for m in found]))  # type: ignore[attr-defined]
 
 
 def as_curves(

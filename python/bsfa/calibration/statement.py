@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from bsfa.calibration.choose import Promise
+from bsfa.prompts import length_name
 from bsfa.thresholds import CALIBRATED, ThresholdTable
 
 
@@ -68,6 +69,23 @@ def _numbers(row: dict[str, float]) -> str:
     return ", ".join(f"{words} {row[name]:.4f}" for name, words in names.items() if name in row)
 
 
+def _spent(table: ThresholdTable) -> list[tuple[str, str]]:
+    """Of thresholds of :func:`bsfa.calibration.spend`: target, and the error that was estimated and measured."""
+    facts, held_out = table.calibration, table.calibration["held_out"]
+    unit = "nats per token" if facts["cost"] == "loss" else "of the layers' attention outputs"
+    length = length_name(facts["length"])
+    by_length = ", ".join(f"{error:.4g} at {length_name(int(n))}" for n, error in held_out["error_by_length"].items())
+    return [
+        ("target", f"{table.goal} ({facts['method']}, cost {facts['cost']})"),
+        (
+            "estimated",
+            f"density {facts['estimated_density']:.4f} at {length}, error {facts['estimated_error']:.4g} {unit}",
+        ),
+        ("held out, error", f"{held_out['error']:.4g} {unit}; {by_length}"),
+        ("promise", str(facts["promise"])),
+    ]
+
+
 def statement(table: ThresholdTable) -> list[tuple[str, str]]:
     """(what, value) lines: target, confidence, prompts, recall on held-out prompts, and how many heads meet the target.
 
@@ -82,7 +100,9 @@ def statement(table: ThresholdTable) -> list[tuple[str, str]]:
         lines.append(
             ("confidence", "in expectation" if promise.confidence is None else f"{promise.confidence:g} for each head")
         )
-    if facts.get("tail") is not None:
+    elif facts.get("cost"):
+        lines += _spent(table)
+    if promise is not None and facts.get("tail") is not None:
         lines.append(("about", f"the worst {facts['tail']:.0%} of a prompt's query tiles"))
     prompts = f"{facts.get('calibration_prompts')} chose, {facts.get('held_out_prompts')} checked"
     lines.append(("prompts", f"{prompts}; {min(tokens)} .. {max(tokens)} tokens; seed {facts.get('seed')}"))
