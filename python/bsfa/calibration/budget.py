@@ -118,7 +118,16 @@ def least_density(density: Tensor, error: Tensor, most: float) -> Tensor:
     """
     index = _loosest(density, error)
     for step in _steps(density, error):
-        if float(error.gather(-1, index[:, None]).sum()) <= most:
+        now = error.gather(-1, index[:, None])
+        total = float(now.sum())
+        if total <= most:
+            break
+        if total - step.gain <= most:  # one more is enough: the one that costs least, on a hull or not
+            more = density - density.gather(-1, index[:, None])
+            more = torch.where(total - now + error <= most, more, torch.inf)
+            more[step.head, step.end] = min(float(more[step.head, step.end]), step.density)  # whatever rounding says
+            best = int(more.flatten().argmin())
+            index[best // density.shape[1]] = best % density.shape[1]
             break
         index[step.head] = step.end
     while True:  # looser thresholds for what the error leaves
