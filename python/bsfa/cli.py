@@ -344,7 +344,7 @@ def inspect(
         ("model", f"{table.model.name} ({table.num_layers} layers, {table.num_heads} heads, {table.model.dtype})"),
         *statement(table),
     ):
-        typer.echo(f"{name:22}{value}")
+        typer.echo(f"{name:24}{value}")
     for doubt in doubts(table):
         typer.echo(f"warning: {doubt}")
     by_length = [
