@@ -2,9 +2,10 @@
 
 For every prompt the model runs once densely and once per entry. The dense run also gives each entry's *recall*: the
 attention mass that its blocks would keep, on the queries and keys of the dense run. *Density* is that of the masks that
-the sparse run used. *Time* is the wall clock of the whole prefill (all layers, and logits at the scored positions). On
-a CPU it is that of the measured run less the time that the measuring itself took; on a GPU, where waiting for the clock
-at every layer would cost time of its own, the prompt runs once more, unobserved: at its own length, and so warm.
+the sparse run used, less what it skipped inside attention (:meth:`bsfa.AttentionInfo.density`). *Time* is the wall
+clock of the whole prefill (all layers, and logits at the scored positions). On a CPU it is that of the measured run
+less the time that the measuring itself took; on a GPU, where waiting for the clock at every layer would cost time of
+its own, the prompt runs once more, unobserved: at its own length, and so warm.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ from bsfa.calibration.curves import call_geometry, row_queries
 from bsfa.calibration.forward import logits_at, prefill, synchronize
 from bsfa.errors import UnsupportedError
 from bsfa.placement import input_device, model_devices
-from bsfa.policies import PerLayer, Policy
+from bsfa.policies import ExactSkip, PerLayer, Policy, StaticPattern
+from bsfa.policies.exact_skip import SKIP_ROWS
 from bsfa.prompts import Prompt, TokenizedPrompt, length_bucket, length_name, tokenize
-from bsfa.stages import block_mass, select_for
+from bsfa.stages import block_mass, select_for, tile_max
 from bsfa.thresholds import ThresholdTable
 
 if TYPE_CHECKING:
@@ -98,6 +100,36 @@ def dense_mass(
         for part, rows_of_tile in enumerate(blocks.split(block_m, dim=1)):
             result[tile + part] = rows_of_tile.mean(1)
     return result
+
+
+def unskipped(
+    q: Tensor, k: Tensor, policy: ExactSkip, *, causal: bool, softmax_scale: float | None, softcap: float
+) -> tuple[int, Tensor]:
+    """What ``policy`` would not skip of one whole prompt, if all blocks were met: a number of tokens that divides
+    block_m (64, where that does), and bool [tiles of so many tokens, Hq, blocks].
+
+    The form "relative" is judged by running maxima over all blocks. That is what attention does without ``within`` and
+    with cuts of at most 0; otherwise its running maxima may be lower, and it skips less.
+    """
+    unit = math.gcd(SKIP_ROWS, policy.block_m)
+    scale: dict[str, Any] = {"causal": causal, "softmax_scale": softmax_scale, "softcap": softcap}
+    maxima = tile_max(q, k, form=policy.form, block_m=unit, block_n=policy.block_n, **scale)
+    tiles = -(-q.shape[1] // policy.block_m)
+    units = policy.block_m // unit
+    padded = torch.nn.functional.pad(maxima, (0, 0, 0, 0, 0, tiles * units - len(maxima)), value=-math.inf)
+    # Units of a group decide together: by the largest of their values, NaN if one is.
+    groups = padded.unflatten(0, (tiles, units)).split(SKIP_ROWS // unit, dim=1)
+    top = torch.cat([g.amax(1, keepdim=True).expand_as(g) for g in groups], dim=1)  # [tiles, units, Hq, blocks]
+    cuts = policy.cuts(q.shape[2], tiles, q.device).T[:, None, :, None]
+    always = StaticPattern(
+        sink_blocks=policy.sink_blocks,
+        window_blocks=policy.window_blocks,
+        block_m=policy.block_m,
+        block_n=policy.block_n,
+    )
+    forced = select_for(q, k, always, causal=causal)
+    assert isinstance(forced, BlockMask)
+    return unit, (~(top < cuts) | forced.to_rows()[:, None]).flatten(0, 1)[: len(maxima)]
 
 
 @dataclass(frozen=True)
@@ -219,32 +251,35 @@ class _DenseObserver(_Observer):
             if policy is None:
                 continue
             mask = select_for(call.q, call.k, policy, **scale)
-            if not isinstance(mask, BlockMask):
-                continue
+            kept: Tensor | None = None
+            if isinstance(mask, BlockMask):
+                kept = mask.to_rows().repeat_interleave(call.q.shape[2] // mask.num_heads, dim=1)
             sizes = (policy.block_m, policy.block_n)
+            if isinstance(policy, ExactSkip):
+                unit, stays = unskipped(call.q, call.k, policy, **scale)
+                kept = stays if kept is None else stays & kept.repeat_interleave(sizes[0] // unit, 0)[: len(stays)]
+                sizes = (unit, sizes[1])
+            if kept is None:
+                continue
             geometry = call_geometry(call.q, call.k, call.causal, *sizes)
             if sizes not in mass:
                 mass[sizes] = attention_mass(call.q, call.k, call.lse, block_m=sizes[0], block_n=sizes[1], **scale)
-            kept = mask.to_rows().repeat_interleave(call.q.shape[2] // mask.num_heads, dim=1)
             share = (mass[sizes] * kept).sum(-1) * row_queries(geometry)[:, None]
             self.recall[call.layer][name] = share.sum(0) / call.q.shape[1]
 
 
 class _SparseObserver(_Observer):
-    """On a sparse run: the blocks that were kept, and why a call was dense."""
+    """On a sparse run: the blocks that were kept and not skipped, and why a call was dense."""
 
     def __init__(self, name: str):
         super().__init__()
         self.name = name
 
     def measure(self, call: AttentionCall) -> None:
-        density = torch.ones(call.q.shape[2], device=call.q.device)
         info = call.info
-        if info.mask is not None:
-            density = info.mask.density(per_head=True).repeat_interleave(call.q.shape[2] // info.mask.num_heads)
         if info.dense_reason is not None:
             self.reasons.append(f"layer {call.layer}: {info.dense_reason}")
-        self.density[call.layer][self.name] = density
+        self.density[call.layer][self.name] = info.density(per_head=True)
 
 
 def _gather(values: Mapping[int, Mapping[str, Tensor]], name: str, layers: int) -> Tensor:
@@ -309,11 +344,17 @@ def _on_device(entry: Entry, device: torch.device) -> Policy | list[Policy | Non
 def describe(entry: Entry) -> str:
     """A short name of what an entry runs."""
     if isinstance(entry, ThresholdTable):
-        return f"{entry.policy.name}, target recall {entry.target_recall}"
+        return f"{_name(entry.policy)}, {entry.goal}"
     if isinstance(entry, PerLayer):
-        names = dict.fromkeys(DENSE if p is None else p.name for p in entry.policies)
-        return f"per layer: {', '.join(names)}"
-    return DENSE if entry is None else entry.name
+        return f"per layer: {', '.join(dict.fromkeys(map(_name, entry.policies)))}"
+    return _name(entry)
+
+
+def _name(policy: Policy | None) -> str:
+    if isinstance(policy, ExactSkip):
+        within = "" if policy.within is None else f" within {policy.within.name}"
+        return f"{policy.name} {policy.form}{within}"
+    return DENSE if policy is None else policy.name
 
 
 def evaluate(

@@ -61,7 +61,7 @@ def plot_thresholds(table: ThresholdTable, path: str | Path) -> None:
         axes.yaxis.get_major_locator().set_params(integer=True)
         figure.colorbar(image, ax=axes)
     _draw_lengths(last, table)
-    figure.suptitle(f"{policy.name}, target recall {table.target_recall}, {table.model.name}", fontsize=11)
+    figure.suptitle(f"{policy.name}, {table.goal}, {table.model.name}", fontsize=11)
     _write(figure, path)
 
 

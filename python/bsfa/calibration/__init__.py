@@ -11,6 +11,7 @@ from __future__ import annotations
 from bsfa.calibration.choose import Promise, choose, split_prompts
 from bsfa.calibration.collect import CalibrationCurves, Progress, collect
 from bsfa.calibration.curves import BlockCurves, block_curves, threshold_grid
+from bsfa.calibration.exact_skip import SkipCurves, calibrate_kth, choose_skip, collect_skip
 from bsfa.calibration.risk import (
     CalibrationWarning,
     confident_bound,
@@ -29,9 +30,13 @@ __all__ = [
     "CalibrationWarning",
     "Progress",
     "Promise",
+    "SkipCurves",
     "block_curves",
+    "calibrate_kth",
     "choose",
+    "choose_skip",
     "collect",
+    "collect_skip",
     "confident_bound",
     "least_prompts",
     "least_prompts_confident",

@@ -33,7 +33,20 @@ def split_prompts(count: int, seed: int) -> tuple[Tensor, Tensor]:
     return order[:half].sort().values, order[half:].sort().values
 
 
-def _by_length(tokens: tuple[int, ...], prompts: Tensor) -> dict[int, Tensor]:
+def spent_prompts(half: int) -> int:
+    """How many of the calibration half choose references and nothing else, where a policy has references."""
+    return max(1, half // 4)
+
+
+def split_spent(count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Like :func:`split_prompts`, with those that choose references taken out of the calibration half and put first."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    half = (count + 1) // 2
+    spent = spent_prompts(half)
+    return order[:spent].sort().values, order[spent:half].sort().values, order[half:].sort().values
+
+
+def by_length(tokens: tuple[int, ...], prompts: Tensor) -> dict[int, Tensor]:
     """Length bucket -> places in ``prompts`` of the prompts of that length, int64."""
     places: dict[int, list[int]] = {}
     for place, prompt in enumerate(prompts.tolist()):
@@ -97,8 +110,8 @@ class Promise:
             return risk_bound(mean_loss, n)
         return confident_bound(mean_loss, n, self.confidence)
 
-    def too_few(self, n: int) -> str | None:
-        """Why n calibration prompts cannot promise anything; None if they can."""
+    def too_few(self, n: int, spent: int = 0) -> str | None:
+        """Why n calibration prompts cannot promise anything; None if they can. ``spent``: more, with other duties."""
         needed = self.least_prompts
         if n >= needed:
             return None
@@ -107,9 +120,13 @@ class Promise:
         else:
             can = f"a recall of at most {(1 - self.confidence) ** (1 / n):.3f} with confidence {self.confidence:g}"
             at = f" at confidence {self.confidence:g}"
+        half = needed
+        while spent and half - spent_prompts(half) < needed:
+            half += 1
+        also = ", and an eighth for the references" if spent else ""
         return (
             f"all heads stay dense: {n} calibration prompts can promise {can}, {self.target_recall:g}{at} needs at "
-            f"least {needed} (that is {2 * needed - 1} prompts, half of them for the check)"
+            f"least {needed} (that is {2 * half - 1} prompts, half of them for the check{also})"
         )
 
 
@@ -156,29 +173,27 @@ def choose(
     """
     promise = Promise(target_recall, confidence)
     held_in, held_out = split_prompts(len(curves.tokens), seed)
+    spent = torch.tensor(curves.spent, dtype=torch.int64)
+    if bool(torch.isin(held_out, spent).any()):
+        raise ValueError(f"prompts that chose the references are among the held-out ones of seed {seed}: use theirs")
+    held_in = held_in[~torch.isin(held_in, spent)]
     n = len(held_in)
     calibrated = torch.tensor([kind == CALIBRATED for kind in curves.layers])
     risks = curves.tail_lost[held_in]
     index = promise.loosest(risks)
-    for members in _by_length(curves.tokens, held_in).values():
+    for members in by_length(curves.tokens, held_in).values():
         index = torch.minimum(index, loosest_mean(risks[members], target_recall))
     if curves.group > 1:  # the strictest of the heads that share a threshold
         shared = index.unflatten(-1, (-1, curves.group)).amin(dim=-1)
         index = shared.repeat_interleave(curves.group, dim=-1)
-    short = promise.too_few(n)
+    short = promise.too_few(n, len(spent))
     if short is not None:
         warnings.warn(short, CalibrationWarning, stacklevel=2)
     index = torch.where(calibrated[:, None], index.clamp(min=0), 0)
     keep_all = curves.policy.keep_all_threshold()
-    thresholds = torch.where(index == 0, keep_all, curves.grid[index])
-    recall = 1.0 - _at(curves.lost_mass[held_out], index).double()
-    density = _at(curves.density[held_out], index).double()
-    tail_recall = 1.0 - _at(curves.tail_lost[held_out], index).double()
+    held = HeldOut(curves, index, held_out)
     promised = promise.bound(_at(risks, index).double().mean(0), n)
-    by_length = _by_length(curves.tokens, held_out)
-    lengths = sorted(by_length)
-    length_recall = torch.stack([recall[by_length[length]].mean(0) for length in lengths])
-    for length, kept in zip(lengths, length_recall[:, calibrated], strict=True):
+    for length, kept in zip(held.lengths, held.length_recall[:, calibrated], strict=True):
         if kept.numel() and float(kept.mean()) < target_recall:
             warnings.warn(
                 f"held-out prompts of {length_name(length)} tokens keep {float(kept.mean()):.3f} of the attention "
@@ -186,23 +201,13 @@ def choose(
                 CalibrationWarning,
                 stacklevel=2,
             )
-
-    def settle(x: Tensor) -> Tensor:
-        return x.clamp(0.0, 1.0).to(torch.float32).contiguous()
-
+    recall, tail_recall = held.recall[:, calibrated], held.tail_recall[:, calibrated]
     return ThresholdTable(
         policy=curves.policy.with_threshold(keep_all),
-        thresholds=thresholds.to(torch.float32).contiguous(),
+        thresholds=torch.where(index == 0, keep_all, curves.grid[index]).to(torch.float32).contiguous(),
         layers=curves.layers,
-        recall=settle(recall.mean(0)),
-        recall_spread=settle(recall.std(0, correction=0)),
-        tail_recall=settle(tail_recall.mean(0)),
-        recall_worst=settle(recall.min(0).values),
-        density=settle(density.mean(0)),
-        lengths=tuple(lengths),
-        length_prompts=tuple(len(by_length[length]) for length in lengths),
-        length_recall=settle(length_recall),
-        length_density=settle(torch.stack([density[by_length[length]].mean(0) for length in lengths])),
+        reference=curves.reference,
+        positions=curves.positions,
         model=curves.model,
         attention=curves.attention,
         calibration={
@@ -215,10 +220,44 @@ def choose(
             "least_prompts": promise.least_prompts,
             "calibration_prompts": n,
             "held_out_prompts": len(held_out),
-            "held_out": _held_out(recall[:, calibrated], tail_recall[:, calibrated], index[calibrated], target_recall),
+            "held_out": _held_out(recall, tail_recall, index[calibrated], target_recall),
             "tokens": list(curves.tokens),
             "prompts_sha256": curves.prompts_sha256,
             "seed": seed,
             "grid_points": curves.grid.shape[0],
+            **curves.facts,
         },
+        **held.fields(),
     )
+
+
+class HeldOut:
+    """What prompts that chose nothing say of thresholds: ``index`` int64 [layers, heads] into the grid of ``curves``.
+
+    recall, tail_recall, density: float64 [prompts, layers, heads]; length_recall, length_density: their means by
+    length, [lengths, layers, heads].
+    """
+
+    def __init__(self, curves: CalibrationCurves, index: Tensor, held_out: Tensor):
+        self.recall = 1.0 - _at(curves.lost_mass[held_out], index).double()
+        self.tail_recall = 1.0 - _at(curves.tail_lost[held_out], index).double()
+        self.density = _at(curves.density[held_out], index).double()
+        places = by_length(curves.tokens, held_out)
+        self.lengths = tuple(sorted(places))
+        self.length_prompts = tuple(len(places[n]) for n in self.lengths)
+        self.length_recall = torch.stack([self.recall[places[n]].mean(0) for n in self.lengths])
+        self.length_density = torch.stack([self.density[places[n]].mean(0) for n in self.lengths])
+
+    def fields(self) -> dict[str, Any]:
+        """The fields of a :class:`bsfa.ThresholdTable` that say what is achieved."""
+        values = {
+            "recall": self.recall.mean(0),
+            "recall_spread": self.recall.std(0, correction=0),
+            "tail_recall": self.tail_recall.mean(0),
+            "recall_worst": self.recall.min(0).values,
+            "density": self.density.mean(0),
+            "length_recall": self.length_recall,
+            "length_density": self.length_density,
+        }
+        tensors = {name: x.clamp(0.0, 1.0).to(torch.float32).contiguous() for name, x in values.items()}
+        return {**tensors, "lengths": self.lengths, "length_prompts": self.length_prompts}

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from bsfa.calibration.curves import BlockCurves, block_curves, check_sharing, threshold_grid
+from bsfa.calibration.curves import BlockCurves, block_curves, check_calibratable, threshold_grid
 from bsfa.calibration.forward import prefill
 from bsfa.calibration.resume import PromptRecord, PromptStore, run_settings
 from bsfa.errors import UnsupportedError
 from bsfa.identity import ModelIdentity
-from bsfa.policies import ScoredPolicy
+from bsfa.policies import ScoredPolicy, ThresholdPolicy
 from bsfa.prompts import Prompt, TokenizedPrompt, prompts_sha256, tokenize
 from bsfa.thresholds import CALIBRATED
 
@@ -42,9 +42,11 @@ class CalibrationCurves:
     tail: the share of a prompt's query tiles that ``tail_lost`` is about.
     group: query heads, next to each other, that share a threshold.
     tokens: length of each prompt. The rest goes into the threshold file as it is.
+    reference, positions: of ExactSkip, see :class:`bsfa.ThresholdTable`.
+    spent: prompts that chose the reference and therefore choose no thresholds; facts: what the file says about it.
     """
 
-    policy: ScoredPolicy
+    policy: ThresholdPolicy
     grid: Tensor
     lost_mass: Tensor
     tail_lost: Tensor
@@ -56,6 +58,10 @@ class CalibrationCurves:
     model: ModelIdentity
     attention: dict[str, Any]
     group: int = 1
+    reference: Tensor | None = None
+    positions: tuple[int, ...] = ()
+    spent: tuple[int, ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 def prefill_work(tokens: int) -> float:
@@ -85,22 +91,30 @@ def text_config(model: Any) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
-class _Collector:
-    """Callback of ``observe``: reduces each attention call at once."""
+T = TypeVar("T")
 
-    def __init__(self, policy: ScoredPolicy, num_layers: int, tail: float):
+
+class Collector(Generic[T]):
+    """Callback of ``observe``: reduces each attention call at once, to a dataclass of tensors that begin with heads."""
+
+    kind: type[T]  #: what :meth:`reduce` makes
+    dense: ClassVar[Mapping[str, float]]  #: what its fields hold for layers that stay dense
+
+    def __init__(self, policy: ThresholdPolicy, num_layers: int):
         self.policy = policy
-        self.tail = tail
-        self.grid = threshold_grid(policy)
         self.layers: list[str] = ["dense: not run through bsfa"] * num_layers
         self.scale: list[float | None] = [None] * num_layers
         self.softcap: list[float | None] = [None] * num_layers
         self.dtype = ""
         self.heads: int | None = None
         self.group = 1
-        self.current: dict[int, BlockCurves] = {}
+        self.current: dict[int, T] = {}
         self.listening = True
         self.restored: dict[str, Any] | None = None
+
+    def reduce(self, call: AttentionCall) -> T:
+        """What is kept of one attention call."""
+        raise NotImplementedError
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -142,7 +156,7 @@ class _Collector:
         if self.heads not in (None, heads):
             raise UnsupportedError(f"layers have different numbers of query heads ({self.heads} and {heads})")
         self.heads = heads
-        if self.policy.scoring.sharing == "group":
+        if self.policy.shares_thresholds:
             group = heads // call.k.shape[-2]
             if self.current and self.group != group:
                 raise UnsupportedError(
@@ -152,8 +166,47 @@ class _Collector:
         self.layers[call.layer] = CALIBRATED
         self.scale[call.layer], self.softcap[call.layer] = float(call.softmax_scale), float(call.softcap)
         self.dtype = str(call.q.dtype).removeprefix("torch.")
-        self.current[call.layer] = block_curves(
-            self.policy,
+        self.current[call.layer] = self.reduce(call)
+
+    def take(self) -> T:
+        """What :meth:`reduce` made of the prompt that just ran, its tensors stacked: [layers, heads, ...]."""
+        if not self.current:
+            raise UnsupportedError("no full-attention layer of this model runs through bsfa: nothing to calibrate")
+        stacked = {}
+        for name, value in self.dense.items():
+            found = {layer: getattr(one, name) for layer, one in self.current.items()}
+            shape = next(iter(found.values())).shape
+            stacked[name] = torch.full((len(self.layers), *shape), value)
+            for layer, t in found.items():
+                stacked[name][layer] = t
+        self.current.clear()
+        return self.kind(**stacked)
+
+    @property
+    def attention(self) -> dict[str, Any]:
+        """For threshold files."""
+        return {"softmax_scale": self.scale, "softcap": self.softcap, "dtype": self.dtype}
+
+
+class CurveCollector(Collector[BlockCurves]):
+    """Curves over ``grid`` of the policy of each layer."""
+
+    kind = BlockCurves
+    dense: ClassVar[Mapping[str, float]] = {"lost": 0.0, "tail_lost": 0.0, "density": 1.0}
+
+    def __init__(self, policy: ThresholdPolicy, num_layers: int, grid: Tensor, tail: float):
+        super().__init__(policy, num_layers)
+        self.grid = grid
+        self.tail = tail
+
+    def layer_policy(self, layer: int) -> ThresholdPolicy:
+        """The policy that is measured in a layer."""
+        return self.policy
+
+    def reduce(self, call: AttentionCall) -> BlockCurves:
+        """The curves [heads, G] of one call."""
+        return block_curves(
+            self.layer_policy(call.layer),
             self.grid,
             call.q,
             call.k,
@@ -164,26 +217,67 @@ class _Collector:
             tail=self.tail,
         )
 
-    def take(self) -> BlockCurves:
-        """Curves [layers, heads, G] of the prompt that just ran."""
-        if self.heads is None:
-            raise UnsupportedError("no full-attention layer of this model runs through bsfa: nothing to calibrate")
-        shape = (len(self.layers), self.heads, self.grid.shape[0])
-        prompt = BlockCurves(torch.zeros(shape), torch.zeros(shape), torch.ones(shape))
-        for layer, curves in self.current.items():
-            prompt.lost[layer] = curves.lost
-            prompt.tail_lost[layer] = curves.tail_lost
-            prompt.density[layer] = curves.density
-        self.current.clear()
-        return prompt
+
+def num_layers(model: Any) -> int:
+    """Layers of a Hugging Face model."""
+    return int(text_config(model).num_hidden_layers)
 
 
-def _record(curves: BlockCurves, facts: Mapping[str, Any]) -> PromptRecord:
-    return PromptRecord({f.name: getattr(curves, f.name) for f in fields(curves)}, facts)
+def check_options(prompts: Sequence[Prompt], tail: float, least: int = 2) -> None:
+    """Raise ``ValueError`` for too few prompts or a tail that is no share."""
+    if not 0.0 < tail <= 1.0:
+        raise ValueError(f"tail must be a share of the query tiles, above 0 and at most 1, got {tail}")
+    if len(prompts) < least:
+        count = {2: "two", 3: "three"}[least]
+        raise ValueError(
+            f"calibration needs {count} prompts or more (one half chooses, one checks), got {len(prompts)}"
+        )
 
 
-def _curves(record: PromptRecord) -> BlockCurves:
-    return BlockCurves(**record.tensors)
+def measure(
+    model: Any,
+    prompts: Sequence[TokenizedPrompt],
+    collector: Collector[T],
+    settings: Callable[[], Any],
+    *,
+    progress: Progress | None = None,
+    resume: str | Path | None = None,
+) -> list[T]:
+    """Run the model densely over the prompts; what the collector makes of each. Afterwards the model has no policy.
+
+    resume: a folder for finished prompts, see :func:`collect`. settings: called if there is one; what determines the
+    result besides the prompt (:func:`bsfa.calibration.resume.run_settings`).
+    """
+    from bsfa.integrations.transformers import observe
+
+    work = [prefill_work(len(t)) for t in prompts]
+    total, done = sum(work), 0.0
+    measured: list[T | None] = [None] * len(prompts)
+    with dense_model(model), observe(model, collector):
+        store = None
+        if resume is not None:
+            with collector.paused():
+                store = PromptStore(resume, settings())
+            for i, t in enumerate(prompts):
+                record = store.load(t.ids)
+                if record is not None:
+                    collector.restore(record.facts, store.place)
+                    measured[i] = collector.kind(**record.tensors)
+                    done += work[i]
+        for i, t in enumerate(prompts):
+            if measured[i] is not None:
+                continue
+            if progress is not None:
+                progress(done, total, f"{len(t)} tokens")
+            prefill(model, t.ids)
+            measured[i] = one = collector.take()
+            if store is not None:
+                tensors = {name: getattr(one, name) for name in collector.dense}
+                store.save(t.ids, PromptRecord(tensors, collector.facts(store.place)))
+            done += work[i]
+    if progress is not None:
+        progress(total, total, "done")
+    return [m for m in measured if m is not None]
 
 
 def collect(
@@ -211,58 +305,41 @@ def collect(
     Afterwards the model has no policy. Raises ``ValueError`` for too few prompts or unfit ones,
     :class:`bsfa.UnsupportedError` for models that this cannot measure, ``OSError`` if ``resume`` cannot be written.
     """
-    from bsfa.integrations.transformers import observe
-
     if not isinstance(policy, ScoredPolicy):
-        raise TypeError(f"only policies with a score can be calibrated, got {type(policy).__name__}")
-    check_sharing(policy)
-    if not 0.0 < tail <= 1.0:
-        raise ValueError(f"tail must be a share of the query tiles, above 0 and at most 1, got {tail}")
-    if len(prompts) < 2:
-        raise ValueError(f"calibration needs two prompts or more (one half chooses, one checks), got {len(prompts)}")
-    tokenized: list[TokenizedPrompt] = [tokenize(p, tokenizer, max_length) for p in prompts]
-    work = [prefill_work(len(t)) for t in tokenized]
-    total, done = sum(work), 0.0
-    collector = _Collector(policy, int(text_config(model).num_hidden_layers), tail)
+        raise TypeError(f"only policies with a score can be calibrated so, got {type(policy).__name__}")
+    check_calibratable(policy)
+    check_options(prompts, tail)
+    tokenized = [tokenize(p, tokenizer, max_length) for p in prompts]
+    grid = threshold_grid(policy)
+    collector = CurveCollector(policy, num_layers(model), grid, tail)
     identity = ModelIdentity.of(model)
-    measured: list[BlockCurves | None] = [None] * len(prompts)
-    with dense_model(model), observe(model, collector):
-        store = None
-        if resume is not None:
-            with collector.paused():
-                extra = {"curves": [f.name for f in fields(BlockCurves)]}
-                settings = run_settings(model, identity, policy, collector.grid, tail, extra)
-                store = PromptStore(resume, settings)
-            for i, t in enumerate(tokenized):
-                record = store.load(t.ids)
-                if record is not None:
-                    collector.restore(record.facts, store.place)
-                    measured[i] = _curves(record)
-                    done += work[i]
-        for i, t in enumerate(tokenized):
-            if measured[i] is not None:
-                continue
-            if progress is not None:
-                progress(done, total, f"{len(t)} tokens")
-            prefill(model, t.ids)
-            measured[i] = curves = collector.take()
-            if store is not None:
-                store.save(t.ids, _record(curves, collector.facts(store.place)))
-            done += work[i]
-    if progress is not None:
-        progress(total, total, "done")
-    found = [m for m in measured if m is not None]
+
+    def settings() -> Any:
+        return run_settings(model, identity, policy, grid, tail, {"curves": [f.name for f in fields(BlockCurves)]})
+
+    found = measure(model, tokenized, collector, settings, progress=progress, resume=resume)
+    return as_curves(identity, prompts, tokenized, collector, found)
+
+
+def as_curves(
+    identity: ModelIdentity,
+    prompts: Sequence[Prompt],
+    tokenized: Sequence[TokenizedPrompt],
+    collector: CurveCollector,
+    found: Sequence[BlockCurves],
+) -> CalibrationCurves:
+    """What was measured on every prompt, with what threshold files say about model and prompts."""
     return CalibrationCurves(
-        policy=policy,
+        policy=collector.policy,
         grid=collector.grid,
         lost_mass=torch.stack([m.lost for m in found]),
         tail_lost=torch.stack([m.tail_lost for m in found]),
         density=torch.stack([m.density for m in found]),
-        tail=float(tail),
+        tail=float(collector.tail),
         layers=tuple(collector.layers),
         tokens=tuple(len(t) for t in tokenized),
         prompts_sha256=prompts_sha256([p.text for p in prompts]),
         model=identity,
-        attention={"softmax_scale": collector.scale, "softcap": collector.softcap, "dtype": collector.dtype},
+        attention=collector.attention,
         group=collector.group,
     )

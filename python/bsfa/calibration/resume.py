@@ -30,7 +30,7 @@ from bsfa.calibration.risk import CalibrationWarning
 from bsfa.files import replacing, write_text
 from bsfa.identity import ModelIdentity, canonical_json
 from bsfa.placement import input_device, model_devices
-from bsfa.policies import ScoredPolicy
+from bsfa.policies import ThresholdPolicy
 from bsfa.thresholds import policy_parameters
 
 FORMAT = "bsfa-calibration-prompt"
@@ -74,7 +74,7 @@ def _probe(model: Any) -> str:
 
 
 def run_settings(
-    model: Any, identity: ModelIdentity, policy: ScoredPolicy, grid: Tensor, tail: float, extra: Mapping[str, Any]
+    model: Any, identity: ModelIdentity, policy: ThresholdPolicy, grid: Tensor, tail: float, extra: Mapping[str, Any]
 ) -> Any:
     """All that determines a prompt's curves, besides the prompt, as JSON values. Call it within ``dense_model``.
 

@@ -99,9 +99,11 @@ class ExactSkip(ThresholdPolicy):
     def to(self, device: torch.device) -> ExactSkip:
         """The same policy with its tensors on ``device``."""
         moved = super().to(device)
-        if moved.reference is None or moved.reference.device == device:
+        reference = None if moved.reference is None else moved.reference.to(device)
+        within = None if moved.within is None else moved.within.to(device)
+        if reference is moved.reference and within is moved.within:
             return moved
-        return replace(moved, reference=moved.reference.to(device))
+        return replace(moved, reference=reference, within=within)
 
     @property
     def needs_summary(self) -> bool:
