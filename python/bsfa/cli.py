@@ -163,6 +163,11 @@ class TimeLeft:
         self._last = (0.0, 0.0)
         self._total = 0.0
 
+    @property
+    def started(self) -> bool:
+        """Whether anything was reported."""
+        return self._first is not None
+
     def report(self, done: float, total: float) -> None:
         """``done`` of ``total`` is done now."""
         self._last, self._total = (self._clock(), done), total
@@ -203,6 +208,8 @@ def _progress_bar(title: str) -> Iterator[Progress]:
         task = bar.add_task(title, total=None, now="")
 
         def report(done: float, total: float, now: str) -> None:
+            if not left.started and done > 0:
+                _print_line(title, f"{done / total:.0%} of the work was done by an earlier run")
             left.report(done, total)
             bar.update(task, completed=done, total=total, now=now)
 
@@ -429,7 +436,7 @@ def inspect(
         ("model", f"{table.model.name} ({table.num_layers} layers, {table.num_heads} heads, {table.model.dtype})"),
         *statement(table),
     ):
-        typer.echo(f"{name:22}{value}")
+        typer.echo(f"{name:24}{value}")
     for doubt in doubts(table):
         typer.echo(f"warning: {doubt}")
     by_length = [

@@ -73,7 +73,7 @@ def plot_thresholds(table: ThresholdTable, path: str | Path) -> None:
 
 def _draw_lengths(axes: Any, table: ThresholdTable) -> None:
     """Density against prompt length: mean, middle 80 % and range of the heads."""
-    axes.set_title("density against length (mean, middle 80 %, range of heads)", fontsize=10)
+    axes.set_title("density against length (band: 80 % of heads)", fontsize=10)
     axes.set_xlabel("prompt length, tokens")
     axes.set_ylabel("density")
     axes.set_ylim(0.0, 1.02)
