@@ -533,7 +533,13 @@ def test_command_line(place: Path) -> None:
     assert bool((tables[0].thresholds <= tables[1].thresholds).any()) and not list(place.glob("*.partial"))
     shown = CliRunner().invoke(app, ["inspect", str(place / "d-0.4.safetensors"), "--plot", str(place / "x.png")])
     assert shown.exit_code == 0, shown.output
-    for text in ("target density 0.4", "cost output", "estimated", "held out, error", "promise               none"):
+    for text in (
+        "target density 0.4",
+        "cost  ",
+        "estimated",
+        "held out, error",
+        "none: the thresholds have the least",
+    ):
         assert text in shown.output
     assert "target recall" not in shown.output
     few = ("--sink-blocks", 1, "--window-blocks", 1, "--last-tiles", 0)
@@ -554,6 +560,8 @@ ERRORS: dict[str, tuple[list[object], str]] = {
     "cost of recall": (["--cost", "output"], "--cost belongs to --target-density"),
     "confidence": (["--target-density", 0.3, "--confidence", 0.9], "a budget promises nothing"),
     "stride": (["--stride", 4], "relative-max has none"),
+    "exact-skip": (["--target-density", 0.3, "--policy", "exact-skip"], "calibrated for a target recall only"),
+    "kth": (["--target-density", 0.3, "--policy", "exact-skip", "--rule", "kth", "--k", 3], "--k has no target"),
     "floor": (["--target-density", 0.01], "target density 0.01 is below"),
     "several": (["--target-density", 0.3, "--target-density", 0.4], "{target}"),
 }

@@ -55,6 +55,7 @@ def test_a_killed_command_continues_to_the_same_file(tmp_path: Path) -> None:
     write_rows(tmp_path / "p.jsonl", make_rows(6))
     whole = drive("calibrate", tmp_path, -1, "whole.safetensors")
     assert whole.returncode == 0 and "measured 6" in whole.stdout, whole.stderr
+    assert "earlier run" not in whole.stderr
     assert not (tmp_path / "whole.safetensors.partial").exists()
 
     partial = tmp_path / "t.safetensors.partial"
@@ -65,6 +66,7 @@ def test_a_killed_command_continues_to_the_same_file(tmp_path: Path) -> None:
         assert not (tmp_path / "t.safetensors").exists()
     finished = drive("calibrate", tmp_path, -1, "t.safetensors")
     assert finished.returncode == 0 and "measured 3" in finished.stdout, finished.stderr
+    assert "% of the work was done by an earlier run" in finished.stderr
     assert not partial.exists()
     assert (tmp_path / "t.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
 

@@ -25,7 +25,7 @@ def doubts(table: ThresholdTable) -> list[str]:
     promise, n = promise_of(table), table.calibration.get("calibration_prompts")
     if promise is None or not isinstance(n, int) or n < 1:
         return []
-    found = [promise.too_few(n)]
+    found = [promise.too_few(n, len(table.calibration.get("reference_prompts", ())))]
     return [text for text in found if text is not None]
 
 
@@ -70,13 +70,13 @@ def _numbers(row: dict[str, float]) -> str:
 
 
 def _spent(table: ThresholdTable) -> list[tuple[str, str]]:
-    """Of thresholds of :func:`bsfa.calibration.spend`: target, and the error that was estimated and measured."""
+    """Of thresholds of :func:`bsfa.calibration.spend`: the error that was estimated, and that on held-out prompts."""
     facts, held_out = table.calibration, table.calibration["held_out"]
     unit = "nats per token" if facts["cost"] == "loss" else "of the layers' attention outputs"
     length = length_name(facts["length"])
     by_length = ", ".join(f"{error:.4g} at {length_name(int(n))}" for n, error in held_out["error_by_length"].items())
     return [
-        ("target", f"{table.goal} ({facts['method']}, cost {facts['cost']})"),
+        ("cost", str(facts["cost"])),
         (
             "estimated",
             f"density {facts['estimated_density']:.4f} at {length}, error {facts['estimated_error']:.4g} {unit}",
@@ -95,17 +95,28 @@ def statement(table: ThresholdTable) -> list[tuple[str, str]]:
     facts, promise = table.calibration, promise_of(table)
     tokens = facts.get("tokens") or [0]
     lines: list[tuple[str, str]] = []
-    if promise is not None:
+    if promise is None:
+        lines.append(("goal", f"{table.goal} ({facts.get('method')})"))
+    else:
         lines.append(("target recall", f"{promise.target_recall:g} ({facts.get('method')})"))
         lines.append(
             ("confidence", "in expectation" if promise.confidence is None else f"{promise.confidence:g} for each head")
         )
-    elif facts.get("cost"):
+    if facts.get("cost") is not None:
         lines += _spent(table)
     if promise is not None and facts.get("tail") is not None:
         lines.append(("about", f"the worst {facts['tail']:.0%} of a prompt's query tiles"))
     prompts = f"{facts.get('calibration_prompts')} chose, {facts.get('held_out_prompts')} checked"
+    if not table.measured:
+        lines.append(("quality", "not measured: recall and density are unknown, see bsfa eval"))
+        lines += [("not carried over", str(text)) for text in facts.get("not_mapped", ())]
+        return lines
+    spent = len(facts.get("reference_prompts", ()))
+    if spent:
+        prompts = f"{spent} chose the references, {prompts}"
     lines.append(("prompts", f"{prompts}; {min(tokens)} .. {max(tokens)} tokens; seed {facts.get('seed')}"))
+    if facts.get("reference") is not None:
+        lines.append(("reference", str(facts["reference"])))
     if promise is not None:
         lines.append(("prompts needed", f"{promise.least_prompts} that choose, for this target and confidence"))
     held_out = _held_out(table, None if promise is None else promise.target_recall)
