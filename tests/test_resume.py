@@ -244,9 +244,17 @@ def test_a_file_in_place_of_the_folder(lm: tuple[Any, Any], tmp_path: Path) -> N
 def test_discard_takes_only_its_own(lm: tuple[Any, Any], tmp_path: Path) -> None:
     folder = tmp_path / "part"
     run(lm, folder)
+    run(lm, folder / "second pass")
     (folder / "notes.txt").write_text("mine")
+    (folder / "model").mkdir()
+    for name in ("settings.json", "weights.safetensors"):
+        (folder / "model" / name).write_text("{}")
     discard(folder)
-    assert [p.name for p in folder.iterdir()] == ["notes.txt"]
+    assert sorted(p.name for p in folder.iterdir()) == ["model", "notes.txt"]
+    assert len(list((folder / "model").iterdir())) == 2
+    for path in (folder / "model").iterdir():
+        path.unlink()
+    (folder / "model").rmdir()
     (folder / "notes.txt").unlink()
     discard(folder)
     discard(folder)

@@ -184,19 +184,36 @@ def _ids_sha256(ids: Tensor) -> str:
     return hashlib.sha256(ids.to(torch.int64).cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
+def _is_store(settings: Path) -> bool:
+    """Whether a store wrote this file of settings: its folder is called by their hash."""
+    try:
+        value = json.loads(settings.read_text(encoding="utf-8"))
+        return settings.parent.name == _sha256(value)[:16]
+    except (OSError, ValueError):
+        return False
+
+
 def discard(folder: str | Path) -> None:
-    """Delete what :class:`PromptStore` keeps in ``folder`` (of all settings), and the folder if nothing else is in it.
+    """Delete what stores keep in ``folder`` and in folders in it, of all settings, and what is empty then.
 
     Files that are not a store's stay.
     """
     folder = Path(folder)
-    for settings in folder.glob("*/settings.json"):
+    for settings in sorted(folder.rglob("settings.json")):
         place = settings.parent
+        if not _is_store(settings):
+            continue
         for pattern in ("*.safetensors", ".*.tmp.safetensors", ".*.tmp.json"):
             for path in place.glob(pattern):
                 path.unlink(missing_ok=True)
         settings.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            place.rmdir()
+        while True:
+            try:
+                place.rmdir()
+            except OSError:  # not empty
+                break
+            if place == folder:
+                break
+            place = place.parent
     with contextlib.suppress(OSError):
         folder.rmdir()
