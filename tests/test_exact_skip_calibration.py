@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner, Result
 
 import bsfa
 import oracle_skip
@@ -39,10 +41,11 @@ from bsfa.calibration.exact_skip import (
     mean_lse,
     thinned,
 )
+from bsfa.cli import app
 from bsfa.integrations.transformers import observe
 from bsfa.policies import ExactSkip, RelativeMax
 from bsfa.prompts import Prompt, length_bucket, parse_prompt
-from tiny_model import WORDS, make_mixed_model, make_model, make_prompts, make_tokenizer
+from tiny_model import WORDS, make_mixed_model, make_model, make_prompts, make_tokenizer, write_rows
 
 SCALE = 0.3
 
@@ -480,3 +483,72 @@ def test_refusals(lm: tuple[Any, Any]) -> None:
         calibrate_kth(*lm, prompts, ABSOLUTE, 0)
     with pytest.raises(TypeError, match="k must be an int"):
         calibrate_kth(*lm, prompts, ABSOLUTE, 2.0)  # type: ignore[arg-type]
+
+
+# ---- the command line ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def places(lm: tuple[Any, Any], tmp_path_factory: pytest.TempPathFactory) -> list[object]:
+    path = tmp_path_factory.mktemp("cli")
+    for part in lm:
+        part.save_pretrained(path)
+    data = write_rows(path / "p.jsonl", [{"text": p.text} for p in runs(10)])
+    return ["calibrate", "--model", path, "--data", data, "--block-size", 64, "--max-length", 500, "--device", "cpu"]
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+@pytest.mark.parametrize("form", ["relative", "absolute"])
+def test_calibrate_command(form: str, places: list[object], lm: tuple[Any, Any], tmp_path: Path) -> None:
+    out = tmp_path / "t-{target}.safetensors"
+    options = ("--form", "absolute") if form == "absolute" else ()
+    result = run(*places, "-o", out, "--policy", "exact-skip", *options, "--target-recall", 0.5, "--target-recall", 0.6)
+    assert result.exit_code == 0, result.output
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["t-0.5.safetensors", "t-0.6.safetensors"]  # nothing partial
+    table = bsfa.ThresholdTable.load(tmp_path / "t-0.5.safetensors", block_m=64, block_n=64)
+    direct = choose_skip(collect_skip(*lm, runs(10), replace(RELATIVE, form=form), max_length=500), 0.5)
+    assert torch.equal(table.thresholds, direct.thresholds) and torch.equal(table.density, direct.density)
+    result = run("inspect", tmp_path / "t-0.5.safetensors", "--plot", tmp_path / "heat.png")
+    assert result.exit_code == 0, result.output
+    for text in ("1 chose the references, 4 chose, 5 checked", f"form={form}", "target recall", "ratio"):
+        assert text in result.output
+    assert ("slope" in result.output) == (form == "relative")
+
+
+def test_kth_command(places: list[object], tmp_path: Path) -> None:
+    result = run(*places, "-o", tmp_path / "k{target}.safetensors", "--policy", "exact-skip", "--rule", "kth", "--k", 2)
+    assert result.exit_code == 0, result.output
+    assert [p.name for p in tmp_path.iterdir()] == ["k2.safetensors"]
+    result = run("inspect", tmp_path / "k2.safetensors", "--plot", tmp_path / "heat.png")
+    assert result.exit_code == 0, result.output
+    for text in ("2 blocks a query tile besides sinks and window", "5 chose, 5 checked", "recall mean"):
+        assert text in result.output
+
+
+WRONG_OPTIONS: dict[str, tuple[tuple[object, ...], str]] = {
+    "form of another": (("--form", "absolute"), "belong to --policy exact-skip"),
+    "k of another": (("--k", 3), "belong to --policy exact-skip"),
+    "form": (("--policy", "exact-skip", "--form", "both"), "--form both: choose one of absolute, relative"),
+    "rule": (("--policy", "exact-skip", "--rule", "best"), "--rule best: choose one of target, kth"),
+    "no k": (("--policy", "exact-skip", "--rule", "kth"), "needs --k"),
+    "k alone": (("--policy", "exact-skip", "--k", 3), "--k needs --rule kth"),
+    "relative kth": (
+        ("--policy", "exact-skip", "--rule", "kth", "--k", 3, "--form", "relative"),
+        "absolute thresholds",
+    ),
+    "k and target": (("--policy", "exact-skip", "--rule", "kth", "--k", 3, "--target-recall", 0.9), "has no target"),
+    "last tiles": (("--policy", "exact-skip", "--last-tiles", 1), "--last-tiles: exact-skip has no such parameter"),
+    "block size": (("--policy", "exact-skip", "--block-size", 32), "multiple of 64"),
+    "policy": (("--policy", "best"), "choose one of relative-max, .*exact-skip"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_OPTIONS)
+def test_options_that_do_not_fit(case: str, places: list[object], tmp_path: Path) -> None:
+    options, message = WRONG_OPTIONS[case]
+    result = run(*places, "-o", tmp_path / "t.safetensors", *options)
+    assert result.exit_code == 2 and re.search(message, result.output), result.output
+    assert list(tmp_path.iterdir()) == []

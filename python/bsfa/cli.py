@@ -1,4 +1,7 @@
-"""The ``bsfa`` command: calibrate, inspect, eval, doctor. Thin: the work is in bsfa.calibration and bsfa.evaluation."""
+"""The ``bsfa`` command: calibrate, import-bsfa, inspect, eval, doctor.
+
+Thin: the work is in bsfa.calibration, bsfa.importing and bsfa.evaluation.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +22,18 @@ from rich.markup import escape
 from rich.table import Table
 
 import bsfa
-from bsfa.calibration import Progress, Promise, choose, collect
+from bsfa.calibration import Progress, Promise, calibrate_kth, choose, choose_skip, collect, collect_skip
 from bsfa.calibration.collect import TAIL
+from bsfa.calibration.curves import check_calibratable
+from bsfa.calibration.exact_skip import PASSES
 from bsfa.calibration.resume import discard
 from bsfa.calibration.statement import doubts, statement
 from bsfa.doctor import default_device
 from bsfa.evaluation import Accuracy, EvaluationReport, evaluate
 from bsfa.files import write_text
-from bsfa.policies import SCORED
+from bsfa.policies import CALIBRATED as POLICIES
+from bsfa.policies import ExactSkip, ThresholdPolicy
+from bsfa.policies.exact_skip import FORMS
 from bsfa.prompts import length_name, load_prompts
 from bsfa.thresholds import CALIBRATED, ThresholdTable
 
@@ -244,16 +251,63 @@ def _partial_folder(output: str) -> Path:
     return path.with_name(f"{path.name}.partial")
 
 
+RULES = ("target", "kth")
+
+
+def _policy_to_calibrate(
+    name: str, form: str | None, rule: str | None, k: int | None, fields: dict[str, int]
+) -> ThresholdPolicy:
+    """The policy that the options describe."""
+    if name not in POLICIES:
+        raise ValueError(f"--policy {name}: choose one of {', '.join(POLICIES)}")
+    if name != ExactSkip.name:
+        if (form, rule, k) != (None, None, None):
+            raise ValueError(f"--form, --rule and --k belong to --policy {ExactSkip.name}")
+        return POLICIES[name](**fields)
+    for option, value, known in (("form", form, FORMS), ("rule", rule, RULES)):
+        if value is not None and value not in known:
+            raise ValueError(f"--{option} {value}: choose one of {', '.join(known)}")
+    for option in ("last_tiles", "min_blocks"):
+        if option in fields:
+            raise ValueError(f"--{option.replace('_', '-')}: {ExactSkip.name} has no such parameter")
+    kth = rule == "kth"
+    if kth != (k is not None):
+        raise ValueError("--rule kth needs --k, the blocks to leave a query tile" if kth else "--k needs --rule kth")
+    if kth and form == "relative":
+        raise ValueError("--rule kth gives absolute thresholds: leave --form out, or say absolute")
+    policy = ExactSkip(form="absolute" if kth else form or "relative", **fields)  # type: ignore[arg-type]
+    check_calibratable(policy)
+    return policy
+
+
 @app.command()
 @_one_line_errors
 def calibrate(
     model: ModelOption,
     data: DataOption,
-    output: Annotated[str, typer.Option("--output", "-o", help="File to write; {target} stands for the target.")],
-    policy: Annotated[str, typer.Option(help=f"What to calibrate: {', '.join(SCORED)}.")] = "relative-max",
+    output: Annotated[str, typer.Option("--output", "-o", help="File to write; {target} stands for the target or k.")],
+    policy: Annotated[str, typer.Option(help=f"What to calibrate: {', '.join(POLICIES)}.")] = "relative-max",
     target_recall: Annotated[
-        list[float], typer.Option(help="Share of attention mass to keep; repeat it for several files from one pass.")
-    ] = [0.95],  # noqa: B006  typer copies it
+        list[float] | None,
+        typer.Option(
+            help="Share of attention mass to keep; repeat it for several files from one pass.", show_default="0.95"
+        ),
+    ] = None,
+    form: Annotated[
+        str | None,
+        typer.Option(
+            help="Of exact-skip: relative to a row's running maximum (default), or absolute logits in nats.",
+            show_default=False,
+        ),
+    ] = None,
+    rule: Annotated[
+        str | None,
+        typer.Option(
+            help="Of exact-skip: target (default), or kth, BSFA's own: the k-th largest tile maximum, no target.",
+            show_default=False,
+        ),
+    ] = None,
+    k: Annotated[int | None, typer.Option(min=1, help="Of --rule kth: blocks to leave a query tile.")] = None,
     block_size: Annotated[int, typer.Option(min=1, help="Query tile and KV block, tokens.")] = 128,
     sink_blocks: Annotated[int | None, typer.Option(min=0, help="First blocks, always kept.")] = None,
     window_blocks: Annotated[int | None, typer.Option(min=1, help="Blocks up to the tile's own, always kept.")] = None,
@@ -286,9 +340,12 @@ def calibrate(
 
     A run that is killed continues where it was when it is started again with the same options.
     """
-    for target in target_recall:
+    if k is not None and (target_recall or confidence is not None):
+        raise ValueError("--k has no target: leave --target-recall and --confidence out")
+    targets = target_recall or [0.95]
+    for target in targets:
         Promise(target, confidence)
-    paths = _output_paths(output, target_recall)
+    paths = _output_paths(output, targets if k is None else [k])
     fixed = {
         "sink_blocks": sink_blocks,
         "window_blocks": window_blocks,
@@ -296,26 +353,51 @@ def calibrate(
         "min_blocks": min_blocks,
     }
     given = {name: value for name, value in fixed.items() if value is not None}
-    if policy not in SCORED:
-        raise ValueError(f"--policy {policy}: choose one of {', '.join(SCORED)}")
-    chosen = SCORED[policy](block_m=block_size, block_n=block_size, **given)
+    chosen = _policy_to_calibrate(policy, form, rule, k, {"block_m": block_size, "block_n": block_size, **given})
     prompts = load_prompts(data, max_prompts)
     lm, tokenizer = _load_model(model, dtype, _pick_device(device))
     partial = _partial_folder(output) if resume else None
     with _progress_bar("calibrating") as progress:
-        curves = collect(
-            lm, tokenizer, prompts, chosen, tail=tail, max_length=max_length, progress=progress, resume=partial
-        )
+        options: dict[str, Any] = {"tail": tail, "max_length": max_length, "progress": progress, "resume": partial}
+        tables: Iterator[ThresholdTable]
+        if k is not None:
+            assert isinstance(chosen, ExactSkip)
+            tables = iter([calibrate_kth(lm, tokenizer, prompts, chosen, k, seed=seed, **options)])
+        elif isinstance(chosen, ExactSkip):
+            skipping = collect_skip(lm, tokenizer, prompts, chosen, seed=seed, **options)
+            tables = (choose_skip(skipping, target, confidence=confidence) for target in targets)
+        else:
+            curves = collect(lm, tokenizer, prompts, chosen, **options)  # type: ignore[arg-type]
+            tables = (choose(curves, target, confidence=confidence, seed=seed) for target in targets)
     rows = []
-    for target, path in zip(target_recall, paths, strict=True):
-        table = choose(curves, target, confidence=confidence, seed=seed)
+    for label, path, table in zip(targets if k is None else [k], paths, tables, strict=True):
         table.save(path)
-        rows.append([f"{target:g}", *_summary(table)])
+        rows.append([f"{label:g}", *_summary(table)])
         typer.echo(f"wrote {path}")
     if partial is not None:
-        discard(partial)
+        for folder in (*(partial / name for name in PASSES), partial):
+            discard(folder)
     held_out = f"recall and density on {len(prompts) // 2} of {len(prompts)} prompts, which chose nothing"
-    _table(held_out, ("target", "recall", "worst tiles", "worst head", "density", "dense heads"), rows)
+    first = "target" if k is None else "k"
+    _table(held_out, (first, "recall", "worst tiles", "worst head", "density", "dense heads"), rows)
+
+
+@app.command(name="import-bsfa")
+@_one_line_errors
+def import_bsfa_command(
+    file: Annotated[Path, typer.Argument(help="The original BSFA's NAME.inference.pt.")],
+    k: Annotated[int, typer.Option(help="Which of its thresholds: off-diagonal key tiles a query block.")],
+    model: Annotated[str, typer.Option(help="Directory of the model that it was made for: the file does not say.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Threshold file to write.")],
+    sink_blocks: Annotated[int, typer.Option(min=0, help="First blocks, never skipped; the original has none.")] = 1,
+) -> None:
+    """Make a threshold file (exact-skip, absolute) of one of the original BSFA, and say what cannot be carried over."""
+    _output_paths(str(output), [0.0])
+    table = bsfa.import_bsfa(file, k, model, sink_blocks=sink_blocks)
+    table.save(output)
+    typer.echo(f"wrote {output}")
+    for line in table.calibration["not_mapped"]:
+        typer.echo(f"not carried over: {line}")
 
 
 def _summary(table: ThresholdTable) -> list[str]:
@@ -344,7 +426,10 @@ def inspect(
 
         plot_thresholds(table, plot)
     policy, head = table.policy, table.metadata()
-    parameters = ", ".join(f"{k}={v}" for k, v in head["policy"]["parameters"].items())
+    named = dict(head["policy"]["parameters"])
+    if table.positions:
+        named["positions"] = f"{len(table.positions)} from {table.positions[0]} to {table.positions[-1]}"
+    parameters = ", ".join(f"{k}={v}" for k, v in named.items())
     for name, value in (
         ("file", f"{file}, format {head['format_version']}, written by bsfa {head['library_version']}"),
         ("policy", f"{policy.name} version {policy.version} ({parameters})"),
@@ -360,16 +445,18 @@ def inspect(
             table.lengths, table.length_prompts, table.length_recall, table.length_density, strict=True
         )
     ]
-    _table("by prompt length (held-out prompts)", ("length", "prompts", "recall", "worst head", "density"), by_length)
+    if by_length:
+        columns = ("length", "prompts", "recall", "worst head", "density")
+        _table("by prompt length (held-out prompts)", columns, by_length)
     dense = table.dense_heads()
     layers = []
     for i, kind in enumerate(table.layers):
         values = table.thresholds[i][~dense[i]]
-        spread = "-" if values.numel() == 0 else f"{float(values.min()):.3g} .. {float(values.max()):.3g}"
         layers.append(
             [
                 str(i),
-                spread,
+                _range(values),
+                *_reference_cells(table, i),
                 _number(float(table.recall[i].mean())),
                 _number(float(table.tail_recall[i].mean())),
                 _number(float(table.recall[i].min())),
@@ -377,10 +464,27 @@ def inspect(
                 str(int(dense[i].sum())) if kind == CALIBRATED else kind.removeprefix("dense: "),
             ]
         )
-    columns = ("layer", policy.threshold_name, "recall", "worst tiles", "worst head", "density", "dense heads")
-    _table("by layer", columns, layers)
+    heading = ("recall", "worst tiles", "worst head", "density", "dense heads")
+    _table("by layer", ("layer", policy.threshold_name, *_reference_cells(table, None), *heading), layers)
     if plot is not None:
         typer.echo(f"wrote {plot}")
+
+
+def _range(values: torch.Tensor) -> str:
+    return "-" if values.numel() == 0 else f"{float(values.min()):.3g} .. {float(values.max()):.3g}"
+
+
+def _reference_cells(table: ThresholdTable, layer: int | None) -> list[str]:
+    """Of a layer (None: the headings), for its heads that are not dense: slopes, and the cut at the longest knot."""
+    if table.reference is None:
+        return []
+    slopes = table.calibration.get("slopes")
+    if layer is None:
+        return [*(["slope"] if slopes else []), f"nats at {table.positions[table.longest_knot]}"]
+    sparse = ~table.dense_heads()[layer]
+    cut = (table.thresholds[layer].log() + table.reference[layer, :, table.longest_knot])[sparse]
+    mine = torch.tensor(slopes[layer])[sparse] if slopes and slopes[layer] else torch.zeros(0)
+    return [*([_range(mine)] if slopes else []), _range(cut)]
 
 
 @app.command(name="eval")

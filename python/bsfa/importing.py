@@ -200,7 +200,7 @@ def _not_mapped(facts: dict[str, Any], policy: ExactSkip, blocks: int) -> list[s
         "recall and density: the file has none",
     ]
     if sinks:
-        found.insert(3, f"sinks: the original keeps none, here the first {sinks} block{'s' * (sinks > 1)} are kept")
+        found.insert(3, f"sinks: the original keeps none, here the first blocks are (sink_blocks={sinks})")
     if facts["q_block_size"] != policy.block_m:
         found.insert(
             1,

@@ -42,11 +42,17 @@ def plot_thresholds(table: ThresholdTable, path: str | Path) -> None:
         name, values = f"log2 {policy.threshold_name}", table.thresholds.log2()
     else:
         name, values = f"log2 (1 - {policy.threshold_name})", (1.0 - table.thresholds).log2()
-    values = values.masked_fill(table.dense_heads(), torch.nan)
+    if table.reference is not None:
+        name = f"nats at position {table.positions[table.longest_knot]}"
+        values = table.thresholds.log() + table.reference[..., table.longest_knot]
+    values = values.masked_fill(table.dense_heads() | values.isinf(), torch.nan)
+    density, recall = (
+        f"mean {float(t.mean()):.4f}" if table.measured else "not measured" for t in (table.density, table.recall)
+    )
     panels = (
         (f"threshold: {name} (blank: dense)", values, None, None),
-        (f"density, mean {float(table.density.mean()):.3f}", table.density, 0.0, 1.0),
-        (f"recall, mean {float(table.recall.mean()):.4f}", table.recall, None, 1.0),
+        (f"density, {density}", table.density, 0.0, 1.0),
+        (f"recall, {recall}", table.recall, None, 1.0),
     )
     height = min(max(2.5, 0.22 * table.num_layers + 1.6), 14.0)
     width = min(max(4.0, 0.22 * table.num_heads + 1.8), 10.0)

@@ -5,6 +5,7 @@ docs/threshold_format.md describes the file. Loading validates all of it and ref
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import json
 import math
@@ -194,6 +195,12 @@ class ThresholdTable:
         if self.target_recall is not None:
             return f"target recall {self.target_recall:g}"
         return str(self.calibration.get("goal", "no target"))
+
+    @property
+    def longest_knot(self) -> int:
+        """The reference's last knot that a calibration prompt reached (if their lengths are known)."""
+        tokens = self.calibration.get("tokens")
+        return max(bisect.bisect(self.positions, max(tokens)) - 1, 0) if tokens else len(self.positions) - 1
 
     def dense_heads(self) -> Tensor:
         """bool [layers, heads]: heads that keep every block."""

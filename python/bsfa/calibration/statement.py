@@ -24,7 +24,7 @@ def doubts(table: ThresholdTable) -> list[str]:
     promise, n = promise_of(table), table.calibration.get("calibration_prompts")
     if promise is None or not isinstance(n, int) or n < 1:
         return []
-    found = [promise.too_few(n)]
+    found = [promise.too_few(n, len(table.calibration.get("reference_prompts", ())))]
     return [text for text in found if text is not None]
 
 
@@ -77,7 +77,9 @@ def statement(table: ThresholdTable) -> list[tuple[str, str]]:
     facts, promise = table.calibration, promise_of(table)
     tokens = facts.get("tokens") or [0]
     lines: list[tuple[str, str]] = []
-    if promise is not None:
+    if promise is None:
+        lines.append(("goal", f"{table.goal} ({facts.get('method')})"))
+    else:
         lines.append(("target recall", f"{promise.target_recall:g} ({facts.get('method')})"))
         lines.append(
             ("confidence", "in expectation" if promise.confidence is None else f"{promise.confidence:g} for each head")
@@ -85,7 +87,16 @@ def statement(table: ThresholdTable) -> list[tuple[str, str]]:
     if facts.get("tail") is not None:
         lines.append(("about", f"the worst {facts['tail']:.0%} of a prompt's query tiles"))
     prompts = f"{facts.get('calibration_prompts')} chose, {facts.get('held_out_prompts')} checked"
+    if not table.measured:
+        lines.append(("quality", "not measured: recall and density are unknown, see bsfa eval"))
+        lines += [("not carried over", str(text)) for text in facts.get("not_mapped", ())]
+        return lines
+    spent = len(facts.get("reference_prompts", ()))
+    if spent:
+        prompts = f"{spent} chose the references, {prompts}"
     lines.append(("prompts", f"{prompts}; {min(tokens)} .. {max(tokens)} tokens; seed {facts.get('seed')}"))
+    if facts.get("reference") is not None:
+        lines.append(("reference", str(facts["reference"])))
     if promise is not None:
         lines.append(("prompts needed", f"{promise.least_prompts} that choose, for this target and confidence"))
     held_out = _held_out(table, None if promise is None else promise.target_recall)
