@@ -26,7 +26,6 @@ from bsfa.calibration import Progress, Promise, calibrate_kth, choose, choose_sk
 from bsfa.calibration.budget import check_density, check_output_error
 from bsfa.calibration.collect import TAIL
 from bsfa.calibration.curves import check_calibratable
-from bsfa.calibration.exact_skip import PASSES
 from bsfa.calibration.output_error import COSTS
 from bsfa.calibration.resume import discard
 from bsfa.calibration.statement import doubts, statement
@@ -443,8 +442,7 @@ def calibrate(
         rows.append([f"{label:g}", *_summary(table), *error])
         typer.echo(f"wrote {path}")
     if partial is not None:
-        for folder in (*(partial / name for name in PASSES), partial):
-            discard(folder)
+        discard(partial)
     what = "recall and density" if errors is None else "recall, density and error"
     held_out = f"{what} on {len(prompts) // 2} of {len(prompts)} prompts, which chose nothing"
     columns = ["target" if k is None else "k", "recall", "worst tiles", "worst head", "density", "dense heads"]
