@@ -189,7 +189,7 @@ def on_a_mask() -> list[Row]:
 
 
 def two_pass() -> list[Row]:
-    """In place of skipping: maxima of all tiles first, a mask from them, and block-sparse attention; all of it timed."""
+    """In place of skipping: the maxima of all tiles, a mask from them, block-sparse attention; all of it is timed."""
     if "tile_max" not in KERNELS.get(base.DEVICE, frozenset()):
         print(f"tile_max has no kernel for {base.DEVICE}: two_pass is left out", flush=True)
         return []

@@ -141,5 +141,6 @@ class ExactSkip(ThresholdPolicy):
             beyond = first >= b
             share = ((first - a) / (b - a)).clamp(0.0, 1.0)
             inside = torch.lerp(r[:, i : i + 1], r[:, i + 1 : i + 2], share)
+            inside = torch.where(inside.isnan(), -torch.inf, inside)  # between -inf and a number
             at = torch.where(beyond, r[:, i + 1 : i + 2], torch.where(first > a, inside, at))
         return (log_ratio + at).contiguous()
