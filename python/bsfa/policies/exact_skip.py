@@ -128,7 +128,7 @@ class ExactSkip(ThresholdPolicy):
         """``cut`` in nats of each head and query tile, float32 [num_heads, num_tiles], or [num_heads, 1] if all tiles
         have the same; -inf: nothing is skipped.
         """
-        log_ratio = self._threshold_tensor(num_heads, device).log()[:, None]
+        log_ratio = self._threshold_tensor(num_heads, device).log().unsqueeze(1)
         if self.reference is None:
             return log_ratio
         r = self.reference.to(device)
