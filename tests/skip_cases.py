@@ -87,7 +87,9 @@ def compared_values(inputs: Inputs, policy: ExactSkip, masks: list[np.ndarray] |
 
 
 def pick_cuts(values: list[np.ndarray], most: float) -> Tensor:
-    """One cut in nats per head, in the widest gap between values of which it leaves some below; at most ``most``."""
+    """One cut in nats per head, in the widest gap between values of which it leaves some below; at most ``most``.
+    Below all of them if they lie too close.
+    """
     cuts = []
     for x in values:
         x = x[x < most]
@@ -96,7 +98,8 @@ def pick_cuts(values: list[np.ndarray], most: float) -> Tensor:
         middle = x[len(x) // 5 : len(x) - len(x) // 10]
         gaps = np.diff(middle)
         at = int(gaps.argmax()) if len(gaps) else -1
-        cuts.append((middle[at] + middle[at + 1]) / 2 if len(gaps) and gaps[at] > 0 else middle[0] - 1.0)
+        wide = at >= 0 and gaps[at] > 0.03 + 0.01 * np.abs(x).max()
+        cuts.append((middle[at] + middle[at + 1]) / 2 if wide else x[0] - 1.0)
     return torch.tensor(cuts, dtype=F32)
 
 
