@@ -618,4 +618,4 @@ def test_the_operator_raises_rather_than_crash(change: dict[str, Any]) -> None:
     change = {name: x.to(DEVICE) if isinstance(x, Tensor) else x for name, x in change.items()}
     raw(inputs, torch.zeros(4, 1, device=DEVICE))
     with pytest.raises(RuntimeError):
-        raw(inputs, torch.zeros(4, 1, device=DEVICE), **change)
+        raw(inputs, **{"thresholds": torch.zeros(4, 1, device=DEVICE), **change})
