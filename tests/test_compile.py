@@ -113,6 +113,23 @@ def test_opcheck_attention_out(case: Case) -> None:
     torch.library.opcheck(torch.ops.bsfa.attention_out.default, (out, *shared))
 
 
+@pytest.mark.parametrize("form", ["absolute", "relative"])
+@pytest.mark.parametrize("case", SAMPLES, ids=str)
+def test_opcheck_skip_attention_and_tile_max(case: Case, form: str) -> None:
+    inputs = finite(case.make())
+    lengths = (inputs.cu_q, *kv(inputs), inputs.max_q, inputs.max_k)
+    mask = inputs.block_mask([inputs.draw_mask(b) for b in range(len(inputs))])
+    out = torch.zeros((*inputs.q.shape[:-1], inputs.v.shape[-1] + 3), dtype=case.dtype)[..., :-3]
+    maths = (case.block_m, case.block_n, case.causal, 0.25, 2.0)
+    shared = (inputs.q, inputs.k, inputs.v, *lengths, mask.words, mask.counts, *maths)
+    thresholds = torch.full((inputs.q.shape[-2], 2), 0.5 if form == "absolute" else -0.5)
+    skip = (thresholds, form, 1, 2, True)
+    torch.library.opcheck(torch.ops.bsfa.skip_attention.default, (*shared, *skip))
+    torch.library.opcheck(torch.ops.bsfa.skip_attention_out.default, (out, *shared, *skip))
+    rows = (inputs.q, inputs.k, *lengths, 8 * len(inputs), 32, 16, *maths[2:], form)
+    torch.library.opcheck(torch.ops.bsfa.tile_max.default, rows)
+
+
 @pytest.mark.parametrize("case", SAMPLES, ids=str)
 def test_opcheck_block_mass(case: Case) -> None:
     inputs = finite(case.make())
