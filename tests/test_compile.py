@@ -5,7 +5,6 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -140,28 +139,19 @@ def test_opcheck_attention_out(case: Case) -> None:
 
 @pytest.mark.parametrize("form", ["absolute", "relative"])
 @pytest.mark.parametrize("case", SAMPLES, ids=str)
-def test_opcheck_skip_attention(case: Case, form: str) -> None:
+def test_opcheck_skip_attention_and_tile_max(case: Case, form: str) -> None:
     inputs = finite(case.make())
     lengths = (inputs.cu_q, *kv(inputs), inputs.max_q, inputs.max_k)
-    mask = inputs.block_mask([np.ones_like(inputs.draw_mask(b)) for b in range(len(inputs))])
-    cuts = torch.full((4, 2), 0.1)
-    for words, counted in ((None, False), (mask.words, True)):
-        sizes = (case.block_m, case.block_n, case.causal, 0.25, 2.0)
-        shared = (inputs.q, inputs.k, inputs.v, *lengths, words, None, *sizes, cuts, form, 1, 1, counted)
-        torch.library.opcheck(torch.ops.bsfa.skip_attention.default, shared)
-        out = torch.zeros((*inputs.q.shape[:-1], inputs.v.shape[-1] + 3), dtype=case.dtype)[..., :-3]
-        torch.library.opcheck(torch.ops.bsfa.skip_attention_out.default, (out, *shared))
-
-
-@pytest.mark.parametrize("form", ["absolute", "relative"])
-@pytest.mark.parametrize("case", SAMPLES, ids=str)
-def test_opcheck_tile_max(case: Case, form: str) -> None:
-    inputs = finite(case.make())
-    lengths = (inputs.cu_q, *kv(inputs), inputs.max_q, inputs.max_k)
-    torch.library.opcheck(
-        torch.ops.bsfa.tile_max.default,
-        (inputs.q, inputs.k, *lengths, 8 * len(inputs), 32, 16, case.causal, 0.25, 0.0, form),
-    )
+    mask = inputs.block_mask([inputs.draw_mask(b) for b in range(len(inputs))])
+    out = torch.zeros((*inputs.q.shape[:-1], inputs.v.shape[-1] + 3), dtype=case.dtype)[..., :-3]
+    maths = (case.block_m, case.block_n, case.causal, 0.25, 2.0)
+    shared = (inputs.q, inputs.k, inputs.v, *lengths, mask.words, mask.counts, *maths)
+    thresholds = torch.full((inputs.q.shape[-2], 2), 0.5 if form == "absolute" else -0.5)
+    skip = (thresholds, form, 1, 2, True)
+    torch.library.opcheck(torch.ops.bsfa.skip_attention.default, (*shared, *skip))
+    torch.library.opcheck(torch.ops.bsfa.skip_attention_out.default, (out, *shared, *skip))
+    rows = (inputs.q, inputs.k, *lengths, 8 * len(inputs), 32, 16, *maths[2:], form)
+    torch.library.opcheck(torch.ops.bsfa.tile_max.default, rows)
 
 
 @pytest.mark.parametrize("case", SAMPLES, ids=str)
