@@ -13,8 +13,6 @@ from cases import F32, ROUNDING, Case, Inputs, assert_within
 
 #: What a key is multiplied by, per KV block and head: some blocks are all quiet.
 LOUDNESS = (0.05, 0.2, 1.0, 2.5)
-#: A threshold that every finite logit is above.
-FAR_BELOW = -1e4
 
 
 def make(case: Case) -> Inputs:
@@ -39,22 +37,11 @@ def columns(inputs: Inputs) -> int:
 
 
 def run_oracle(
-    inputs: Inputs,
-    b: int,
-    policy: ExactSkip,
-    thresholds: np.ndarray,
-    mask: np.ndarray | None,
-    heads: slice | None = None,
+    inputs: Inputs, b: int, policy: ExactSkip, thresholds: np.ndarray, mask: np.ndarray | None
 ) -> oracle_skip.Skipped:
-    """oracle_skip of one sequence; the output is that of [v, |v|]. ``heads``: one query head alone."""
+    """oracle_skip of one sequence; the output is that of [v, |v|]."""
     case = inputs.case
     q, k, v = inputs.arrays(b)
-    if heads is not None:
-        group = case.hq // case.hkv
-        q, k, v = q[:, heads], k[:, [heads.start // group]], v[:, [heads.start // group], :1]
-        thresholds = thresholds[heads]
-        if mask is not None:
-            mask = mask[:, [heads.start * mask.shape[1] // case.hq]]
     return oracle_skip.attention(
         q,
         k,
@@ -74,16 +61,12 @@ def run_oracle(
 def compared_values(inputs: Inputs, policy: ExactSkip, masks: list[np.ndarray] | None) -> list[np.ndarray]:
     """Per query head, what the rule compares with its threshold as long as nothing is skipped: sorted, finite."""
     found: list[list[float]] = [[] for _ in range(inputs.case.hq)]
-    far = np.full((inputs.case.hq, 1), FAR_BELOW)
+    nothing = np.full((inputs.case.hq, 1), -np.inf)
     for b in range(len(inputs)):
-        q, k, _ = inputs.arrays(b)
-        for h, values in enumerate(found):
-            mask = None if masks is None else masks[b]
-            margins = run_oracle(inputs, b, policy, far, mask, slice(h, h + 1)).margins
-            keys = k[:, [h * inputs.case.hkv // inputs.case.hq]]
-            s = oracle.logits(q[:, [h]], keys, inputs.case.softmax_scale, inputs.case.softcap)
-            values += [FAR_BELOW + m * (1.0 + np.abs(s).max(initial=0.0)) for m in margins]
-    return [np.sort(np.array(values)) for values in found]
+        for d in run_oracle(inputs, b, policy, nothing, None if masks is None else masks[b]).decisions:
+            found[d.head].append(d.value)
+    values = [np.array(x) for x in found]
+    return [np.sort(x[np.isfinite(x)]) for x in values]
 
 
 def pick_cuts(values: list[np.ndarray], most: float) -> Tensor:
@@ -155,11 +138,11 @@ def check_skipping(
     counts = np.zeros((case.hq, 2), dtype=np.int64)
     for b in range(len(inputs)):
         want = run_oracle(inputs, b, policy, thresholds, None if masks is None else masks[b])
-        assert min(want.margins, default=1.0) > margin, "a bad case: rounding may turn a decision"
+        assert want.margin > margin, "a bad case: rounding may turn a decision"
         counts += want.counts
         want_out, magnitude = np.split(want.out, 2, axis=-1)
         tensors = (inputs.queries[b], inputs.keys[b], inputs.values[b])
-        low, low_lse = same_maths(*tensors, want.entered, want.weights > 0, case.softmax_scale, case.softcap)
+        low, low_lse = same_maths(*tensors, want.entered, want.valued, case.softmax_scale, case.softcap)
         got = inputs.lse_of_sequence(lse, b).double().numpy()
         assert_within(got, want.lse, low_lse, lse_constant, f"lse of sequence {b}")
         got = inputs.of_sequence(out, b).double().numpy()

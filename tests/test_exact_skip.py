@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import bsfa
+import oracle
 import oracle_skip
 import tiny_model
 from bsfa import evaluation
@@ -511,9 +512,9 @@ def test_evaluation_accounts_for_what_is_skipped(policy: ExactSkip) -> None:
             mask, kept = masks_from(inputs, chosen)[0], chosen.density(per_head=True).expand(4)  # type: ignore
         cuts = policy.cuts(4, columns(inputs), torch.device("cpu")).double().numpy()
         want = run_oracle(inputs, 0, policy, cuts, mask)
-        far = np.full((4, 1), -np.inf)
-        everything = run_oracle(inputs, 0, policy, far, None).weights
-        recall[call.layer] += torch.from_numpy(np.where(want.weights > 0, everything, 0.0).sum(-1).mean(-1)) / 2
+        s = oracle.logits(*inputs.arrays(0)[:2], call.softmax_scale, 0.0)
+        p = np.where(oracle.visible_tokens(n, n, True), np.exp(s - s.max(-1, keepdims=True)), 0.0)
+        recall[call.layer] += torch.from_numpy(((p * want.valued).sum(-1) / p.sum(-1)).mean(-1)) / 2
         density[call.layer] += kept * torch.from_numpy(1 - want.counts[:, 1] / want.counts[:, 0]) / 2
 
     with torch.no_grad(), hf.observe(model, look):
