@@ -257,6 +257,11 @@ def test_skip_suite_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
             "skip.two_pass.90.x_dense",
         } <= set(by_id)
 
+        with monkeypatch.context() as patch:
+            readme = importlib.import_module("readme")
+            patch.setattr(readme, "_load", lambda name, by_id=by_id: (GOOD, by_id))
+            assert readme.skip().count("\n| ") == 1 + 9 and "On a random mask" in readme.skip()
+
         plant = suite.planted(512, 70)
         with pytest.raises(AssertionError, match="planted"):
             suite.check_counts("one too many", torch.ones(4, 2, dtype=torch.int64), plant.visible, plant.low)
