@@ -4,8 +4,8 @@
     python benchmarks/readme.py --check    # exit with 1 if README.md is not what the results say
 
 Sources: benchmarks/results/demo.txt (printed by examples/demo.py), cpu.json and h200.json. The parts on attention,
-selection and exact skip are empty until h200.json holds the suites 'attention', 'select' and 'skip'; draw their images first:
-python benchmarks/plot_attention.py, plot_selection.py. The part on policies is what examples/compare_policies.py wrote.
+selection and exact skip are empty until h200.json holds the suites 'attention', 'select' and 'skip'; draw their images
+first: python benchmarks/plot_attention.py, plot_selection.py. The part on policies is what examples/compare_policies.py wrote.
 """
 
 from __future__ import annotations
@@ -225,8 +225,8 @@ def skip() -> str:
     lines = [
         f"## Exact skip on one {report['device']['name']}",
         "",
-        "`ExactSkip` at 64K tokens, the same shapes as above, against our own dense attention over the same data, in which "
-        "the blocks that can be skipped are planted. Definitions: [benchmarks/README.md](benchmarks/README.md).",
+        "`ExactSkip` at 64K tokens, the same shapes as above, against our own dense attention over the same data, in "
+        "which the blocks that can be skipped are planted. Definitions: [benchmarks/README.md](benchmarks/README.md).",
         "",
         "| decision | skipped | time | against bsfa dense |",
         "|---|---|---|---|",
