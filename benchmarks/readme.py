@@ -5,7 +5,8 @@
 
 Sources: benchmarks/results/demo.txt (printed by examples/demo.py), cpu.json and h200.json. The parts on attention,
 selection and exact skip are empty until h200.json holds the suites 'attention', 'select' and 'skip'; draw their images
-first: python benchmarks/plot_attention.py, plot_selection.py. The part on policies is what examples/compare_policies.py wrote.
+first: python benchmarks/plot_attention.py, plot_selection.py. The part on policies is what
+examples/compare_policies.py wrote.
 """
 
 from __future__ import annotations
