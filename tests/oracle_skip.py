@@ -44,6 +44,7 @@ class Skipped:
     entered: Array  #: bool [Hq, Sq, Sk]: keys in the denominator
     valued: Array  #: bool [Hq, Sq, Sk]: keys in the product with V
     decisions: list[Decision]
+    weights: Array  #: [Hq, Sq, Sk], what V is multiplied by
 
     @property
     def margin(self) -> float:
@@ -155,7 +156,7 @@ def attention(
         lse = np.log(total) + np.where(total > 0, top, -np.inf)
     weights = np.where(valued, weights, 0.0) / np.where(total > 0, total, 1.0)
     out = np.einsum("hij,jhd->ihd", weights, np.repeat(v, hq // hkv, axis=1), optimize=True)
-    return Skipped(out, lse[..., 0], counts, entered, valued, decisions)
+    return Skipped(out, lse[..., 0], counts, entered, valued, decisions, weights)
 
 
 def tile_max(
