@@ -79,8 +79,8 @@ def planted(length: int, percent: int, alike: bool = True) -> Plant:
 
     Of the head dims, 8 are gates, which add to a logit 0 or -34 nats. A query tile is open to one gate, chosen at
     random for each query head; a KV block has a random set of the gates, each with the wanted probability, for each KV
-    head. So whether a pair can be skipped is random along both axes, without runs, and the heads of a group differ. The
-    probability is corrected for sinks and diagonals, which are never skipped.
+    head, the sink none. So whether a pair can be skipped is random along both axes, without runs, and the heads of a
+    group differ. The probability is corrected for sinks and diagonals, which are never skipped.
 
     alike: the two groups of 64 rows of a tile have one gate, so that they skip alike; else each has its own.
     """
@@ -90,6 +90,7 @@ def planted(length: int, percent: int, alike: bool = True) -> Plant:
     visible = torch.ones_like(free).tril()
     probability = percent / 100 * float(visible.sum() / free.sum().clamp(min=1))
     closed = torch.rand(tiles, base.HEADS_KV, GATES, device=q.device) < probability  # [blocks, Hkv, gates]
+    closed[0] = False  # the sink gives every row a running maximum
     choices = torch.randint(GATES, (tiles, groups_per_tile(), base.HEADS_Q), device=q.device)
     if alike:
         choices[:, 1:] = choices[:, :1]
@@ -189,7 +190,7 @@ def on_a_mask() -> list[Row]:
 
 
 def two_pass() -> list[Row]:
-    """In place of skipping: maxima of all tiles first, a mask from them, and block-sparse attention; all of it timed."""
+    """In place of skipping: the maxima of all tiles, a mask from them, block-sparse attention; all of it is timed."""
     if "tile_max" not in KERNELS.get(base.DEVICE, frozenset()):
         print(f"tile_max has no kernel for {base.DEVICE}: two_pass is left out", flush=True)
         return []

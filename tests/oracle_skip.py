@@ -13,13 +13,25 @@ Conventions of oracle.py, with which alone it shares code (positions, tiles, vis
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from oracle import Array, Tile, always_kept, logits, num_blocks, positions, tiles, visible_tokens
 
 ROWS = 64
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One that the threshold takes: the block is neither sink nor window."""
+
+    head: int
+    column: int  #: of the threshold
+    value: float  #: what is compared
+    #: |value - threshold| over 1 + the head's largest logit: how far rounding is from turning it. +inf if either is not
+    #: finite.
+    margin: float
 
 
 @dataclass
@@ -29,10 +41,15 @@ class Skipped:
     out: Array  #: [Sq, Hq, Dv]; rows that see nothing: 0
     lse: Array  #: [Hq, Sq]; rows that see nothing: -inf
     counts: Array  #: int [Hq, 2]: met, skipped
-    weights: Array  #: [Hq, Sq, Sk], what V is multiplied by
     entered: Array  #: bool [Hq, Sq, Sk]: keys in the denominator
-    #: One number per decision that a rounding might turn: |compared - threshold|, over 1 + the largest finite logit.
-    margins: list[float] = field(default_factory=list)
+    valued: Array  #: bool [Hq, Sq, Sk]: keys in the product with V
+    decisions: list[Decision]
+    weights: Array  #: [Hq, Sq, Sk], what V is multiplied by
+
+    @property
+    def margin(self) -> float:
+        """The least of all decisions."""
+        return min((d.margin for d in self.decisions), default=np.inf)
 
 
 def visits(kept: Array) -> list[int]:
@@ -88,11 +105,11 @@ def attention(
     place = positions(seqlen_q, seqlen_k, causal)
     seen = visible_tokens(seqlen_q, seqlen_k, causal)
     s = logits(q, k, scale, softcap)
-    magnitude = 1.0 + np.abs(s, where=np.isfinite(s), out=np.zeros_like(s)).max(initial=0.0)
+    magnitude = 1.0 + np.abs(np.where(np.isfinite(s), s, 0.0)).max(axis=(1, 2), initial=0.0)
     entered = np.zeros(s.shape, dtype=bool)  # in the denominator
     valued = np.zeros(s.shape, dtype=bool)  # in the product with V
     counts = np.zeros((hq, 2), dtype=np.int64)
-    margins = []
+    decisions = []
     for t, tile in enumerate(tiles(seqlen_q, seqlen_k, block_m, block_n, causal)):
         always = always_kept(
             tile,
@@ -105,7 +122,8 @@ def attention(
             window=window_blocks,
         )
         for h in range(hq):
-            threshold = float(thresholds[h, np.clip(tile.index, 0, thresholds.shape[1] - 1)])
+            column = int(np.clip(tile.index, 0, thresholds.shape[1] - 1))
+            threshold = float(thresholds[h, column])
             kept = np.ones(tile.visible, dtype=bool)
             if mask is not None:
                 kept = mask[t, h // (hq // mask.shape[1]), : tile.visible]
@@ -119,8 +137,10 @@ def attention(
                     counts[h, 0] += 1
                     top = row_maxima(s[here][0], sees)
                     value = compared(form, top, sees.any(axis=-1), running)
-                    if not always[j] and np.isfinite(value) and np.isfinite(threshold):
-                        margins.append(abs(value - threshold) / magnitude)
+                    if not always[j]:
+                        finite = np.isfinite(value) and np.isfinite(threshold)
+                        margin = abs(value - threshold) / magnitude[h] if finite else np.inf
+                        decisions.append(Decision(h, column, value, margin))
                     entered[here] |= sees
                     if not always[j] and value < threshold:
                         counts[h, 1] += 1
@@ -136,7 +156,7 @@ def attention(
         lse = np.log(total) + np.where(total > 0, top, -np.inf)
     weights = np.where(valued, weights, 0.0) / np.where(total > 0, total, 1.0)
     out = np.einsum("hij,jhd->ihd", weights, np.repeat(v, hq // hkv, axis=1), optimize=True)
-    return Skipped(out, lse[..., 0], counts, weights, entered, margins)
+    return Skipped(out, lse[..., 0], counts, entered, valued, decisions, weights)
 
 
 def tile_max(

@@ -1,5 +1,5 @@
-// Attention of one query tile with skipping (SkipParams): the logits of a block come first and are held, then each group
-// of kSkipRows rows of each head decides, and those that do not skip go on to the softmax and the product with V.
+// Attention of one query tile with skipping (SkipParams): the logits of a block come first and are held, then each
+// group of kSkipRows rows of each head decides, and those that do not skip go on to the softmax and the product with V.
 //
 //   per block, in visiting order:  S = Q K^T of every group that meets the block, and its rows' maxima
 //                                  skip = compared < threshold, unless the block is sink or window
@@ -128,7 +128,7 @@ static void make_groups(SkipPass* pass, int32_t row_begin, int32_t row_end) {
   }
 }
 
-// Softmax of `count` logits of one subtile, and, unless values is null, their product with V. `masked`: some are hidden.
+// Softmax of `count` logits of one subtile, and, unless `values` is null, their product with V.
 static void take_chunk(const SkipPass& pass, int32_t index, int32_t first_key, int32_t count, int32_t packed,
                        const float* values, int32_t* finite) {
   const SkipScratch& scratch = pass.scratch;
@@ -149,7 +149,8 @@ static void take_chunk(const SkipPass& pass, int32_t index, int32_t first_key, i
   add_values(subtile.vectors, values, dim_v, count, s, scratch.rescale, o);
 }
 
-// Lets the groups meet `block` that keep it and see a part of it: those whose last block it is if `last`, else the others.
+// Lets the groups meet `block` that keep it and see a part of it: those whose last block it is if `last`, else the
+// others.
 static void visit_block(const SkipPass& pass, int32_t block, bool last) {
   const AttentionParams& params = pass.params;
   const SkipScratch& scratch = pass.scratch;

@@ -83,8 +83,8 @@ static __attribute__((noinline)) float compared(SkipForm form, bool causal, cons
   return result;
 }
 
-// The logits in base 2 of a subtile and the packed keys from `first_key` on, -inf for hidden ones. Returns how many keys
-// some row sees: only these are written (and one that may follow).
+// The logits in base 2 of a subtile and the packed keys from `first_key` on, -inf for hidden ones. Returns how many
+// keys some row sees: only these are written (and one that may follow).
 static int32_t tile_logits(const Problem& problem, const LogitScale& scale, const Visibility& visibility,
                            const Subtile& subtile, const float* queries, const float* keys, int32_t first_key,
                            int32_t packed, float* s) {

@@ -128,7 +128,7 @@ class ExactSkip(ThresholdPolicy):
         """``cut`` in nats of each head and query tile, float32 [num_heads, num_tiles], or [num_heads, 1] if all tiles
         have the same; -inf: nothing is skipped.
         """
-        log_ratio = self._threshold_tensor(num_heads, device).log()[:, None]
+        log_ratio = self._threshold_tensor(num_heads, device).log().unsqueeze(1)
         if self.reference is None:
             return log_ratio
         r = self.reference.to(device)
@@ -141,5 +141,6 @@ class ExactSkip(ThresholdPolicy):
             beyond = first >= b
             share = ((first - a) / (b - a)).clamp(0.0, 1.0)
             inside = torch.lerp(r[:, i : i + 1], r[:, i + 1 : i + 2], share)
+            inside = torch.where(inside.isnan(), -torch.inf, inside)  # between -inf and a number
             at = torch.where(beyond, r[:, i + 1 : i + 2], torch.where(first > a, inside, at))
         return (log_ratio + at).contiguous()
