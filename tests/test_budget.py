@@ -251,6 +251,18 @@ def test_changed_attention_output_is_refused(lm: tuple[Any, Any]) -> None:
     collect(model, lm[1], make_prompts(2, words=40), POLICIES["antidiagonal"], errors="output")
 
 
+@pytest.mark.parametrize("cost", ["output", "loss"])
+def test_offloaded_models_measure_like_plain_ones(cost: str, lm: tuple[Any, Any], tmp_path: Path) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    prompts, policy = make_prompts(2, words=40), POLICIES["cumulative-mass"]
+    plain = collect(make_model(), lm[1], prompts, policy, errors=cost)
+    model = make_model()
+    accelerate.disk_offload(model, str(tmp_path), execution_device=torch.device("cpu"))
+    offloaded = collect(model, lm[1], prompts, policy, errors=cost)
+    assert plain.error is not None and offloaded.error is not None and float(plain.error.max()) > 0
+    assert torch.equal(plain.error, offloaded.error)
+
+
 def test_layers_that_stay_dense_have_no_error(lm: tuple[Any, Any]) -> None:
     curves = collect(make_mixed_model(), lm[1], make_prompts(4), POLICIES["relative-max"], errors="output")
     assert curves.error is not None and float(curves.error[:, 0].max()) == 0 < float(curves.error[:, 1].max())

@@ -351,6 +351,7 @@ class ErrorCollector(CurveCollector):
         """What the prompt gave; raises if a projection was never run."""
         if self.expected:
             raise UnsupportedError(f"layer {min(self.expected)}: its output projection did not run after attention")
+        self.gradients = {}  # of layers that stay dense
         found = super().take()
         assert isinstance(found, ErrorCurves)
         return found
