@@ -41,6 +41,7 @@ POLICIES: dict[str, ScoredPolicy] = {
     "relative-max": RelativeMax(**SMALL, last_tiles=1),
     "relative-max, odd blocks": RelativeMax(block_m=48, block_n=20, sink_blocks=0, window_blocks=2, last_tiles=0),
     "relative-max, two sinks": RelativeMax(**{**SMALL, "sink_blocks": 2}, last_tiles=0),
+    "relative-max, shared": RelativeMax(**SMALL, last_tiles=0, shared=True),
     "cumulative-mass": CumulativeMass(**SMALL, min_blocks=2),
     "antidiagonal": Antidiagonal(**SMALL, stride=8),
 }
@@ -101,7 +102,8 @@ def test_measured_errors_are_those_of_float64(name: str, cost: str, lm: tuple[An
     gradients = loss_gradients(model, ids)
     for call in calls_of(model, ids):
         density = curves.density[0, call.layer]
-        index = spread_points(density)
+        group = 2 if policy.shares_thresholds else 1
+        index = spread_points(density, group)
         assert index.shape == (4, output_error.POINTS) and bool((index[:, -1] == density.shape[1] - 1).all())
         weight = model.model.layers[call.layer].self_attn.o_proj.weight.detach().double().numpy()
         dense = attention64(policy, call, None)
@@ -109,7 +111,7 @@ def test_measured_errors_are_those_of_float64(name: str, cost: str, lm: tuple[An
         g = gradients[call.layer].view(len(ids), 4, -1).double().numpy()
         for point in (3, 9, 15, 21):
             at = index[:, point]
-            change = attention64(policy, call, curves.grid[at]) - dense
+            change = attention64(policy, call, curves.grid[at][::group]) - dense
             for h in range(4):
                 if cost == "output":
                     moved = change[:, h] @ weight[:, h * 16 : (h + 1) * 16].T
@@ -458,7 +460,10 @@ def test_held_out_prompts_choose_nothing() -> None:
     assert not torch.equal(table.thresholds, spend(replace(curves, error=error), target_density=0.3).thresholds)
 
 
-def test_heads_that_share_a_threshold_are_allotted_together() -> None:
+def test_heads_that_share_a_threshold_are_allotted_together(lm: tuple[Any, Any]) -> None:
+    curves = collect(lm[0], lm[1], make_prompts(4), POLICIES["relative-max, shared"], errors="output")
+    thresholds = spend(curves, target_density=0.5).thresholds.unflatten(-1, (2, 2))
+    assert torch.equal(thresholds[..., 0], thresholds[..., 1]) and len(thresholds[..., 0].unique()) > 1
     table = spend(synthetic(group=2), target_density=0.3)
     pairs = table.thresholds.unflatten(-1, (2, 2))
     assert torch.equal(pairs[..., 0], pairs[..., 1]) and len(pairs[..., 0].unique()) > 2
