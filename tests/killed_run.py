@@ -3,7 +3,7 @@
 calibrate N OUT: `bsfa calibrate` of FOLDER/model to FOLDER/OUT, killed (SIGKILL) after N measured prompts; -1: never.
 replace: FOLDER/other.safetensors is saved over FOLDER/t.safetensors, and the process killed before the rename.
 limit BYTES ...: the same with files limited to BYTES, as on a full disk; a line for each of them.
-measure: calibrates with FOLDER/part for finished prompts and files limited to 2000 bytes: none fits.
+measure: calibrates with FOLDER/part for finished prompts and files limited to 6000 bytes: none fits.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def main() -> None:
         from bsfa.calibration import collect
         from tiny_model import make_model, make_prompts, make_tokenizer
 
-        limit_files(2000)
+        limit_files(6000)
         policy = bsfa.policies.RelativeMax(block_m=32, block_n=32)
         try:
             collect(make_model(), make_tokenizer(), make_prompts(2), policy, resume=folder / "part")

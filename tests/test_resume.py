@@ -241,12 +241,31 @@ def test_a_file_in_place_of_the_folder(lm: tuple[Any, Any], tmp_path: Path) -> N
         run(lm, path)
 
 
+def test_a_folder_that_cannot_be_made(lm: tuple[Any, Any], tmp_path: Path) -> None:
+    """Known before the first prompt is measured."""
+    (tmp_path / "x").write_text("")
+    called: list[float] = []
+    with pytest.raises(OSError, match="x"):
+        collect(
+            *lm, make_prompts(2), POLICY, resume=tmp_path / "x" / "y", progress=lambda done, *_: called.append(done)
+        )
+    assert not called
+
+
 def test_discard_takes_only_its_own(lm: tuple[Any, Any], tmp_path: Path) -> None:
     folder = tmp_path / "part"
     run(lm, folder)
+    run(lm, folder / "second pass")
     (folder / "notes.txt").write_text("mine")
+    (folder / "model").mkdir()
+    for name in ("settings.json", "weights.safetensors"):
+        (folder / "model" / name).write_text("{}")
     discard(folder)
-    assert [p.name for p in folder.iterdir()] == ["notes.txt"]
+    assert sorted(p.name for p in folder.iterdir()) == ["model", "notes.txt"]
+    assert len(list((folder / "model").iterdir())) == 2
+    for path in (folder / "model").iterdir():
+        path.unlink()
+    (folder / "model").rmdir()
     (folder / "notes.txt").unlink()
     discard(folder)
     discard(folder)

@@ -25,7 +25,6 @@ import bsfa
 from bsfa.calibration import Progress, Promise, calibrate_kth, choose, choose_skip, collect, collect_skip
 from bsfa.calibration.collect import TAIL
 from bsfa.calibration.curves import check_calibratable
-from bsfa.calibration.exact_skip import PASSES
 from bsfa.calibration.resume import discard
 from bsfa.calibration.statement import doubts, statement
 from bsfa.doctor import default_device
@@ -375,8 +374,7 @@ def calibrate(
         rows.append([f"{label:g}", *_summary(table)])
         typer.echo(f"wrote {path}")
     if partial is not None:
-        for folder in (*(partial / name for name in PASSES), partial):
-            discard(folder)
+        discard(partial)
     held_out = f"recall and density on {len(prompts) // 2} of {len(prompts)} prompts, which chose nothing"
     first = "target" if k is None else "k"
     _table(held_out, (first, "recall", "worst tiles", "worst head", "density", "dense heads"), rows)

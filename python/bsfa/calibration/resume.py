@@ -121,7 +121,7 @@ class PromptRecord:
 
 
 class PromptStore:
-    """The finished prompts of one calibration run in ``folder``."""
+    """The finished prompts of one calibration run in ``folder``, which is made. Raises ``OSError`` if it cannot be."""
 
     def __init__(self, folder: str | Path, settings: Any):
         self.folder = Path(folder)
@@ -130,18 +130,18 @@ class PromptStore:
         self.place = self.folder / self.key[:16]
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"{self.folder}: is not a directory, so finished prompts cannot be kept there")
-        others = [p for p in self._settings_files() if p.parent != self.place]
-        if others:
-            count = sum(1 for p in others for _ in p.parent.glob("*.safetensors"))
+        others = [p.parent for p in self.folder.glob("*/settings.json") if p.parent != self.place]
+        count = sum(1 for place in others for _ in place.glob("*.safetensors"))
+        if count:
             warnings.warn(
                 f"{self.folder} also holds {count} finished prompts of other settings (model, policy, library or "
                 "device), which do not count here; delete it if they are not needed",
                 CalibrationWarning,
                 stacklevel=3,
             )
-
-    def _settings_files(self) -> list[Path]:
-        return sorted(self.folder.glob("*/settings.json"))
+        # Before anything is measured: a folder that cannot be written should not cost the first prompt.
+        self.place.mkdir(parents=True, exist_ok=True)
+        write_text(self.place / "settings.json", json.dumps(settings, indent=1, sort_keys=True) + "\n")
 
     def path(self, ids: Tensor) -> Path:
         """The file of a prompt."""
@@ -149,10 +149,6 @@ class PromptStore:
 
     def save(self, ids: Tensor, record: PromptRecord) -> None:
         """Keep the record of a finished prompt, whole or not at all. Raises ``OSError``, e.g. of a full disk."""
-        self.place.mkdir(parents=True, exist_ok=True)
-        settings = self.place / "settings.json"
-        if not settings.exists():
-            write_text(settings, json.dumps(self.settings, indent=1, sort_keys=True) + "\n")
         tensors = {name: t.detach().cpu().contiguous() for name, t in record.tensors.items()}
         metadata = {"settings": self.key, "prompt": _ids_sha256(ids), "facts": dict(record.facts)}
         metadata["sha256"] = _sha256([metadata, tensors_sha256(tensors)])
@@ -184,19 +180,36 @@ def _ids_sha256(ids: Tensor) -> str:
     return hashlib.sha256(ids.to(torch.int64).cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
+def _is_store(settings: Path) -> bool:
+    """Whether a store wrote this file of settings: its folder is called by their hash."""
+    try:
+        value = json.loads(settings.read_text(encoding="utf-8"))
+        return settings.parent.name == _sha256(value)[:16]
+    except (OSError, ValueError):
+        return False
+
+
 def discard(folder: str | Path) -> None:
-    """Delete what :class:`PromptStore` keeps in ``folder`` (of all settings), and the folder if nothing else is in it.
+    """Delete what stores keep in ``folder`` and in folders in it, of all settings, and what is empty then.
 
     Files that are not a store's stay.
     """
     folder = Path(folder)
-    for settings in folder.glob("*/settings.json"):
+    for settings in sorted(folder.rglob("settings.json")):
         place = settings.parent
+        if not _is_store(settings):
+            continue
         for pattern in ("*.safetensors", ".*.tmp.safetensors", ".*.tmp.json"):
             for path in place.glob(pattern):
                 path.unlink(missing_ok=True)
         settings.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            place.rmdir()
+        while True:
+            try:
+                place.rmdir()
+            except OSError:  # not empty
+                break
+            if place == folder:
+                break
+            place = place.parent
     with contextlib.suppress(OSError):
         folder.rmdir()
