@@ -69,6 +69,10 @@ CURVES: dict[str, tuple[dict[str, Any], bool]] = {
     "absolute": (reference("absolute"), True),
     "absolute, small blocks": ({**reference("absolute"), "block_n": 32, "sink_blocks": 0, "window_blocks": 2}, True),
     "absolute, large tiles": ({**reference("absolute"), "block_m": 192, "block_n": 64, "sink_blocks": 2}, True),
+    "absolute, nothing skipped at first": (
+        {**reference("absolute"), "reference": torch.tensor([[-torch.inf, 5.0, 6.0]])},
+        True,
+    ),
     "absolute, one reference": ({**reference("absolute", 1), "block_m": 64, "block_n": 64}, True),
     "relative, large blocks": ({**reference("relative"), "block_m": 64, "sink_blocks": 0}, True),
 }
@@ -410,13 +414,13 @@ def test_same_prompts_same_bytes_also_after_a_kill(lm: tuple[Any, Any], tmp_path
                     raise Killed
 
             with pytest.raises(Killed):  # each time after as many prompts more
-                collect_skip(*lm, prompts, policy, resume=tmp_path / "partial", progress=stop)
+                collect_skip(*lm, prompts, policy, resume=tmp_path / policy.form, progress=stop)
         seen = []
 
         def watch(done: float, total: float, now: str, seen: list[float] = seen) -> None:
             seen.append(done / total)
 
-        again = collect_skip(*lm, prompts, policy, resume=tmp_path / "partial", progress=watch)
+        again = collect_skip(*lm, prompts, policy, resume=tmp_path / policy.form, progress=watch)
         assert seen[0] > 0.0 and seen[-1] == pytest.approx(1.0) and seen == sorted(seen)
         choose_skip(again, 0.5).save(tmp_path / "resumed")
         assert (tmp_path / "whole").read_bytes() == (tmp_path / "resumed").read_bytes()

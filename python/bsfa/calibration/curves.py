@@ -155,7 +155,6 @@ def skip_curves(
         def of(part: slice) -> Tensor:
             # As ExactSkip.cuts adds them up, so that ties fall as in attention. Every level is one threshold's cut.
             levels = grid[1:].log() + cuts[part, :, None]
-            levels = torch.where(levels.isnan(), -torch.inf, levels)
             return torch.searchsorted(levels, maxima[part].contiguous(), right=True)
 
         return of
