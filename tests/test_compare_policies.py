@@ -14,7 +14,7 @@ import torch
 
 import bsfa
 from bsfa.evaluation import DENSE
-from bsfa.policies import RelativeMax
+from bsfa.policies import Antidiagonal, RelativeMax
 from bsfa.prompts import length_bucket, tokenize
 from tiny_model import make_model, make_prompts, make_tokenizer
 
@@ -32,6 +32,10 @@ def script() -> Any:
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+def rule_of(x: float) -> Antidiagonal:
+    return Antidiagonal(stride=8, mass=1 - x)
 
 
 def test_oracle_keeps_the_fewest_blocks(script: Any) -> None:
@@ -159,3 +163,30 @@ def test_further_prompts(script: Any) -> None:
         tasks = [task for task, _ in t.answers]
         assert [tasks.count(task) for task in script.NEEDLES] == [4, 5, 4]
         assert sum(prompt.text[a.start : a.end] in old for a in prompt.answers) <= 2  # words may come twice
+
+
+def test_all_of_it(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The script itself on the tiny model: tables are written, then read, and the files say the same."""
+    tokenizer, calibration, prompts = make_tokenizer(), make_prompts(8, words=300), make_prompts(2, words=400, seed=9)
+    monkeypatch.setattr(script, "TARGETS", TARGETS)
+    monkeypatch.setattr(script, "BISECTIONS", 3)
+    monkeypatch.setattr(script, "published_rules", lambda block: {"antidiagonal stride 8 mass": rule_of})
+    monkeypatch.setattr(script.AutoTokenizer, "from_pretrained", lambda path: tokenizer)
+    monkeypatch.setattr(script.LlamaForCausalLM, "from_pretrained", lambda path, dtype: make_model())
+    monkeypatch.setattr(script, "load_prompts", lambda path: calibration)
+    monkeypatch.setattr(script, "evaluation_prompts", lambda tokenizer, count: prompts)
+    monkeypatch.setattr(script, "fixed_runs", lambda block: [])
+    for results in ("first", "second"):
+        places = ("--tables", tmp_path / "t", "--results", tmp_path / results, "--image", tmp_path / f"{results}.png")
+        arguments = ["script", "--device", "cpu", *map(str, places), "--budgets", "0.6", "0.8"]
+        monkeypatch.setattr(sys, "argv", arguments)
+        script.main()
+    written = {path.name for path in (tmp_path / "t").iterdir()}
+    names = {f"thresholds-budget-{cost}-{d}.safetensors" for cost in ("output", "loss") for d in ("0.60", "0.80")}
+    assert written == names | {"thresholds-0.60.safetensors", "thresholds-0.70.safetensors"}
+    for name in ("policies_tiny_lm.csv", "policies_tiny_lm.json"):
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
+    facts = script.json.loads((tmp_path / "first" / "policies_tiny_lm.json").read_text())
+    assert [row["budget"] for row in facts["budgets"]] == [
+        f"stride 8 density {d} cost {cost}" for cost in ("output", "loss") for d in ("0.6", "0.8")
+    ]
