@@ -3,9 +3,10 @@
     python benchmarks/readme.py            # rewrite README.md
     python benchmarks/readme.py --check    # exit with 1 if README.md is not what the results say
 
-Sources: benchmarks/results/demo.txt (printed by examples/demo.py), cpu.json and h200.json. The parts on attention and
-selection are empty until h200.json holds the suites 'attention' and 'select'; draw their images first:
-python benchmarks/plot_attention.py, plot_selection.py. The part on policies is what examples/compare_policies.py wrote.
+Sources: benchmarks/results/demo.txt (printed by examples/demo.py), cpu.json and h200.json. The parts on attention,
+selection and exact skip are empty until h200.json holds the suites 'attention', 'select' and 'skip'; draw their images
+first: python benchmarks/plot_attention.py, plot_selection.py. The part on policies is what
+examples/compare_policies.py wrote.
 """
 
 from __future__ import annotations
@@ -205,6 +206,48 @@ SHOWN = (
 )
 
 
+def skip() -> str:
+    """Skipping by exact logits, as a section; empty if the report has no such measurements."""
+    report, rows = _load("h200.json")
+    found = {id_: row for id_, row in rows.items() if id_.startswith("skip.")}
+    if not found:
+        return ""
+    names = {
+        "0": "absolute, nothing skipped",
+        "50": "absolute",
+        "70": "absolute",
+        "90": "absolute",
+        "relative.70": "relative",
+        "counted.70": "absolute, counted in the LSE",
+        "apart.70": "absolute, both groups of a tile on their own",
+        "two_pass.50": "in two passes: `tile_max`, a mask, attention",
+        "two_pass.90": "in two passes: `tile_max`, a mask, attention",
+    }
+    lines = [
+        f"## Exact skip on one {report['device']['name']}",
+        "",
+        "`ExactSkip` at 64K tokens, the same shapes as above, against our own dense attention over the same data, in "
+        "which the blocks that can be skipped are planted. Definitions: [benchmarks/README.md](benchmarks/README.md).",
+        "",
+        "| decision | skipped | time | against bsfa dense |",
+        "|---|---|---|---|",
+    ]
+    for name, text in names.items():
+        row = found.get(f"skip.{name}.x_dense")
+        if row is not None:
+            ms = found[f"skip.{name}.ms"]["value"]
+            lines.append(f"| {text} | {row['peers']['skipped']:.0%} | {ms:.3g} ms | {row['value']:.2f}x as fast |")
+    on_mask = found.get("skip.sparse10.x_sparse")
+    if on_mask is not None:
+        p = on_mask["peers"]
+        lines += [
+            "",
+            f"On a random mask of {p['density']:.0%} of the blocks, of which {p['skipped']:.0%} are skipped, it is "
+            f"{on_mask['value']:.2f}x as fast as on that mask alone.",
+        ]
+    return "\n".join(lines)
+
+
 def policies() -> str:
     """Quality of the policies on the shipped model, as a section; empty if examples/compare_policies.py has not run."""
     if not (RESULTS / "policies_tiny_lm.csv").is_file():
@@ -254,6 +297,7 @@ def filled(text: str) -> str:
         ("benchmarks", benchmarks),
         ("attention", attention),
         ("selection", selection),
+        ("skip", skip),
         ("policies", policies),
     ):
         content = section()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any
 
@@ -263,6 +264,49 @@ def patterns() -> None:
         )
 
 
+def exact_skip() -> None:
+    """Attention that skips some, all it may, and nothing; both forms; masks; every layout."""
+    heads_q, heads_kv = 4, 2
+    ratios = torch.tensor([0.0, 0.5, 0.9, 1.0], device=DEVICE)
+    policies = [bsfa.policies.ExactSkip(ratio=ratios, counted=counted) for counted in (False, True)]
+    cuts = torch.tensor([-math.inf, 1.0, 2.0, 1e4])
+    policies.append(bsfa.policies.ExactSkip.absolute(cuts).to(torch.device(DEVICE)))
+    for dtype, dim in ((torch.bfloat16, 64), (torch.float16, 128)):
+
+        def data(*shape: int, dtype: torch.dtype = dtype, dim: int = dim) -> torch.Tensor:
+            return torch.randn(*shape, dim).to(DEVICE, dtype)
+
+        for skip in policies:
+
+            def attend(*tensors: Any, skip: Any = skip, **options: Any) -> None:
+                bsfa.block_sparse_attention(*tensors, skip=skip, return_skips=True, **options)
+
+            for causal in (True, False):
+                for seqlen_q, seqlen_k in ((1, 1), (130, 130), (64, 400), (300, 200), (257, 650)):
+                    q, k, v = data(2, seqlen_q, heads_q), data(2, seqlen_k, heads_kv), data(2, seqlen_k, heads_kv)
+                    attend(q, k, v, None, causal=causal)
+                cu_q, cu_k = int32([0, 0, 129, 130, 330, 330, 340]), int32([0, 7, 136, 137, 400, 400, 400])
+                packed: dict[str, Any] = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k}
+                packed |= {"max_seqlen_q": 200, "max_seqlen_k": 263}
+                q, k, v = data(340, heads_q), data(400, heads_kv), data(400, heads_kv)
+                attend(q, k, v, random_mask(q, heads_q, causal=causal, **packed), causal=causal, **packed)
+            q, k, v = data(1, 64, heads_q), data(1, 4200, heads_kv), data(1, 4200, heads_kv)  # a mask row of two words
+            attend(q, k, v, random_mask(q, heads_kv, seqlen_k=4200), softcap=20.0)
+            for page_size in (1, 16, 128):
+                lengths = [129, 0, 1, 500]
+                table, pages = random_pages(lengths, page_size)
+                q, k, v = data(4, 100, heads_q), data(pages, page_size, heads_kv), data(pages, page_size, heads_kv)
+                attend(q, k, v, None, block_table=table, seqlens_k=int32(lengths), max_seqlen_k=500)
+
+
+def tile_maxima() -> None:
+    for dtype, dim in ((torch.bfloat16, 64), (torch.float16, 128)):
+        for form in ("absolute", "relative"):
+            for seqlen_q, seqlen_k in ((1, 1), (64, 400), (300, 200), (257, 650)):
+                q, k = (torch.randn(2, n, heads, dim).to(DEVICE, dtype) for n, heads in ((seqlen_q, 4), (seqlen_k, 2)))
+                bsfa.tile_max(q, k, form=form)
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     pool_blocks()
@@ -270,6 +314,10 @@ if __name__ == "__main__":
         attention()
         if not RACES:
             means_of_dropped_blocks()
+            if has("skip_attention"):
+                exact_skip()
+    if has("tile_max"):
+        tile_maxima()
     if has("select_blocks"):
         select_blocks()
     if has("probe_attention"):

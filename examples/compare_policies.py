@@ -3,19 +3,21 @@
     python examples/compare_policies.py [--device cuda] [--prompts N] [--tables DIR]
 
 Runs the prompts of examples/tiny_lm densely and under every policy and parameter below, with calibrated thresholds
-against one global alpha of the same density among them, and an oracle that knows the true mass. Beyond the 10 shipped
-prompts of a length, further ones put new needles into the same texts. A few minutes on one H200; on a CPU allow a
-minute a prompt, and give --prompts 1 or 2. Calibration runs on the CPU unless --tables holds its files: it needs
-operations that have no CUDA kernels yet.
+against one global alpha of the same density among them, budgets spent where they lower an error most against every
+rule at the density that they keep, and an oracle that knows the true mass. Beyond the 10 shipped prompts of a length,
+further ones put new needles into the same texts. A few minutes on one H200; on a CPU allow a minute a prompt, give
+--prompts 1 or 2, and --budgets without a value, because measuring what they need takes hours there. Calibration runs
+where attention does if its operations have kernels there, else on the CPU; --tables holds its files.
 
 Writes benchmarks/results/policies_tiny_lm.csv (one row per run), policies_tiny_lm.json beside it (the settings, and the
-comparison at equal density) and docs/images/policies_tiny_lm.png. Same inputs on the same device, same files.
+comparisons at equal density) and docs/images/policies_tiny_lm.png. Same inputs on the same device, same files.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import json
 import sys
 import time
@@ -33,7 +35,8 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 import bsfa
 from bsfa import BlockMask, MaskGeometry, ThresholdTable
-from bsfa.calibration import choose, collect
+from bsfa._library import KERNELS
+from bsfa.calibration import choose, collect, spend
 from bsfa.calibration.collect import dense_model
 from bsfa.calibration.forward import prefill
 from bsfa.doctor import cpu_name
@@ -53,6 +56,9 @@ LENGTHS = (8192, 16384)
 TARGETS = (0.90, 0.95, 0.98)
 ALPHAS = (0.05, 0.12, 0.18, 0.5)
 MASSES = (0.90, 0.95, 0.99)
+BUDGETS = (0.20, 0.30)
+COSTS = ("output", "loss")
+STRIDE = 8  # of the antidiagonal scores that spend them
 SAME_DENSITY = 5e-4  # densities this close are equal
 BISECTIONS = 24
 MASS_UNITS = 2.0**40
@@ -64,6 +70,10 @@ CORRECTED = "relative-max, mean correction"
 CALIBRATED_CORRECTED = "relative-max calibrated, mean correction"
 MEAN, FLAT64 = "cumulative-mass mean", "cumulative-mass flat64"
 FLEX, ANTIDIAGONAL, ORACLE = "flex-prefill", "antidiagonal", "oracle"
+BUDGET, RULE = "antidiagonal, budget", "rule, density matched"
+
+#: Of a budget: (cost, target density).
+Budget = tuple[str, float]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -141,12 +151,42 @@ def fixed_runs(block: int) -> list[Run]:
 
 def calibrated_runs(tables: Mapping[float, ThresholdTable], alphas: Mapping[float, float], block: int) -> list[Run]:
     """Per target: thresholds per layer and head, without and with correction, and one alpha of the same density."""
-    runs = []
+    runs: list[Run] = []
     for target, table in tables.items():
         runs.append(Run(CALIBRATED, f"target {target}", table))
         runs.append(Run(CALIBRATED_CORRECTED, f"target {target}", table, mean_correction=True))
         matched = RelativeMax(alpha=alphas[target], block_m=block, block_n=block)
         runs.append(Run(MATCHED, f"as target {target}: alpha {alphas[target]:.4g}", matched))
+    return runs
+
+
+def published_rules(block: int) -> dict[str, Callable[[float], Policy]]:
+    """The published rules with one parameter for all heads, by name and that parameter, as functions of its distance
+    from what keeps all.
+    """
+    sizes: dict[str, int] = {"block_m": block, "block_n": block}
+    return {
+        "relative-max alpha": lambda x: RelativeMax(alpha=x, **sizes),
+        "relative-max shared alpha": lambda x: RelativeMax(alpha=x, shared=True, **sizes),
+        "cumulative-mass mean mass": lambda x: CumulativeMass(mass=1 - x, **sizes),
+        "cumulative-mass flat64 mass": lambda x: CumulativeMass(mass=1 - x, pooling="flat64", **sizes),
+        "flex-prefill tau 0.1 min_budget 128 gamma": lambda x: FlexPrefill(
+            gamma=1 - x, tau=0.1, min_budget=128, **sizes
+        ),
+        "antidiagonal stride 8 mass": lambda x: Antidiagonal(stride=8, mass=1 - x, **sizes),
+        "antidiagonal stride 16 mass": lambda x: Antidiagonal(stride=16, mass=1 - x, **sizes),
+    }
+
+
+def budget_runs(budgets: Mapping[Budget, ThresholdTable], rules: Mapping[tuple[float, str], Policy]) -> list[Run]:
+    """Tables of :func:`bsfa.calibration.spend`, and by (target, name) the rules of their density."""
+    runs = [
+        Run(BUDGET, f"stride {STRIDE} density {target:g} cost {cost}", table)
+        for (cost, target), table in budgets.items()
+    ]
+    for (target, name), policy in rules.items():
+        value = getattr(policy, name.split()[-1])
+        runs.append(Run(RULE, f"as density {target:g}: {name} {value:.5g}", policy))
     return runs
 
 
@@ -200,6 +240,67 @@ def calibrate(
     return {target: choose(curves, target) for target in targets}
 
 
+def calibrate_budgets(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    targets: Sequence[float],
+    block: int,
+    progress: Callable[[float, float, str], None],
+) -> dict[Budget, ThresholdTable]:
+    """Tables of every cost and target density: one pass over the calibration prompts per cost."""
+    policy = Antidiagonal(stride=STRIDE, sink_blocks=1, window_blocks=1, block_m=block, block_n=block)
+    found: dict[Budget, ThresholdTable] = {}
+    for i, cost in enumerate(COSTS):
+
+        def part(done: float, total: float, now: str, i: int = i, cost: str = cost) -> None:
+            progress(i * total + done, len(COSTS) * total, f"{cost}, {now}")
+
+        curves = collect(model, tokenizer, prompts, policy, progress=part, errors=cost)
+        found |= {(cost, target): spend(curves, target_density=target) for target in targets}
+    return found
+
+
+def matching_rule(model: Any, prompts: Sequence[Tensor], target: float, rule: Callable[[float], Policy]) -> Policy:
+    """The rule whose density is ``target``, by bisection of its distance from what keeps all; density falls with it."""
+    low, high, middle = 0.0, 1.0, 0.1
+    best = (float("inf"), rule(middle))
+    for _ in range(BISECTIONS):
+        reached = mean_density(model, prompts, rule(middle))
+        best = min(best, (abs(reached - target), rule(middle)), key=lambda found: found[0])
+        if best[0] <= SAME_DENSITY:
+            break
+        low, high = (middle, high) if reached > target else (low, middle)
+        # Small distances differ by factors, not by differences.
+        middle = (low + high) / 2 if low >= 0.05 else (max(low, 1e-7) * high) ** 0.5
+    return best[1]
+
+
+def matching_alpha(model: Any, prompts: Sequence[Tensor], target: float, block: int) -> float:
+    """The one alpha of RelativeMax whose density is ``target``."""
+    found = matching_rule(model, prompts, target, lambda x: RelativeMax(alpha=x, block_m=block, block_n=block))
+    assert isinstance(found, RelativeMax) and isinstance(found.alpha, float)
+    return found.alpha
+
+
+def matching_rules(
+    model: Any,
+    prompts: Sequence[Tensor],
+    budgets: Mapping[Budget, ThresholdTable],
+    block: int,
+    progress: Callable[[float, float, str], None],
+) -> dict[tuple[float, str], Policy]:
+    """Every published rule at the density of each budget: the highest that its tables keep of ``prompts`` (ids)."""
+    rules, found = published_rules(block), {}
+    targets = dict.fromkeys(target for _, target in budgets)
+    for i, target in enumerate(targets):
+        kept = max(mean_density(model, prompts, table) for (_, t), table in budgets.items() if t == target)
+        for j, (name, rule) in enumerate(rules.items()):
+            progress(i * len(rules) + j, len(targets) * len(rules), f"density {target:g}, {name}")
+            found[target, name] = matching_rule(model, prompts, kept, rule)
+    return found
+
+
 def mean_density(model: Any, prompts: Sequence[Tensor], entry: Entry) -> float:
     """Density over layers, heads and prompts (token ids), as the runs of evaluate report it."""
     total = 0.0
@@ -209,21 +310,6 @@ def mean_density(model: Any, prompts: Sequence[Tensor], entry: Entry) -> float:
             prefill(model, ids)
             total += float(torch.stack(list(density(model).values())).mean())
     return total / len(prompts)
-
-
-def matching_alpha(model: Any, prompts: Sequence[Tensor], target: float, block: int) -> float:
-    """The one alpha of RelativeMax whose density is ``target``, by bisection; density falls as alpha grows."""
-    low, high, middle = 0.0, 1.0, 0.1
-    best = (1.0, middle)
-    for _ in range(BISECTIONS):
-        reached = mean_density(model, prompts, RelativeMax(alpha=middle, block_m=block, block_n=block))
-        best = min(best, (abs(reached - target), middle))
-        if best[0] <= SAME_DENSITY:
-            break
-        low, high = (middle, high) if reached > target else (low, middle)
-        # Small alphas differ by factors, not by differences.
-        middle = (low + high) / 2 if low >= 0.05 else (max(low, 1e-7) * high) ** 0.5
-    return best[1]
 
 
 # ---- results --------------------------------------------------------------------------------------------------------
@@ -289,6 +375,29 @@ def dominance(rows: Sequence[dict[str, Any]], targets: Sequence[float]) -> list[
     return found
 
 
+def budget_dominance(rows: Sequence[dict[str, Any]], length: str) -> list[dict[str, Any]]:
+    """Per budget, cost and published rule of that density, at one prompt length: whether the budget has more needles
+    and less text loss.
+    """
+    names = {"density": f"density_{length}", "loss": f"loss_change_{length}", "needles": f"needles_right_{length}"}
+    found = []
+    for ours in (r for r in rows if r["policy"] == BUDGET):
+        density = ours["parameters"].split(" cost ")[0].removeprefix(f"stride {STRIDE} ")
+        for other in (r for r in rows if r["policy"] == RULE and r["parameters"].startswith(f"as {density}: ")):
+            pair = {name: [row[key] for row in (ours, other)] for name, key in names.items()}
+            found.append(
+                {
+                    "budget": ours["parameters"],
+                    "rule": other["parameters"].partition(": ")[2],
+                    "density": pair["density"],
+                    "loss_change": pair["loss"],
+                    "needles_right": pair["needles"],
+                    "better_on_both": pair["needles"][0] > pair["needles"][1] and pair["loss"][0] < pair["loss"][1],
+                }
+            )
+    return found
+
+
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """All rows, in one step."""
     with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
@@ -333,6 +442,23 @@ def show_dominance(console: Console, found: Sequence[dict[str, Any]]) -> None:
     console.print(table)
 
 
+def show_budgets(console: Console, found: Sequence[dict[str, Any]], length: str) -> None:
+    """Budgets against rules."""
+    table = Table(title=f"Budget per layer and head / rule of its density, {length} tokens", title_justify="left")
+    for i, column in enumerate(("budget", "rule", "density", "loss", "needles", "better on both")):
+        table.add_column(column, justify="left" if i < 2 else "right")
+    for row in found:
+        table.add_row(
+            row["budget"],
+            row["rule"],
+            " / ".join(f"{x:.4f}" for x in row["density"]),
+            " / ".join(f"{x:+.2%}" for x in row["loss_change"]),
+            " / ".join(map(str, row["needles_right"])),
+            "yes" if row["better_on_both"] else "no",
+        )
+    console.print(table)
+
+
 # Colour and marker of each family; corrected ones are dashed.
 STYLES: dict[str, dict[str, Any]] = {
     STATIC: {"color": "#999999", "marker": "x"},
@@ -345,6 +471,8 @@ STYLES: dict[str, dict[str, Any]] = {
     FLAT64: {"color": "#009E73", "marker": "v", "linestyle": ":"},
     FLEX: {"color": "#CC79A7", "marker": "D"},
     ANTIDIAGONAL: {"color": "#E69F00", "marker": "h"},
+    BUDGET: {"color": "#7F0000", "marker": "p"},
+    RULE: {"color": "#666666", "marker": "+", "linestyle": ""},
     ORACLE: {"color": "#000000", "marker": "*"},
 }
 
@@ -365,7 +493,8 @@ def plot(rows: Sequence[dict[str, Any]], length: str, path: Path, caption: str) 
     for axes, (title, value) in zip(figure.subplots(1, 3), panels, strict=True):
         for family, style in STYLES.items():
             points = sorted((r[f"density_{length}"], value(r)) for r in rows if r["policy"] == family)
-            axes.plot(*zip(*points, strict=True), label=family, linewidth=1.3, markersize=6, **style)
+            if points:
+                axes.plot(*zip(*points, strict=True), label=family, **{"linewidth": 1.3, "markersize": 6, **style})
         axes.set_title(f"{title}, {length} tokens", fontsize=11)
         axes.set_xlabel("blocks kept")
         axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
@@ -388,17 +517,21 @@ def compare(
     tokenizer: Any,
     prompts: Sequence[Prompt],
     tables: Mapping[float, ThresholdTable],
+    budgets: Mapping[Budget, ThresholdTable],
     block: int,
     progress: Callable[[str, float, float, str], None],
 ) -> tuple[EvaluationReport, list[Run]]:
-    """Find the alphas that match the tables' densities, and evaluate every run."""
+    """Find the parameters that match the tables' densities (of budgets: at the greatest length), and evaluate all."""
     ids = [tokenize(p, tokenizer).ids for p in prompts]
     alphas = {}
     for done, (target, table) in enumerate(tables.items()):
         progress("matching densities", done, len(tables), f"target {target}")
         alphas[target] = matching_alpha(model, ids, mean_density(model, ids, table), block)
-    progress("matching densities", len(tables), len(tables), "done")
-    runs = fixed_runs(block) + calibrated_runs(tables, alphas, block)
+    lengths = [length_bucket(len(x)) for x in ids]
+    longest = [x for x, n in zip(ids, lengths, strict=True) if n == max(lengths)]
+    rules = matching_rules(model, longest, budgets, block, lambda *now: progress("matching densities", *now))
+    progress("matching densities", 1, 1, "done")
+    runs = fixed_runs(block) + calibrated_runs(tables, alphas, block) + budget_runs(budgets, rules)
     report = evaluate(
         model,
         tokenizer,
@@ -415,12 +548,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--prompts", type=int, default=10, metavar="N", help="of each length")
+    parser.add_argument("--budgets", type=float, nargs="*", default=BUDGETS, metavar="D", help="target densities")
     parser.add_argument("--tables", type=Path, metavar="DIR", help="threshold files: read if there, else written")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
     parser.add_argument("--image", type=Path, default=IMAGE, metavar="FILE")
     arguments = parser.parse_args()
     if arguments.prompts < 1:
         parser.error("--prompts takes 1 or more")
+    if not all(0 < x <= 1 for x in arguments.budgets):
+        parser.error("--budgets takes densities above 0 and at most 1")
 
     started = time.perf_counter()
     console = Console(width=140)
@@ -430,6 +566,10 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(TINY_LM / "model")
     prompts = evaluation_prompts(tokenizer, arguments.prompts)
     files = {t: arguments.tables / f"thresholds-{t:.2f}.safetensors" for t in TARGETS} if arguments.tables else {}
+    budget_files: dict[Budget, Path] = {}
+    if arguments.tables:
+        for cost, target in itertools.product(COSTS, arguments.budgets):
+            budget_files[cost, target] = arguments.tables / f"thresholds-budget-{cost}-{target:.2f}.safetensors"
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("left"))
     bar_columns = (*columns, TimeRemainingColumn(), TextColumn("{task.fields[now]}"))
     with Progress(*bar_columns, console=Console(stderr=True), transient=True) as bar:
@@ -439,27 +579,29 @@ def main() -> None:
         def progress(name: str, done: float, total: float, now: str) -> None:
             bar.update(tasks[name], completed=done, total=total, now=now)
 
-        if files and all(path.exists() for path in files.values()):
-            tables = {target: ThresholdTable.load(path) for target, path in files.items()}
-            progress("calibrating", 1, 1, f"read from {arguments.tables}")
-        else:
-            bar.console.print("calibrating on the CPU, in float32", highlight=False)
-            tables = calibrate(
-                LlamaForCausalLM.from_pretrained(TINY_LM / "model", dtype=torch.float32),
-                tokenizer,
-                load_prompts(TINY_LM / "prompts" / "calibration.jsonl.gz"),
-                TARGETS,
-                block,
-                lambda done, total, now: progress("calibrating", done, total, now),
-            )
-            for target, path in files.items():
+        def calibrated(
+            make: Callable[..., dict[Any, ThresholdTable]], what: Sequence[float], files: Mapping[Any, Path]
+        ) -> Any:
+            if files and all(path.exists() for path in files.values()):
+                progress("calibrating", 1, 1, f"read from {arguments.tables}")
+                return {key: ThresholdTable.load(path) for key, path in files.items()}
+            here = "block_mass" in KERNELS.get(device.type, frozenset())
+            bar.console.print(f"calibrating on {device if here else 'the CPU, in float32'}", highlight=False)
+            source = load_prompts(TINY_LM / "prompts" / "calibration.jsonl.gz")
+            lm = model if here else LlamaForCausalLM.from_pretrained(TINY_LM / "model", dtype=torch.float32)
+            found = make(lm, tokenizer, source, what, block, lambda *now: progress("calibrating", *now))
+            for key, path in files.items():
                 path.parent.mkdir(parents=True, exist_ok=True)
-                tables[target].save(path)
+                found[key].save(path)
+            return found
+
         model = LlamaForCausalLM.from_pretrained(TINY_LM / "model", dtype=dtype).to(device)
-        report, runs = compare(model, tokenizer, prompts, tables, block, progress)
+        tables = calibrated(calibrate, TARGETS, files)
+        budgets = calibrated(calibrate_budgets, arguments.budgets, budget_files) if arguments.budgets else {}
+        report, runs = compare(model, tokenizer, prompts, tables, budgets, block, progress)
 
     rows = rows_of(report, runs)
-    found = dominance(rows, TARGETS)
+    found, spent = dominance(rows, TARGETS), budget_dominance(rows, list(report.prompts_by_length)[-1])
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     settings = {
         "machine": machine,
@@ -475,9 +617,10 @@ def main() -> None:
     caption = f"{report.prompts} prompts, {report.tokens} tokens, {machine}, {settings['dtype']}"
     show(console, rows, lengths, caption)
     show_dominance(console, found)
+    show_budgets(console, spent, lengths[-1])
     arguments.results.mkdir(parents=True, exist_ok=True)
     write_csv(arguments.results / "policies_tiny_lm.csv", rows)
-    content = json.dumps({"settings": settings, "equal_density": found}, indent=1) + "\n"
+    content = json.dumps({"settings": settings, "equal_density": found, "budgets": spent}, indent=1) + "\n"
     write_text(arguments.results / "policies_tiny_lm.json", content)
     plot(rows, lengths[-1], arguments.image, f"examples/tiny_lm: {caption}")
     console.print(f"wrote {arguments.results}/policies_tiny_lm.{{csv,json}} and {arguments.image}", highlight=False)

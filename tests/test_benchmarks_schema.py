@@ -227,13 +227,53 @@ def test_selection_suite_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [len(line.get_xdata()) for panel in panels for line in panel.get_lines()] == [5] * 6
 
 
+def test_skip_suite_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As above for the suite 'skip', with one and with two groups of rows in a tile."""
+    suite, base = importlib.import_module("skip"), importlib.import_module("attention")
+    timing = importlib.import_module("timing")
+
+    def interleaved(peers, rounds=15, warmup=3):
+        for work in peers.values():
+            work.body()
+        return {name: timing.Timing(1.0, [1.0] * rounds) for name in peers}, None
+
+    for block in (16, 128):
+        small = {"DEVICE": "cpu", "K": block // 2, "BLOCK": block, "HEADS_Q": 4, "HEADS_KV": 2, "L2_BYTES": 1 << 16}
+        for name, value in {**small, "interleaved": interleaved}.items():
+            assert hasattr(base, name)
+            monkeypatch.setattr(base, name, value)
+        rows = suite.run()
+        assert reports.problems({**GOOD, "measurements": rows}) == []
+        by_id = {row["id"]: row for row in rows}
+        assert set(suite.DEMANDED) <= set(by_id)
+        assert by_id["skip.0.x_dense"]["peers"]["skipped"] == 0.0
+        for percent in (50, 70, 90):
+            share = by_id[f"skip.{percent}.x_dense"]["peers"]["skipped"]
+            assert share == pytest.approx(percent / 100, abs=0.12)  # 8 patterns of few blocks
+        assert {
+            "skip.sparse10.x_sparse",
+            "skip.relative.70.ms",
+            "skip.apart.70.x_dense",
+            "skip.two_pass.90.x_dense",
+        } <= set(by_id)
+
+        with monkeypatch.context() as patch:
+            readme = importlib.import_module("readme")
+            patch.setattr(readme, "_load", lambda name, by_id=by_id: (GOOD, by_id))
+            assert readme.skip().count("\n| ") == 1 + 9 and "On a random mask" in readme.skip()
+
+        plant = suite.planted(512, 70)
+        with pytest.raises(AssertionError, match="planted"):
+            suite.check_counts("one too many", torch.ones(4, 2, dtype=torch.int64), plant.visible, plant.low)
+
+
 def test_no_benchmark_hides_a_standard_module() -> None:
     """Scripts run with this folder first in sys.path."""
     names = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
     assert not names & set(sys.stdlib_module_names)
 
 
-@pytest.mark.parametrize("name", ["attention", "selection"])
+@pytest.mark.parametrize("name", ["attention", "selection", "skip"])
 def test_missed_demands_are_named(name: str) -> None:
     suite = importlib.import_module(name)
     exact = [reports.measurement(id_, limit, "x", 10, None) for id_, (_, limit) in suite.DEMANDED.items()]

@@ -19,9 +19,11 @@ from bsfa.calibration import (
     block_curves,
     choose,
     collect,
+    p_value,
     split_prompts,
     threshold_grid,
 )
+from bsfa.calibration.statement import doubts, statement
 from bsfa.integrations.transformers import observe
 from bsfa.policies import Antidiagonal, CumulativeMass, RelativeMax, ScoredPolicy
 from bsfa.stages import select_for
@@ -215,6 +217,96 @@ def test_choice_by_hand() -> None:
             assert float(table.recall_worst[layer, head]) == pytest.approx(float(recall.min()), abs=1e-6)
             assert float(table.recall_spread[layer, head]) == pytest.approx(float(recall.std(correction=0)), abs=1e-6)
     assert table.lengths == (1024, 2048)
+
+
+def test_choice_with_confidence_by_hand() -> None:
+    """The loosest threshold before the first whose p-value is above 1 - c, and at which every length keeps the mean."""
+    curves = synthetic(61)
+    table, expected = choose(curves, 0.9, confidence=0.8, seed=5), choose(curves, 0.9, seed=5)
+    held_in, _ = split_prompts(61, 5)
+    for layer in range(2):
+        for head in range(3):
+            risk = curves.tail_lost[held_in, layer, head].double()
+            mean = risk.mean(0)
+            lengths = [risk[held_in % 2 == parity].mean(0) for parity in (0, 1)]
+            shown = (p_value(mean, 31, 1 - 0.9) <= 1 - 0.8).tolist()
+            g = max(
+                g for g in range(len(curves.grid)) if all(shown[: g + 1]) and all(float(x[g]) <= 0.1 for x in lengths)
+            )
+            assert float(table.thresholds[layer, head]) == float(curves.grid[g])
+    assert bool((table.thresholds <= expected.thresholds).all()) and not torch.equal(
+        table.thresholds, expected.thresholds
+    )
+    facts, plain = table.calibration, expected.calibration
+    assert (facts["confidence"], plain["confidence"]) == (0.8, None)
+    assert "Hoeffding" in facts["method"] and plain["method"] == "conformal risk control"
+    assert "0.8 of all draws" in facts["promise"] and plain["promise"].endswith("in expectation")
+    assert (facts["least_prompts"], plain["least_prompts"]) == (16, 9)
+    assert facts["largest_bound"] <= 0.1 + 1e-9 and plain["largest_bound"] <= 0.1 + 1e-9
+
+
+def test_what_held_out_prompts_say_by_hand() -> None:
+    curves = synthetic(41, ("calibrated", "dense: sliding-window attention", "calibrated"))
+    curves.lost_mass[:, 1] = curves.tail_lost[:, 1] = 0.0
+    table = choose(curves, 0.9)
+    _, held_out = split_prompts(41, 0)
+    index = (table.thresholds[..., None] == curves.grid).int().argmax(-1)[[0, 2]]
+    said = table.calibration["held_out"]
+    for name, lost in (("recall", curves.lost_mass), ("tail_recall", curves.tail_lost)):
+        at = index.expand(20, -1, -1)[..., None]
+        kept = 1 - lost[held_out][:, [0, 2]].double().gather(-1, at)[..., 0]  # prompts, layers, heads
+        prompts = kept.mean((1, 2))
+        assert said[name]["mean"] == pytest.approx(float(prompts.mean()))
+        assert said[name]["sd"] == pytest.approx(float(prompts.std(correction=0)))
+        assert said[name]["worst"] == pytest.approx(float(prompts.min()))
+        met = int((kept.mean(0) >= 0.9).sum())
+        assert said["pairs_that_meet_target"][name] == said["sparse_pairs_that_meet_target"][name] == met
+    assert said["pairs"] == said["sparse_pairs"] == 6
+    assert said["pairs_that_meet_target"]["recall"] == 6  # lost mass is half of what the worst tiles lose
+    few = choose(curves, 0.9, confidence=0.7).calibration["held_out"]
+    assert few["tail_recall"]["mean"] > said["tail_recall"]["mean"]
+
+
+def test_the_statement_of_a_file(tmp_path: Path) -> None:
+    """From the file's facts; for a file that was written before there were any, from its tensors."""
+    table = choose(synthetic(41), 0.9)
+    lines = dict(statement(table))
+    assert lines["target recall"] == "0.9 (conformal risk control)" and lines["confidence"] == "in expectation"
+    assert lines["about"] == "the worst 10% of a prompt's query tiles" and lines["prompts"].startswith(
+        "21 chose, 20 ch"
+    )
+    assert lines["heads on target"].startswith(
+        f"{table.calibration['held_out']['pairs_that_meet_target']['tail_recall']} of 6"
+    )
+    assert not doubts(table)
+
+    old = {k: v for k, v in table.calibration.items() if k not in ("confidence", "held_out")}
+    replace(table, calibration=old).save(tmp_path / "old.safetensors")
+    read = bsfa.ThresholdTable.load(tmp_path / "old.safetensors")
+    before = dict(statement(read))
+    assert before.keys() == lines.keys() and before["confidence"] == "in expectation"
+    for name in ("target recall", "prompts", "heads on target", "sparse heads on target", "prompts needed"):
+        assert before[name] == lines[name]
+    assert f"mean {float(table.recall.mean()):.4f}" in before["held out, all tiles"]
+    assert f"worst prompt {float(table.recall_worst.min()):.4f}" in before["held out, all tiles"]
+    few = replace(read, calibration={**old, "calibration_prompts": 8})
+    assert ["needs at least 9" in text for text in doubts(few)] == [True]
+    sure = replace(read, calibration={**old, "confidence": 0.9})
+    assert ["0.9 at confidence 0.9 needs at least 22" in text for text in doubts(sure)] == [True]
+    elsewhere = replace(read, calibration={k: v for k, v in old.items() if k == "tail"})
+    assert not doubts(elsewhere) and "target recall" not in dict(statement(elsewhere))
+
+
+def test_too_few_prompts_for_the_confidence() -> None:
+    with pytest.warns(CalibrationWarning, match=r"0.95 at confidence 0.9 needs at least 45 .* 89 prompts"):
+        table = choose(synthetic(60), 0.95, confidence=0.9)
+    assert bool(table.dense_heads().all())
+    assert table.calibration["held_out"]["sparse_pairs"] == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not bool(choose(synthetic(121), 0.9, confidence=0.9).dense_heads().all())
+    with pytest.raises(ValueError, match="confidence"):
+        choose(synthetic(20), 0.9, confidence=1.0)
 
 
 def test_too_few_prompts_stay_dense_and_say_so() -> None:

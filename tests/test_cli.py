@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
+from bsfa import cli
 from bsfa.cli import app
 from bsfa.thresholds import ThresholdTable
 from tiny_model import make_model, make_rows, make_tokenizer, write_rows
@@ -70,9 +72,72 @@ def test_several_targets_and_another_policy(model_dir: Path, data: Path, tmp_pat
 def test_inspect(thresholds: Path, tmp_path: Path) -> None:
     result = run("inspect", thresholds, "--plot", tmp_path / "heat.png")
     assert result.exit_code == 0, result.output
-    for text in ("relative-max version 1", "target recall   0.9", "12 chose, 12 checked", "by layer", "worst head"):
-        assert text in result.output
+    for text in (
+        "relative-max version 1",
+        "target recall 0.9 (conformal risk control)",
+        "confidence in expectation",
+        "12 chose, 12 checked",
+        "prompts needed 9 that choose",
+        "held out, worst tiles recall mean 0.",
+        "sd 0.",
+        "worst prompt 0.",
+        "of 8 (",
+        "by layer",
+        "worst head",
+    ):
+        assert text in " ".join(result.output.split())
+    assert "warning" not in result.output
     assert (tmp_path / "heat.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_confidence(model_dir: Path, data: Path, tmp_path: Path) -> None:
+    """24 prompts are enough for 0.8 at 0.9, not for 0.95; inspect says which, the command warns, nothing else stays."""
+    result = run(
+        "calibrate", "--model", model_dir, "--data", data, "-o", tmp_path / "t-{target}.safetensors", "--block-size",
+        32, "--target-recall", 0.8, "--target-recall", 0.95, "--confidence", 0.9, "--max-length", 150,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    warning = (
+        "warning: all heads stay dense: 12 calibration prompts can promise a recall of at most 0.825 with confidence"
+    )
+    assert warning in result.output and "0.95 at confidence 0.9 needs at least 45 (that is 89 prompts" in result.output
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["t-0.8.safetensors", "t-0.95.safetensors"]
+    enough, few = (
+        " ".join(run("inspect", tmp_path / name).output.split()) for name in ("t-0.8.safetensors", "t-0.95.safetensors")
+    )
+    for text in (
+        "Hoeffding-Bentkus",
+        "confidence 0.9 for each head",
+        "prompts needed 11 that choose",
+    ):
+        assert text in enough
+    assert "warning" not in enough
+    assert warning in few and "prompts needed 45" in few
+
+
+def test_without_resume(model_dir: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--no-resume keeps nothing, and takes up nothing."""
+    command = ["calibrate", "--model", model_dir, "--data", data, "-o", tmp_path / "t.safetensors", "--max-prompts", 2]
+    folders: list[Path | None] = []
+    collect = cli.collect
+    monkeypatch.setattr(cli, "collect", lambda *a, **k: (folders.append(k["resume"]), collect(*a, **k))[1])
+    for options in ([], ["--no-resume"]):
+        assert run(*command, "--target-recall", 0.3, *options).exit_code == 0
+    assert folders == [tmp_path / "t.safetensors.partial", None]
+    assert [p.name for p in tmp_path.iterdir()] == ["t.safetensors"]
+
+
+def test_a_failed_save_keeps_the_finished_prompts(
+    model_dir: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "t.safetensors"))
+
+    command = ["calibrate", "--model", model_dir, "--data", data, "-o", tmp_path / "t.safetensors", "--max-prompts", 2]
+    monkeypatch.setattr(ThresholdTable, "save", full)
+    result = run(*command, "--target-recall", 0.3)
+    assert result.exit_code == 2 and "t.safetensors: No space left on device" in result.output
+    assert len(list(tmp_path.glob("t.safetensors.partial/*/*.safetensors"))) == 2
 
 
 def test_eval(thresholds: Path, model_dir: Path, data: Path, tmp_path: Path) -> None:
@@ -81,13 +146,27 @@ def test_eval(thresholds: Path, model_dir: Path, data: Path, tmp_path: Path) -> 
         "eval", "--model", model_dir, "--thresholds", thresholds, "--data", data, "--max-prompts", 3, "--json", report
     )
     assert result.exit_code == 0, result.output
-    for text in ("prose loss", "answers right", "single", "recall (mass kept)", "prefill, seconds", "t: by layer"):
+    for text in (
+        "prose loss",
+        "answers right",
+        "single",
+        "recall (mass kept)",
+        "prefill, seconds",
+        "prefill speed-up",
+        "1.00x",
+        "t: by layer",
+    ):
         assert text in result.output
     heads = run(
         "eval", "--model", model_dir, "--thresholds", thresholds, "--data", data, "--max-prompts", 1, "--per-head"
     )
     assert heads.exit_code == 0 and "recall of each head" in heads.output and "head 3" in heads.output
     runs = json.loads(report.read_text())["runs"]
+    assert runs["dense"]["speedup"] == 1.0 and set(runs["dense"]["speedup_by_length"].values()) == {1.0}
+    assert runs["t"]["speedup"] == pytest.approx(runs["dense"]["seconds"] / runs["t"]["seconds"])
+    for length, ratio in runs["t"]["speedup_by_length"].items():
+        seconds = [runs[name]["seconds_by_length"][length] for name in ("dense", "t")]
+        assert ratio == pytest.approx(seconds[0] / seconds[1])
     assert list(runs) == ["dense", "t"] and runs["t"]["density"] < 1.0 and runs["t"]["recall"] > 0.8
 
 
@@ -116,6 +195,7 @@ ERRORS: dict[str, tuple[list[str], str]] = {
     "dtype": ([*CALIBRATE, "--dtype", "int3"], "choose one of auto"),
     "device": ([*CALIBRATE, "--device", "abacus"], "--device abacus"),
     "target": ([*CALIBRATE, "--target-recall", "95"], "between 0 and 1"),
+    "confidence": ([*CALIBRATE, "--confidence", "90"], "confidence must lie between 0 and 1"),
     "targets": ([*CALIBRATE, "--target-recall", "0.9", "--target-recall", "0.8"], "{target}"),
     "output": ([*CALIBRATE, "-o", "{tmp}/none/t.safetensors"], "is not a directory"),
     "block size": ([*CALIBRATE, "--block-size", "9999"], "block_m must be 1 .. 4096"),

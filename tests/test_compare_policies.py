@@ -14,13 +14,14 @@ import torch
 
 import bsfa
 from bsfa.evaluation import DENSE
-from bsfa.policies import RelativeMax
+from bsfa.policies import Antidiagonal, RelativeMax
 from bsfa.prompts import length_bucket, tokenize
 from tiny_model import make_model, make_prompts, make_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = 64  # flat64 takes no smaller one
 TARGETS = (0.6, 0.7)
+BUDGETS = (0.5, 0.7)
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +32,10 @@ def script() -> Any:
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+def rule_of(x: float) -> Antidiagonal:
+    return Antidiagonal(stride=8, mass=1 - x)
 
 
 def test_oracle_keeps_the_fewest_blocks(script: Any) -> None:
@@ -63,7 +68,11 @@ def test_comparison(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     calibration = make_prompts(8, words=300)
     tables = script.calibrate(model, tokenizer, calibration, TARGETS, BLOCK, lambda *x: progress("calibrating", *x))
     prompts = make_prompts(2, words=400, seed=9)
-    report, runs = script.compare(model, tokenizer, prompts, tables, BLOCK, progress)
+    spent = script.calibrate_budgets(
+        model, tokenizer, calibration, BUDGETS, BLOCK, lambda *x: progress("calibrating", *x)
+    )
+    assert list(spent) == [(cost, d) for cost in ("output", "loss") for d in BUDGETS]
+    report, runs = script.compare(model, tokenizer, prompts, tables, spent, BLOCK, progress)
     assert seen == dict.fromkeys(("calibrating", "matching densities", "evaluating"), 1.0)
 
     rows = script.rows_of(report, runs)
@@ -87,7 +96,20 @@ def test_comparison(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         better = row["recall"][0] >= row["recall"][1] and row["loss_change"][0] <= row["loss_change"][1]
         assert not row["dominates"] or better
 
-    again, _ = script.compare(model, tokenizer, prompts, tables, BLOCK, progress)
+    length = list(report.prompts_by_length)[-1]
+    budgets = script.budget_dominance(rows, length)
+    assert len(budgets) == len(spent) * len(script.published_rules(BLOCK))
+    for row in budgets:
+        # Some rules always keep more than the budget of such short prompts.
+        assert row["density"][1] > row["density"][0] - 0.1
+        assert "antidiagonal" not in row["rule"] or abs(row["density"][0] - row["density"][1]) < 0.1
+        gains = row["needles_right"][0] - row["needles_right"][1], row["loss_change"][1] - row["loss_change"][0]
+        assert row["better_on_both"] == (min(gains) > 0)
+    for (cost, target), table in spent.items():
+        row = by_name[f"{script.BUDGET} stride 8 density {target} cost {cost}"]
+        assert table.calibration["estimated_density"] <= target and abs(row[f"density_{length}"] - target) < 0.15
+
+    again, _ = script.compare(model, tokenizer, prompts, tables, spent, BLOCK, progress)
     assert script.rows_of(again, runs) == rows
 
     script.write_csv(tmp_path / "a.csv", rows)
@@ -102,7 +124,7 @@ def test_comparison(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         row["parameters"] = row["parameters"].replace("target 0.7", "target 0.95")
     settings = {"prompts_by_length": report.prompts_by_length, "machine": "m", "dtype": "float32"}
     script.write_csv(tmp_path / "policies_tiny_lm.csv", rows)
-    text = script.json.dumps({"settings": settings, "equal_density": found})
+    text = script.json.dumps({"settings": settings, "equal_density": found, "budgets": budgets})
     script.write_text(tmp_path / "policies_tiny_lm.json", text)
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     readme = importlib.import_module("readme")
@@ -112,6 +134,7 @@ def test_comparison(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     console = script.Console(width=200, file=open(tmp_path / "out.txt", "w"))  # noqa: SIM115
     script.show(console, rows, list(report.prompts_by_length), "title")
     script.show_dominance(console, found)
+    script.show_budgets(console, budgets, length)
     console.file.close()
     assert "antidiagonal" in (tmp_path / "out.txt").read_text()
 
@@ -140,3 +163,30 @@ def test_further_prompts(script: Any) -> None:
         tasks = [task for task, _ in t.answers]
         assert [tasks.count(task) for task in script.NEEDLES] == [4, 5, 4]
         assert sum(prompt.text[a.start : a.end] in old for a in prompt.answers) <= 2  # words may come twice
+
+
+def test_all_of_it(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The script itself on the tiny model: tables are written, then read, and the files say the same."""
+    tokenizer, calibration, prompts = make_tokenizer(), make_prompts(8, words=300), make_prompts(2, words=400, seed=9)
+    monkeypatch.setattr(script, "TARGETS", TARGETS)
+    monkeypatch.setattr(script, "BISECTIONS", 3)
+    monkeypatch.setattr(script, "published_rules", lambda block: {"antidiagonal stride 8 mass": rule_of})
+    monkeypatch.setattr(script.AutoTokenizer, "from_pretrained", lambda path: tokenizer)
+    monkeypatch.setattr(script.LlamaForCausalLM, "from_pretrained", lambda path, dtype: make_model())
+    monkeypatch.setattr(script, "load_prompts", lambda path: calibration)
+    monkeypatch.setattr(script, "evaluation_prompts", lambda tokenizer, count: prompts)
+    monkeypatch.setattr(script, "fixed_runs", lambda block: [])
+    for results in ("first", "second"):
+        places = ("--tables", tmp_path / "t", "--results", tmp_path / results, "--image", tmp_path / f"{results}.png")
+        arguments = ["script", "--device", "cpu", *map(str, places), "--budgets", "0.6", "0.8"]
+        monkeypatch.setattr(sys, "argv", arguments)
+        script.main()
+    written = {path.name for path in (tmp_path / "t").iterdir()}
+    names = {f"thresholds-budget-{cost}-{d}.safetensors" for cost in ("output", "loss") for d in ("0.60", "0.80")}
+    assert written == names | {"thresholds-0.60.safetensors", "thresholds-0.70.safetensors"}
+    for name in ("policies_tiny_lm.csv", "policies_tiny_lm.json"):
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
+    facts = script.json.loads((tmp_path / "first" / "policies_tiny_lm.json").read_text())
+    assert [row["budget"] for row in facts["budgets"]] == [
+        f"stride 8 density {d} cost {cost}" for cost in ("output", "loss") for d in ("0.6", "0.8")
+    ]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import bsfa
-from bsfa.policies import Antidiagonal, CumulativeMass, Policy, RelativeMax, StaticPattern
+from bsfa.policies import Antidiagonal, CumulativeMass, ExactSkip, Policy, RelativeMax, StaticPattern
 from cases import BF16, F32, PACKED, PAGED, PAGED_PACKED, Case, Inputs, int32
 
 RAGGED = ((65, 65), (0, 0), (1, 130), (37, 150))
@@ -29,6 +29,16 @@ POLICIES: list[Policy | None] = [
     CumulativeMass(mass=[0.3, 0.5, 0.7, 0.9], block_m=32, block_n=16),
     RelativeMax(alpha=[0.8, 0.6], shared=True, block_m=32, block_n=16),
     Antidiagonal(mass=0.5, stride=8, block_m=32, block_n=16),
+    ExactSkip(ratio=0.3, within=RelativeMax(alpha=0.5, block_m=32, block_n=16), block_m=32, block_n=16),
+    ExactSkip(
+        form="absolute",
+        ratio=[0.5, 0.6, 0.7, 0.8],
+        reference=torch.tensor([[0.5, 1.0]]),
+        positions=(40, 150),
+        counted=True,
+        block_m=32,
+        block_n=16,
+    ),
 ]
 
 
@@ -47,6 +57,20 @@ def finite(inputs: Inputs) -> Inputs:
 
 def kv(inputs: Inputs) -> tuple[Any, ...]:
     return inputs.cu_k, inputs.block_table, inputs.seqlens_k
+
+
+def test_info_compiles() -> None:
+    """Counts and density are part of the graph."""
+    inputs = Case(lengths=((150, 300),), hq=4, hkv=2, dim=16).make()
+    policy = ExactSkip.absolute(0.5, block_m=32, block_n=16)
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        out, info = bsfa.attention(q, k, v, policy=policy, return_info=True)
+        return out, info.skips, info.density()
+
+    got = torch.compile(run, fullgraph=True, backend="aot_eager")(inputs.q, inputs.k, inputs.v)
+    for a, b in zip(got, run(inputs.q, inputs.k, inputs.v), strict=True):
+        assert torch.equal(a, b)
 
 
 # --- operators --------------------------------------------------------------------------------------------------------
@@ -113,6 +137,23 @@ def test_opcheck_attention_out(case: Case) -> None:
     torch.library.opcheck(torch.ops.bsfa.attention_out.default, (out, *shared))
 
 
+@pytest.mark.parametrize("form", ["absolute", "relative"])
+@pytest.mark.parametrize("case", SAMPLES, ids=str)
+def test_opcheck_skip_attention_and_tile_max(case: Case, form: str) -> None:
+    inputs = finite(case.make())
+    lengths = (inputs.cu_q, *kv(inputs), inputs.max_q, inputs.max_k)
+    mask = inputs.block_mask([inputs.draw_mask(b) for b in range(len(inputs))])
+    out = torch.zeros((*inputs.q.shape[:-1], inputs.v.shape[-1] + 3), dtype=case.dtype)[..., :-3]
+    maths = (case.block_m, case.block_n, case.causal, 0.25, 2.0)
+    shared = (inputs.q, inputs.k, inputs.v, *lengths, mask.words, mask.counts, *maths)
+    thresholds = torch.full((inputs.q.shape[-2], 2), 0.5 if form == "absolute" else -0.5)
+    skip = (thresholds, form, 1, 2, True)
+    torch.library.opcheck(torch.ops.bsfa.skip_attention.default, (*shared, *skip))
+    torch.library.opcheck(torch.ops.bsfa.skip_attention_out.default, (out, *shared, *skip))
+    rows = (inputs.q, inputs.k, *lengths, 8 * len(inputs), 32, 16, *maths[2:], form)
+    torch.library.opcheck(torch.ops.bsfa.tile_max.default, rows)
+
+
 @pytest.mark.parametrize("case", SAMPLES, ids=str)
 def test_opcheck_block_mass(case: Case) -> None:
     inputs = finite(case.make())
@@ -125,7 +166,9 @@ def test_opcheck_block_mass(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", SAMPLES[:2], ids=str)
-@pytest.mark.parametrize("policy", POLICIES, ids=lambda p: p.name if p else "none")
+@pytest.mark.parametrize(
+    "policy", POLICIES, ids=lambda p: f"{p.name}-{p.form}" if isinstance(p, ExactSkip) else p.name if p else "none"
+)
 def test_fake_tensors_have_the_shapes_of_real_ones(case: Case, policy: Policy | None) -> None:
     inputs = case.make()
     real = inputs.run(policy, return_lse=True)
@@ -182,7 +225,9 @@ def compiled(module: nn.Module, backend: str = "aot_eager", **options: Any) -> A
     return torch.compile(module, fullgraph=True, backend=backend, **options)
 
 
-WITH_POLICY = pytest.mark.parametrize("policy", POLICIES, ids=lambda p: p.name if p else "none")
+WITH_POLICY = pytest.mark.parametrize(
+    "policy", POLICIES, ids=lambda p: f"{p.name}-{p.form}" if isinstance(p, ExactSkip) else p.name if p else "none"
+)
 
 
 @WITH_POLICY

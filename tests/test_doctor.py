@@ -19,7 +19,9 @@ OPERATIONS = {
     "probe_attention",
     "pattern_mask",
     "attention",
+    "skip_attention",
     "block_mass",
+    "tile_max",
 }
 
 

@@ -15,7 +15,7 @@ import bsfa
 from bsfa import evaluation
 from bsfa.calibration import choose, collect
 from bsfa.evaluation import evaluate
-from bsfa.integrations.transformers import observe, set_policy
+from bsfa.integrations.transformers import _observers, observe, set_policy
 from bsfa.policies import PerLayer, RelativeMax, StaticPattern
 from bsfa.prompts import Prompt, length_bucket, length_name, load_prompts, parse_prompt, tokenize
 from tiny_model import make_model, make_prompts, make_rows, make_tokenizer, write_rows
@@ -210,6 +210,46 @@ def test_mass_without_a_kernel(tokens: int, causal: bool, softcap: float, monkey
     torch.testing.assert_close(evaluation.attention_mass(q, k, lse, **blocks, **options), wanted, rtol=0, atol=0)
     monkeypatch.setattr("bsfa.evaluation.KERNELS", {})
     torch.testing.assert_close(evaluation.attention_mass(q, k, lse, **blocks, **options), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_gpus_are_timed_unobserved(lm: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU a prompt runs twice with each entry: observed, and then, warm and at its own length, for the clock."""
+    model, tokenizer = lm
+    prompts, entries = make_prompts(3), {"sparse": POLICY.with_threshold(0.9)}
+    plain = evaluate(model, tokenizer, prompts, entries)
+    runs: list[tuple[int, bool]] = []
+    logits_at = evaluation.logits_at
+
+    def watched(model: Any, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        runs.append((len(ids), bool(_observers)))
+        return logits_at(model, ids, positions)
+
+    waits: list[int] = []
+    monkeypatch.setattr("bsfa.evaluation.logits_at", watched)
+    monkeypatch.setattr("bsfa.evaluation.synchronize", lambda *devices: waits.append(len(devices)))
+    monkeypatch.setattr("bsfa.evaluation.model_devices", lambda _: [torch.device("cuda", i) for i in range(2)])
+    monkeypatch.setattr("bsfa.evaluation.prefill", lambda *_: pytest.fail("no warm-up at another length"))
+    report = evaluate(model, tokenizer, prompts, entries)
+    lengths = [len(tokenize(p, tokenizer)) for p in prompts]
+    assert runs == [(n, observed) for n in lengths for _ in range(2) for observed in (True, False)]
+    assert set(waits) == {2} and len(waits) == 2 * len(runs)  # all devices, before and after the clock
+    for name, run in report.runs.items():
+        assert run.prose_loss == plain.runs[name].prose_loss and run.density == plain.runs[name].density
+        assert run.speedup == pytest.approx(report.runs["dense"].seconds / run.seconds)
+
+
+def test_a_kernel_that_does_not_take_the_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch operations stand in where the device's kernel refuses sizes or dtype."""
+    q, k = torch.randn(1, 70, 4, 16), torch.randn(1, 70, 2, 16)
+    _, lse = bsfa.attention(q, k, k, return_lse=True)  # type: ignore[misc]
+    wanted = evaluation.attention_mass(q, k, lse, block_m=32, block_n=32)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise bsfa.UnsupportedError("head_dim 16")
+
+    monkeypatch.setattr("bsfa.evaluation.block_mass", refuse)
+    got = evaluation.attention_mass(q, k, lse, block_m=32, block_n=32)
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_refusals(lm: tuple[Any, Any]) -> None:

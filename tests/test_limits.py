@@ -13,15 +13,17 @@ from torch._subclasses import FakeTensorMode
 
 import bsfa
 from bsfa import _library, limits
-from bsfa.policies import CumulativeMass, Dense, RelativeMax, ScoredPolicy, StaticPattern
+from bsfa.policies import CumulativeMass, Dense, ExactSkip, RelativeMax, ScoredPolicy, StaticPattern
 from bsfa.policies.base import Scoring
 
 POOL = {"op": "pool_blocks", "device": "cuda", "arch": "sm_90a", "dtypes": "bfloat16, float16", "head_dim": "any"}
 ATTENTION = {**POOL, "op": "attention", "head_dim": "64, 128", "blocks": "128x128"}
+SKIP = {**ATTENTION, "op": "skip_attention"}
 SELECT = {**ATTENTION, "op": "select_blocks", "rule": "relative_max", "sharing": "none, group", "max_blocks": 40}
 SELECT_STRIDED = {**ATTENTION, "op": "select_blocks", "rule": "flat64, antidiagonal", "stride": "4..64"}
 SELECT_STRIDED = {**SELECT_STRIDED, "max_blocks": 100}
 SELECT_POOLED = {**ATTENTION, "op": "select_blocks", "head_dim": "1..256", "rule": "pooled", "max_blocks": 100}
+ROWS = [POOL, ATTENTION, SKIP, SELECT, SELECT_STRIDED, SELECT_POOLED]
 CPU = {**POOL, "device": "cpu", "dtypes": "float32", "head_dim": "1..256"}
 
 
@@ -70,8 +72,8 @@ def test_this_build() -> None:
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fake tensors on a device 0 of capability 9.0, with the kernels of the table above."""
-    monkeypatch.setitem(_library.KERNELS, "cuda", frozenset({"pool_blocks", "select_blocks", "attention"}))
-    monkeypatch.setattr(limits, "LIMITS", limits.parse([POOL, ATTENTION, SELECT, SELECT_STRIDED, SELECT_POOLED]))
+    monkeypatch.setitem(_library.KERNELS, "cuda", frozenset({row["op"] for row in ROWS}))
+    monkeypatch.setattr(limits, "LIMITS", limits.parse(ROWS))
     monkeypatch.setattr(limits, "_capability_of", {0: 90})
     torch.compiler.reset()
     with FakeTensorMode():
@@ -123,6 +125,9 @@ SUPPORTED: list[Callable[[], Any]] = [
     lambda: attend(k=make(1, 300, 1, 64, strides=(0, 64, 0, 1)), q=make(1, 300, 2, 64)),
     lambda: attend(out=make(2, 300, 4, 64, strides=(300 * 280, 280, 67, 1))),
     lambda: attend(q=make(2, 0, 4, 64)),
+    lambda: attend(policy=ExactSkip(ratio=0.1)),
+    lambda: attend(policy=ExactSkip(within=RelativeMax())),
+    lambda: attend(policy=ExactSkip(block_n=64), window_left=5),
     lambda: bsfa.pool_blocks(make(2, 300, 2, 33)),
     lambda: select(RelativeMax()),
     lambda: select(RelativeMax(shared=True)),
@@ -149,6 +154,17 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: attend(v=make(2, 300, 2, 128)), "head_dim 64 of q and k and 128 of v"),
     (lambda: attend(policy=StaticPattern(block_m=64)), "mask of 64 x 128 .*take 128 x 128.*Give the policy"),
     (lambda: attend(policy=RelativeMax(block_n=64)), "mask of 128 x 64"),
+    (lambda: attend(policy=ExactSkip(block_n=64)), "'skip_attention'.*128 x 64 .*take 128 x 128"),
+    (
+        lambda: attend(make(2, 300, 4, 80), policy=ExactSkip()),
+        "'skip_attention'.*head_dim 80: its kernels take 64, 128",
+    ),
+    (lambda: attend(v=make(2, 300, 2, 128), policy=ExactSkip()), "'skip_attention'.*head_dim 64 of q and k and 128"),
+    (
+        lambda: attend(k=make(2, 300, 2, 64, strides=(0, 128, 64, 1)), policy=ExactSkip()),
+        r"'skip_attention'.*k\.contiguous",
+    ),
+    (lambda: bsfa.tile_max(*[make(2, 300, 2, 64)] * 2), "'tile_max'.*no CUDA kernel|'tile_max'.*CUDA"),
     (lambda: attend(make(2, 300, 4, 64, strides=(300 * 260, 260, 65, 1))), r"q of strides .*q\.contiguous\(\)"),
     (lambda: attend(make(2, 300, 4, 64, strides=(300 * 257, 257, 64, 1))), r"q\.contiguous"),
     (lambda: attend(k=make(2, 300, 2, 64, strides=(0, 128, 64, 1))), r"k\.contiguous"),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import bsfa
-from bsfa.policies import Dense, Policy, RelativeMax, StaticPattern
+from bsfa.policies import Dense, ExactSkip, Policy, RelativeMax, StaticPattern
 from cases import BATCHED, BF16, F16, F32, NAN, PACKED, PAGED, PAGED_PACKED, Case, Inputs, table
 
 RAGGED = ((65, 65), (0, 0), (1, 130), (0, 40), (37, 150))
@@ -70,7 +70,17 @@ def test_out_holds_what_is_returned_without_it(case: Case, view: Callable[..., t
     assert (buffer == FILL).all(), "something outside of out was written"
 
 
-@pytest.mark.parametrize("policy", [None, Dense(), StaticPattern(block_m=32, block_n=16), RelativeMax(alpha=0.5)])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        None,
+        Dense(),
+        StaticPattern(block_m=32, block_n=16),
+        RelativeMax(alpha=0.5),
+        ExactSkip.absolute(0.5, block_m=32, block_n=16),
+    ],
+    ids=lambda p: p.name if p else "none",
+)
 @pytest.mark.parametrize("layout", [BATCHED, PACKED, PAGED, PAGED_PACKED])
 def test_every_function_takes_it(layout: str, policy: Policy | None) -> None:
     inputs = replace(BASE, layout=layout, mask="none").make()

@@ -1,4 +1,4 @@
-"""Pictures of masks: written whole, of the blocks that are kept, and refused by name."""
+"""Pictures of masks and thresholds: written whole, of what they show, and refused by name."""
 
 from __future__ import annotations
 
@@ -51,6 +51,60 @@ def test_any_lengths(lengths: tuple[tuple[int, int], ...], tmp_path: Path) -> No
         mask, _ = mask_of(Case(lengths=lengths, mask="random", mask_heads="one", causal=causal, **SIZES))
         bsfa.plot_mask(mask, path=tmp_path / "mask.png")
         assert (tmp_path / "mask.png").stat().st_size > 1000
+
+
+def table_of(lengths: tuple[int, ...], layers: tuple[str, ...] = ("calibrated", "dense: none", "calibrated")) -> Any:
+    """A table of made-up numbers, by length and head."""
+    shape = (len(layers), 4)
+    sparse = torch.tensor([kind == "calibrated" for kind in layers])
+    heads = torch.rand(len(lengths), *shape).masked_fill(~sparse[:, None], 1.0)
+    rest = {name: torch.rand(shape) for name in ("recall", "recall_spread", "recall_worst", "tail_recall", "density")}
+    return bsfa.ThresholdTable(
+        policy=bsfa.policies.RelativeMax(),
+        thresholds=torch.where(sparse[:, None], 2.0 ** -torch.arange(1.0, 5.0), 0.0),
+        layers=layers,
+        lengths=lengths,
+        length_prompts=(3,) * len(lengths),
+        length_recall=heads,
+        length_density=heads,
+        model=bsfa.identity.ModelIdentity("made up"),
+        attention={},
+        calibration={"target_recall": 0.9, "tail": 0.1},
+        **rest,
+    )
+
+
+@pytest.mark.parametrize("lengths", [(8192,), (1024, 4096, 16384)])
+def test_thresholds_and_density_against_length(
+    lengths: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three maps of layers x heads, and how density goes with length: mean, spread and range of calibrated heads."""
+    table = table_of(lengths)
+    figures: list[Any] = []
+    write = plotting._write
+    monkeypatch.setattr(plotting, "_write", lambda figure, path: (figures.append(figure), write(figure, path)))
+    plotting.plot_thresholds(table, tmp_path / "a.png")
+    plotting.plot_thresholds(table, tmp_path / "b.png")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    (last,) = (axes for axes in figures[0].axes if axes.get_xlabel() == "prompt length, tokens")
+    maps = [axes.images[0].get_array() for axes in figures[0].axes if axes.get_xlabel() == "query head"]
+    assert len(maps) == 3
+    assert maps[0][0].tolist() == [-1.0, -2.0, -3.0, -4.0] and bool(maps[0].mask[1].all())
+    assert np.array_equal(maps[1], table.density.numpy()) and np.array_equal(maps[2], table.recall.numpy())
+    heads = table.length_density[:, [0, 2]].flatten(1).numpy()
+    (container,) = last.containers
+    points = container.lines[0].get_xydata()
+    assert points[:, 0].tolist() == list(lengths)
+    np.testing.assert_allclose(points[:, 1], heads.mean(1), rtol=1e-6)
+    ends = np.array([segment[:, 1] for segment in container.lines[2][0].get_segments()])
+    np.testing.assert_allclose(ends, np.stack([heads.min(1), heads.max(1)], 1), rtol=1e-5)
+    labels = {8192: "8K", 1024: "1K", 4096: "4K", 16384: "16K"}
+    assert [t.get_text() for t in last.get_xticklabels()] == [labels[n] for n in lengths]
+
+
+def test_nothing_calibrated(tmp_path: Path) -> None:
+    plotting.plot_thresholds(table_of((1024,), ("dense: none", "dense: none")), tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 1000
 
 
 def test_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,11 +17,11 @@ from safetensors.torch import save_file
 import bsfa
 from bsfa.errors import ThresholdMismatchError
 from bsfa.identity import ModelIdentity, canonical_json, config_fields, weight_fingerprint
-from bsfa.policies import Antidiagonal, CumulativeMass, RelativeMax, ScoredPolicy
+from bsfa.policies import Antidiagonal, CumulativeMass, ExactSkip, RelativeMax, ThresholdPolicy
 from bsfa.thresholds import METADATA_KEY, ThresholdTable, _checksum
 from tiny_model import make_model
 
-POLICIES: list[ScoredPolicy] = [
+POLICIES: list[ThresholdPolicy] = [
     RelativeMax(block_m=64, block_n=32, sink_blocks=1, last_tiles=3),
     CumulativeMass(min_blocks=2, window_blocks=5),
     CumulativeMass(
@@ -35,10 +35,21 @@ POLICIES: list[ScoredPolicy] = [
         shared=True,
     ),
     Antidiagonal(stride=32, block_n=64),
+    ExactSkip(form="absolute", counted=True, sink_blocks=2),
+    ExactSkip(form="relative", window_blocks=3),
 ]
+POSITIONS = (0, 128, 1000)
 
 
-def make_table(policy: ScoredPolicy = POLICIES[0], model: Any = None) -> ThresholdTable:
+def make_reference(form: str) -> torch.Tensor:
+    reference = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(2))
+    if form == "absolute":
+        reference[:, :, 0] = -torch.inf
+    return reference if form == "absolute" else -reference.abs()
+
+
+def make_table(policy: ThresholdPolicy = POLICIES[0], model: Any = None, plain: bool = False) -> ThresholdTable:
+    """A table with a reference for every layer if the policy is ExactSkip, unless ``plain``."""
     rng = torch.Generator().manual_seed(1)
     shape = (2, 4)
     values = {
@@ -58,7 +69,18 @@ def make_table(policy: ScoredPolicy = POLICIES[0], model: Any = None) -> Thresho
         model=ModelIdentity("made up") if model is None else ModelIdentity.of(model),
         attention={"softmax_scale": [0.25, 0.25], "softcap": [0.0, 0.0], "dtype": "float32"},
         calibration={"target_recall": 0.95, "tail": 0.1, "method": "made up"},
+        reference=make_reference(policy.form) if isinstance(policy, ExactSkip) and not plain else None,
+        positions=POSITIONS if isinstance(policy, ExactSkip) and not plain else (),
         **values,
+    )
+
+
+def not_measured(table: ThresholdTable) -> ThresholdTable:
+    names = ("recall", "recall_spread", "recall_worst", "tail_recall", "density")
+    nothing = dict.fromkeys(names, torch.full((2, 4), torch.nan))
+    empty = dict.fromkeys(("length_recall", "length_density"), torch.zeros(0, 2, 4))
+    return replace(
+        table, **nothing, **empty, lengths=(), length_prompts=(), calibration={"method": "by hand", "goal": "k = 3"}
     )
 
 
@@ -67,10 +89,12 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "t.safetensors"
 
 
+@pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda p: p.name)
-def test_roundtrip(policy: ScoredPolicy, path: Path) -> None:
-    table = make_table(policy)
+def test_roundtrip(policy: ThresholdPolicy, plain: bool, path: Path) -> None:
+    table = make_table(policy, plain=plain)
     table.save(path)
+    assert table.metadata()["format_version"] == (2 if isinstance(policy, ExactSkip) else 1)
     back = ThresholdTable.load(path)
     assert back.metadata() == table.metadata() and back.source == str(path)
     for name, t in table._tensors().items():
@@ -96,6 +120,58 @@ def test_layers(path: Path) -> None:
     assert dense.layer(0) is None and dense.layer(1) is not None
     q, k = torch.randn(1, 200, 4, 16), torch.randn(1, 200, 2, 16)
     assert bsfa.attention(q, k, k, policy=policy).shape == q.shape  # type: ignore[union-attr]
+
+
+def test_exact_skip_layers() -> None:
+    table = make_table(POLICIES[-2])
+    policy = table.layer(1)
+    assert isinstance(policy, ExactSkip) and isinstance(policy.ratio, torch.Tensor) and policy.reference is not None
+    assert policy.form == "absolute" and policy.counted and policy.sink_blocks == 2 and policy.positions == POSITIONS
+    assert table.reference is not None and torch.equal(policy.reference, table.reference[1])
+    cuts = policy.cuts(4, 10, torch.device("cpu"))
+    assert bool((cuts[2] == -torch.inf).all())  # a dense head
+    torch.testing.assert_close(cuts[0, 1], policy.ratio[0].log() + policy.reference[0, 1])
+    plain = make_table(POLICIES[-1], plain=True).layer(0)
+    assert isinstance(plain, ExactSkip) and plain.reference is None and plain.positions == ()
+
+
+def test_a_table_that_was_not_measured(path: Path) -> None:
+    for policy in (POLICIES[0], POLICIES[-2]):
+        table = not_measured(make_table(policy))
+        assert not table.measured and table.target_recall is None and "not measured" in repr(table)
+        assert table.goal == "k = 3" and make_table().goal == "target recall 0.95"
+        table.save(path)
+        metadata, tensors = read(path)
+        assert metadata["format_version"] == 2 and metadata["measured"] is False
+        assert set(tensors) == {"thresholds"} | ({"reference"} if isinstance(policy, ExactSkip) else set())
+        back = ThresholdTable.load(path)
+        assert not back.measured and bool(back.density.isnan().all()) and back.length_recall.shape == (0, 2, 4)
+        assert back.metadata() == table.metadata()
+    with pytest.raises(ValueError, match=r"recall is not measured \(NaN\), but density is"):
+        replace(table, density=torch.zeros(2, 4))
+    with pytest.raises(ValueError, match="recall holds NaN"):
+        replace(table, recall=NAN)
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "within": ({"policy": ExactSkip(within=RelativeMax())}, "cannot hold ExactSkip.within"),
+    "own reference": ({"policy": ExactSkip.absolute(1.0)}, "its policy none"),
+    "other policy": ({"policy": RelativeMax()}, "belong to exact-skip, not to relative-max"),
+    "no reference": ({"reference": None}, "positions belong to a reference"),
+    "shape": ({"reference": torch.zeros(2, 4, 2)}, r"reference must have shape \(2, 4, 3\)"),
+    "dtype": ({"reference": torch.zeros(2, 4, 3).double()}, "reference must be float32"),
+    "nan": ({"reference": torch.full((2, 4, 3), torch.nan)}, "reference holds NaN"),
+    "inf": ({"reference": torch.full((2, 4, 3), torch.inf)}, "reference holds NaN or infinity"),
+    "falling": ({"positions": (0, 128, 128)}, "positions must rise"),
+    "negative": ({"positions": (-1, 128, 256)}, "token positions"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_unsound_references_are_refused(case: str) -> None:
+    changes, message = WRONG[case]
+    with pytest.raises((ValueError, TypeError), match=message):
+        replace(make_table(POLICIES[-2]), **changes)
 
 
 def test_save_is_atomic(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,7 +235,7 @@ NAN = torch.full((2, 4), 0.5)
 NAN[0, 1] = torch.nan
 CONTENT: dict[str, tuple[Edit, str]] = {
     "format": (put("format", value="other"), "not a bsfa threshold file"),
-    "newer version": (put("format_version", value=2), "format version 2 is newer.*update bsfa"),
+    "newer version": (put("format_version", value=3), "format version 3 is newer.*update bsfa"),
     "version 0": (put("format_version", value=0), "does not exist"),
     "version type": (put("format_version", value="1"), "wrong type"),
     "no policy": (drop("policy"), "'policy' is missing"),
@@ -185,6 +261,55 @@ CONTENT: dict[str, tuple[Edit, str]] = {
     "nan": (tensor("thresholds", NAN), "thresholds holds NaN"),
     "range": (tensor("thresholds", torch.full((2, 4), 1.5)), "thresholds must be 0 .. 1"),
 }
+
+
+KNOTS = ("policy", "parameters", "positions")
+SKIP_CONTENT: dict[str, tuple[Edit, str]] = {
+    "version 1": (put("format_version", value=1), "exact-skip' needs format version 2"),
+    "within": (put("policy", "parameters", "within", value={"name": "relative-max"}), "within .* cannot come from"),
+    "form": (put("policy", "parameters", "form", value="both"), "form must be one of absolute, relative"),
+    "form type": (put("policy", "parameters", "form", value=3), "form must be one of"),
+    "no counted": (drop("policy", "parameters", "counted"), "parameters: counted"),
+    "counted": (put("policy", "parameters", "counted", value=1), "counted must be a bool"),
+    "no positions": (drop(*KNOTS), "'positions' is missing"),
+    "positions type": (put(*KNOTS, value="0, 1"), "'positions' has the wrong type"),
+    "positions float": (put(*KNOTS, value=[0, 1.5, 2]), "token positions"),
+    "positions fall": (put(*KNOTS, value=[0, 9, 5]), "positions must rise"),
+    "positions count": (put(*KNOTS, value=[0, 9]), "reference must have shape"),
+    "positions gone": (put(*KNOTS, value=[]), "unknown tensors: reference"),
+    "no reference": (tensor("reference", None), "tensors are missing: reference"),
+    "reference nan": (tensor("reference", torch.full((2, 4, 3), torch.nan)), "reference holds NaN"),
+    "reference shape": (tensor("reference", torch.zeros(2, 3, 3)), "reference must have shape"),
+    "reference rank": (tensor("reference", torch.zeros(2)), "reference must have shape"),
+    "no measured": (drop("measured"), "'measured' is missing"),
+    "measured type": (put("measured", value=1), "'measured' has the wrong type"),
+    "not measured": (put("measured", value=False), "unknown tensors: density"),
+    "all NaN": (tensor("recall", torch.full((2, 4), torch.nan)), "recall is not measured"),
+    "tail type": (put("calibration", "tail", value="0.1"), "'tail' has the wrong type"),
+}
+
+
+@pytest.mark.parametrize("case", SKIP_CONTENT)
+def test_unsound_exact_skip_content_is_refused(case: str, path: Path) -> None:
+    make_table(POLICIES[-2]).save(path)
+    metadata, tensors = read(path)
+    edit, message = SKIP_CONTENT[case]
+    edit(metadata, tensors)
+    write(path, metadata, tensors)
+    with pytest.raises(ValueError, match=message) as caught:
+        ThresholdTable.load(path)
+    assert str(path) in str(caught.value)
+
+
+def test_version_1_cannot_hold_what_version_2_says(path: Path) -> None:
+    make_table().save(path)
+    metadata, tensors = read(path)
+    metadata["calibration"]["target_recall"] = None
+    write(path, metadata, tensors)
+    with pytest.raises(ValueError, match="target_recall"):
+        ThresholdTable.load(path)
+    write(path, {**metadata, "format_version": 2, "measured": True}, tensors)
+    assert ThresholdTable.load(path).target_recall is None
 
 
 @pytest.mark.parametrize("case", CONTENT)

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "bsfa/geometry.h"
+#include "bsfa/keep.h"
 #include "bsfa/params.h"
 
 namespace bsfa::cpu {
@@ -75,8 +76,13 @@ struct Kernels {
   void (*score_tile)(const ScoreParams& params, const TileItem& item, float* scratch, float* scores);
   int64_t (*attention_scratch)(const AttentionParams& params);
   void (*attention_tile)(const AttentionParams& params, const TileItem& item, float* scratch);
+  // Attention with params.skip.form set; adds to params.skip.counts.
+  int64_t (*skip_scratch)(const AttentionParams& params);
+  void (*skip_tile)(const AttentionParams& params, const TileItem& item, float* scratch);
   int64_t (*block_mass_scratch)(const BlockMassParams& params);
   void (*block_mass_tile)(const BlockMassParams& params, const TileItem& item, float* scratch);
+  int64_t (*tile_max_scratch)(const TileMaxParams& params);
+  void (*tile_max_tile)(const TileMaxParams& params, const TileItem& item, float* scratch);
   // The two passes of probe_attention over a span of keys; see probe.h for what they fill.
   int64_t (*probe_scratch)(const ProbeParams& params);
   void (*probe_maxima)(const ProbeParams& params, const ProbeItem& item, float* statistics, float* scratch);

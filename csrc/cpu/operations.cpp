@@ -1,5 +1,6 @@
-// pool_blocks, attention and block_mass: from parameters to work items for the kernels. (Scores: select.cpp.)
+// pool_blocks, attention, block_mass and tile_max: from parameters to work items for the kernels. (Scores: select.cpp.)
 #include <algorithm>
+#include <limits>
 
 #include "bsfa/cpu.h"
 #include "schedule.h"
@@ -20,8 +21,11 @@ void attention(const AttentionParams& params, const Executor& executor) {
   const Kernels& k = kernels();
   const Schedule schedule = make_schedule(params.problem, params.words != nullptr ? params.num_rows : -1, params.words,
                                           params.mask_heads, params.num_words);
-  for_each_item(executor, static_cast<int64_t>(schedule.items.size()), k.attention_scratch(params),
-                [&](int64_t index, float* scratch) { k.attention_tile(params, schedule.items[index], scratch); });
+  const bool skips = params.skip.form != SkipForm::kNone;
+  const auto tile = skips ? k.skip_tile : k.attention_tile;
+  for_each_item(executor, static_cast<int64_t>(schedule.items.size()),
+                skips ? k.skip_scratch(params) : k.attention_scratch(params),
+                [&](int64_t index, float* scratch) { tile(params, schedule.items[index], scratch); });
 }
 
 void block_mass(const BlockMassParams& params, const Executor& executor) {
@@ -31,6 +35,16 @@ void block_mass(const BlockMassParams& params, const Executor& executor) {
   std::fill(params.mass + schedule.used_rows * row_size, params.mass + params.num_rows * row_size, 0.0f);
   for_each_item(executor, static_cast<int64_t>(schedule.items.size()), k.block_mass_scratch(params),
                 [&](int64_t index, float* scratch) { k.block_mass_tile(params, schedule.items[index], scratch); });
+}
+
+void tile_max(const TileMaxParams& params, const Executor& executor) {
+  const Kernels& k = kernels();
+  const Schedule schedule = make_schedule(params.problem, params.num_rows);
+  const int64_t row_size = int64_t{params.problem.num_q_heads} * params.max_blocks;
+  std::fill(params.maxima + schedule.used_rows * row_size, params.maxima + params.num_rows * row_size,
+            -std::numeric_limits<float>::infinity());
+  for_each_item(executor, static_cast<int64_t>(schedule.items.size()), k.tile_max_scratch(params),
+                [&](int64_t index, float* scratch) { k.tile_max_tile(params, schedule.items[index], scratch); });
 }
 
 }  // namespace bsfa::cpu

@@ -147,6 +147,55 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
   return {out, lse};
 }
 
+std::tuple<Tensor, Tensor> skip_attention_out(const Tensor& out, const Tensor& q, const Tensor& k, const Tensor& v,
+                                              const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+                                              const OptionalTensor& block_table, const OptionalTensor& seqlens_k,
+                                              int64_t max_seqlen_q, int64_t max_seqlen_k,
+                                              const OptionalTensor& mask_words, const OptionalTensor& mask_counts,
+                                              int64_t block_m, int64_t block_n, bool causal, double softmax_scale,
+                                              double softcap, const Tensor& thresholds, std::string form,
+                                              int64_t sink_blocks, int64_t window_blocks, bool counted) {
+  AttentionParams p = attention_params(q, k, v, cu_seqlens_q, cu_seqlens_k, block_table, seqlens_k, max_seqlen_q,
+                                       max_seqlen_k, mask_words, mask_counts, std::nullopt, std::nullopt, block_m,
+                                       block_n, causal, softmax_scale, softcap, -1);
+  Tensor lse = new_lse(q);
+  Tensor skips = new_tensor(q, {q.size(q.dim() - 2), 2}, ScalarType::Long);
+  torch::stable::zero_(skips);
+  set_attention_outputs(p, q, out, lse);
+  set_skip(p, q, thresholds, form, sink_blocks, window_blocks, counted, skips);
+  check_kv_values(p.problem.kv, k, p.problem.batch);
+  check_problem_values(p.problem, q, p.words != nullptr ? p.num_rows : -1);
+  if (q.numel() > 0) cpu::attention(p, executor());
+  return {lse, skips};
+}
+
+std::tuple<Tensor, Tensor, Tensor> skip_attention(
+    const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& cu_seqlens_q,
+    const OptionalTensor& cu_seqlens_k, const OptionalTensor& block_table, const OptionalTensor& seqlens_k,
+    int64_t max_seqlen_q, int64_t max_seqlen_k, const OptionalTensor& mask_words, const OptionalTensor& mask_counts,
+    int64_t block_m, int64_t block_n, bool causal, double softmax_scale, double softcap, const Tensor& thresholds,
+    std::string form, int64_t sink_blocks, int64_t window_blocks, bool counted) {
+  Tensor out = new_attention_out(q, v);
+  auto [lse, skips] = skip_attention_out(out, q, k, v, cu_seqlens_q, cu_seqlens_k, block_table, seqlens_k, max_seqlen_q,
+                                         max_seqlen_k, mask_words, mask_counts, block_m, block_n, causal, softmax_scale,
+                                         softcap, thresholds, form, sink_blocks, window_blocks, counted);
+  return {out, lse, skips};
+}
+
+Tensor tile_max(const Tensor& q, const Tensor& k, const OptionalTensor& cu_seqlens_q,
+                const OptionalTensor& cu_seqlens_k, const OptionalTensor& block_table, const OptionalTensor& seqlens_k,
+                int64_t max_seqlen_q, int64_t max_seqlen_k, int64_t num_rows, int64_t block_m, int64_t block_n,
+                bool causal, double softmax_scale, double softcap, std::string form) {
+  TileMaxParams p = tile_max_params(q, k, cu_seqlens_q, cu_seqlens_k, block_table, seqlens_k, max_seqlen_q,
+                                    max_seqlen_k, num_rows, block_m, block_n, causal, softmax_scale, softcap, form);
+  check_kv_values(p.problem.kv, k, p.problem.batch);
+  check_problem_values(p.problem, q, num_rows);
+  Tensor maxima = new_tensor(q, {num_rows, p.problem.num_q_heads, p.max_blocks}, ScalarType::Float);
+  p.maxima = static_cast<float*>(maxima.data_ptr());
+  if (maxima.numel() > 0) cpu::tile_max(p, executor());
+  return maxima;
+}
+
 Tensor block_mass(const Tensor& q, const Tensor& k, const Tensor& lse, const OptionalTensor& cu_seqlens_q,
                   const OptionalTensor& cu_seqlens_k, const OptionalTensor& block_table,
                   const OptionalTensor& seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k, int64_t num_rows,
@@ -214,6 +263,9 @@ STABLE_TORCH_LIBRARY_IMPL(bsfa, CPU, m) {
   m.impl("select_blocks", TORCH_BOX(&select_blocks));
   m.impl("attention", TORCH_BOX(&attention));
   m.impl("attention_out", TORCH_BOX(&attention_out));
+  m.impl("skip_attention", TORCH_BOX(&skip_attention));
+  m.impl("skip_attention_out", TORCH_BOX(&skip_attention_out));
+  m.impl("tile_max", TORCH_BOX(&tile_max));
   m.impl("block_mass", TORCH_BOX(&block_mass));
   m.impl("probe_attention", TORCH_BOX(&probe_attention));
   m.impl("pattern_mask", TORCH_BOX(&pattern_mask));

@@ -14,9 +14,10 @@ from bsfa.attention import attention, attention_paged, attention_varlen
 from bsfa.block_mask import BlockMask, MaskGeometry
 from bsfa.doctor import doctor
 from bsfa.errors import DenseFallbackWarning, ThresholdMismatchError, UnsupportedError
+from bsfa.importing import import_bsfa
 from bsfa.info import AttentionInfo
 from bsfa.plotting import plot_mask
-from bsfa.stages import block_mass, block_sparse_attention, pool_blocks, select_blocks
+from bsfa.stages import block_mass, block_sparse_attention, pool_blocks, select_blocks, tile_max
 from bsfa.summary import BlockSummary
 from bsfa.thresholds import ThresholdTable
 
@@ -36,8 +37,10 @@ __all__ = [
     "block_mass",
     "block_sparse_attention",
     "doctor",
+    "import_bsfa",
     "plot_mask",
     "policies",
     "pool_blocks",
     "select_blocks",
+    "tile_max",
 ]

@@ -8,14 +8,16 @@ from bsfa.block_mask import BlockMask
 from bsfa.errors import warn_dense
 from bsfa.info import AttentionInfo
 from bsfa.layout import Layout, check_out
-from bsfa.policies import Dense, Policy
+from bsfa.policies import Dense, ExactSkip, Policy
 from bsfa.pooling import pool
 from bsfa.stages import (
     attend,
+    attend_skipping,
     check_attention_kernel,
     check_correction,
     check_mask_heads,
     check_policy,
+    check_skip,
     make_selection,
     resolve_layout,
     resolve_scale,
@@ -43,6 +45,7 @@ def _run(
 ) -> Result:
     check_policy(policy)
     check_correction(mean_correction, window_left)
+    check_skip(policy, mean_correction)
     scale = resolve_scale(softmax_scale, q.shape[-1], softcap)
     if out is not None:
         check_out(out, q, k, v)
@@ -55,7 +58,9 @@ def _run(
             reason = "a token-level sliding window (window_left) bounds the work already"
         else:
             selects = policy
-    check_attention_kernel(q, k, v, None if selects is None else (selects.block_m, selects.block_n))
+    skip = selects if isinstance(selects, ExactSkip) else None
+    op = "attention" if skip is None else "skip_attention"
+    check_attention_kernel(q, k, v, None if selects is None else (selects.block_m, selects.block_n), op)
     if kept is not None:
         pools = selects if selects is not None and selects.needs_summary else None
         kept.check_use(k, v, None if pools is None else pools.block_n, None if pools is None else pools.summary_pooling)
@@ -85,12 +90,16 @@ def _run(
                     v_means = kept.gather_values_layout(layout)
             k_means = pool(k, layout, mask.block_n) if k_means is None else k_means
             means = (k_means, pool(v, layout, mask.block_n) if v_means is None else v_means)
-    out, lse = attend(q, k, v, mask, layout, scale, softcap, window_left, out, means)
+    skips: Tensor | None = None
+    if skip is not None:
+        out, lse, skips = attend_skipping(q, k, v, mask, layout, scale, softcap, skip, out)
+    else:
+        out, lse = attend(q, k, v, mask, layout, scale, softcap, window_left, out, means)
     if not return_lse and not return_info:
         return out
     extra: tuple[Tensor | AttentionInfo, ...] = (lse,) if return_lse else ()
     if return_info:
-        extra = (*extra, AttentionInfo(policy, mask, reason, q.device, means is not None))
+        extra = (*extra, AttentionInfo(policy, mask, reason, q.device, q.shape[-2], means is not None, skips))
     return (out, *extra)
 
 
@@ -124,15 +133,15 @@ def attention(
     (arXiv 2608.19758). A dropped KV block j of n_j tokens that every row of the query tile would see whole enters the
     softmax as one more key, ``O = (sum_kept e^s_i v_i + sum_j n_j e^t_j vbar_j) / (sum_kept e^s_i + sum_j n_j e^t_j)``
     with ``t_j = cap(softmax_scale * q . kbar_j)``, kbar and vbar the block's mean key and value; the LSE includes it.
-    For batched, packed and paged keys alike. ``ValueError`` with ``window_left``. Where a call is dense there is
-    nothing to correct, and nothing changes; :class:`bsfa.AttentionInfo` says whether it was applied.
+    For batched, packed and paged keys alike. ``ValueError`` with ``window_left`` or ``ExactSkip``. Where a call is
+    dense there is nothing to correct, and nothing changes; :class:`bsfa.AttentionInfo` says whether it was applied.
     out: write the result into this tensor and return it: shape, dtype and device as returned, any strides (the last
     dimension contiguous), no memory shared with q, k, v or within itself. What lies between its rows stays as it is.
     A graph of torch.compile computes the result first and copies it.
 
     Returns ``out [B, Sq, Hq, Dv]``; with ``return_lse`` also ``lse`` float32 [B, Hq, Sq] (natural log, over the kept
-    blocks); with ``return_info`` also an :class:`bsfa.AttentionInfo` (mask, density, reason if it ran dense). A query
-    that sees no key gives out = 0, lse = -inf.
+    blocks); with ``return_info`` also an :class:`bsfa.AttentionInfo` (mask, density, what was skipped, reason if it ran
+    dense). A query that sees no key gives out = 0, lse = -inf.
 
     Raises ``ValueError``/``TypeError`` for bad input and :class:`bsfa.UnsupportedError` for what this build cannot run:
     on CUDA, dtypes, head dims and block sizes outside of the kernel table (:func:`bsfa.doctor`), and q, k or v whose

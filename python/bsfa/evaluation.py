@@ -2,12 +2,15 @@
 
 For every prompt the model runs once densely and once per entry. The dense run also gives each entry's *recall*: the
 attention mass that its blocks would keep, on the queries and keys of the dense run. *Density* is that of the masks that
-the sparse run used. *Time* is the wall clock of the whole prefill (all layers, and logits at the scored positions) less
-the time that the measuring itself took.
+the sparse run used, less what it skipped inside attention (:meth:`bsfa.AttentionInfo.density`). *Time* is the wall
+clock of the whole prefill (all layers, and logits at the scored positions). On a CPU it is that of the measured run
+less the time that the measuring itself took; on a GPU, where waiting for the clock at every layer would cost time of
+its own, the prompt runs once more, unobserved: at its own length, and so warm.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections import defaultdict
@@ -23,9 +26,12 @@ from bsfa.block_mask import BlockMask
 from bsfa.calibration.collect import Progress, dense_model, prefill_work, text_config
 from bsfa.calibration.curves import call_geometry, row_queries
 from bsfa.calibration.forward import logits_at, prefill, synchronize
-from bsfa.policies import PerLayer, Policy
+from bsfa.errors import UnsupportedError
+from bsfa.placement import input_device, model_devices
+from bsfa.policies import ExactSkip, PerLayer, Policy, StaticPattern
+from bsfa.policies.exact_skip import SKIP_ROWS
 from bsfa.prompts import Prompt, TokenizedPrompt, length_bucket, length_name, tokenize
-from bsfa.stages import block_mass, select_for
+from bsfa.stages import block_mass, select_for, tile_max
 from bsfa.thresholds import ThresholdTable
 
 if TYPE_CHECKING:
@@ -53,11 +59,13 @@ def attention_mass(
 ) -> Tensor:
     """:func:`bsfa.block_mass` of one whole prompt, on any device: where it has no kernel, by torch operations.
 
-    Those make all probabilities, a few query tiles at a time: slow, but the same numbers.
+    Those make all probabilities, a few query tiles at a time: slow, but the same numbers. They also stand in where the
+    device has a kernel, but not for these sizes or this dtype.
     """
     if "block_mass" in KERNELS.get(q.device.type, frozenset()):
         sizes: dict[str, Any] = {"block_m": block_m, "block_n": block_n, "causal": causal}
-        return block_mass(q, k, lse, **sizes, softmax_scale=softmax_scale, softcap=softcap)
+        with contextlib.suppress(UnsupportedError):
+            return block_mass(q, k, lse, **sizes, softmax_scale=softmax_scale, softcap=softcap)
     return dense_mass(q, k, lse, block_m, block_n, causal, softmax_scale, softcap)
 
 
@@ -94,6 +102,36 @@ def dense_mass(
     return result
 
 
+def unskipped(
+    q: Tensor, k: Tensor, policy: ExactSkip, *, causal: bool, softmax_scale: float | None, softcap: float
+) -> tuple[int, Tensor]:
+    """What ``policy`` would not skip of one whole prompt, if all blocks were met: a number of tokens that divides
+    block_m (64, where that does), and bool [tiles of so many tokens, Hq, blocks].
+
+    The form "relative" is judged by running maxima over all blocks. That is what attention does without ``within`` and
+    with cuts of at most 0; otherwise its running maxima may be lower, and it skips less.
+    """
+    unit = math.gcd(SKIP_ROWS, policy.block_m)
+    scale: dict[str, Any] = {"causal": causal, "softmax_scale": softmax_scale, "softcap": softcap}
+    maxima = tile_max(q, k, form=policy.form, block_m=unit, block_n=policy.block_n, **scale)
+    tiles = -(-q.shape[1] // policy.block_m)
+    units = policy.block_m // unit
+    padded = torch.nn.functional.pad(maxima, (0, 0, 0, 0, 0, tiles * units - len(maxima)), value=-math.inf)
+    # Units of a group decide together: by the largest of their values, NaN if one is.
+    groups = padded.unflatten(0, (tiles, units)).split(SKIP_ROWS // unit, dim=1)
+    top = torch.cat([g.amax(1, keepdim=True).expand_as(g) for g in groups], dim=1)  # [tiles, units, Hq, blocks]
+    cuts = policy.cuts(q.shape[2], tiles, q.device).T[:, None, :, None]
+    always = StaticPattern(
+        sink_blocks=policy.sink_blocks,
+        window_blocks=policy.window_blocks,
+        block_m=policy.block_m,
+        block_n=policy.block_n,
+    )
+    forced = select_for(q, k, always, causal=causal)
+    assert isinstance(forced, BlockMask)
+    return unit, (~(top < cuts) | forced.to_rows()[:, None]).flatten(0, 1)[: len(maxima)]
+
+
 @dataclass(frozen=True)
 class Accuracy:
     """Questions answered right (argmax at every token of the answer) of those asked."""
@@ -114,7 +152,8 @@ class RunReport:
     prose_loss: nats per token over ``prose_tokens`` tokens; NaN without prose. ``prose_loss_by_length``: likewise.
     density, recall: means over prompts, full-attention layers and heads; 1.0 for the dense run.
     layer_density, layer_recall: [layers][heads]; NaN for layers without full attention through bsfa.
-    seconds: prefill wall clock of all prompts together; dense_reasons: layers that ran dense against the entry's wish.
+    seconds: prefill wall clock of all prompts together; speedup: the dense run's seconds / this one's (1.0 for itself).
+    dense_reasons: layers that ran dense against the entry's wish.
     """
 
     name: str
@@ -132,6 +171,8 @@ class RunReport:
     recall_by_length: dict[str, float]
     seconds: float
     seconds_by_length: dict[str, float]
+    speedup: float
+    speedup_by_length: dict[str, float]
     layer_density: list[list[float]]
     layer_recall: list[list[float]]
     dense_reasons: list[str]
@@ -176,19 +217,16 @@ class _Totals:
 class _Observer:
     """Callback of ``observe`` that knows how long it took; ``measure`` fills [layer] -> values [heads]."""
 
-    def __init__(self, device: torch.device):
-        self.device = device
+    def __init__(self) -> None:
         self.seconds = 0.0
         self.density: dict[int, dict[str, Tensor]] = defaultdict(dict)
         self.recall: dict[int, dict[str, Tensor]] = defaultdict(dict)
         self.reasons: list[str] = []
 
     def __call__(self, call: AttentionCall) -> None:
-        synchronize(self.device)
         start = time.perf_counter()
         if call.window_left is None:
             self.measure(call)
-            synchronize(self.device)
         self.seconds += time.perf_counter() - start
 
     def measure(self, call: AttentionCall) -> None:
@@ -198,8 +236,8 @@ class _Observer:
 class _DenseObserver(_Observer):
     """On the dense run: the mass that every entry's selection would keep."""
 
-    def __init__(self, device: torch.device, entries: Mapping[str, Entry]):
-        super().__init__(device)
+    def __init__(self, entries: Mapping[str, Entry]):
+        super().__init__()
         self.entries = entries
 
     def measure(self, call: AttentionCall) -> None:
@@ -213,32 +251,35 @@ class _DenseObserver(_Observer):
             if policy is None:
                 continue
             mask = select_for(call.q, call.k, policy, **scale)
-            if not isinstance(mask, BlockMask):
-                continue
+            kept: Tensor | None = None
+            if isinstance(mask, BlockMask):
+                kept = mask.to_rows().repeat_interleave(call.q.shape[2] // mask.num_heads, dim=1)
             sizes = (policy.block_m, policy.block_n)
+            if isinstance(policy, ExactSkip):
+                unit, stays = unskipped(call.q, call.k, policy, **scale)
+                kept = stays if kept is None else stays & kept.repeat_interleave(sizes[0] // unit, 0)[: len(stays)]
+                sizes = (unit, sizes[1])
+            if kept is None:
+                continue
             geometry = call_geometry(call.q, call.k, call.causal, *sizes)
             if sizes not in mass:
                 mass[sizes] = attention_mass(call.q, call.k, call.lse, block_m=sizes[0], block_n=sizes[1], **scale)
-            kept = mask.to_rows().repeat_interleave(call.q.shape[2] // mask.num_heads, dim=1)
             share = (mass[sizes] * kept).sum(-1) * row_queries(geometry)[:, None]
             self.recall[call.layer][name] = share.sum(0) / call.q.shape[1]
 
 
 class _SparseObserver(_Observer):
-    """On a sparse run: the blocks that were kept, and why a call was dense."""
+    """On a sparse run: the blocks that were kept and not skipped, and why a call was dense."""
 
-    def __init__(self, device: torch.device, name: str):
-        super().__init__(device)
+    def __init__(self, name: str):
+        super().__init__()
         self.name = name
 
     def measure(self, call: AttentionCall) -> None:
-        density = torch.ones(call.q.shape[2], device=call.q.device)
         info = call.info
-        if info.mask is not None:
-            density = info.mask.density(per_head=True).repeat_interleave(call.q.shape[2] // info.mask.num_heads)
         if info.dense_reason is not None:
             self.reasons.append(f"layer {call.layer}: {info.dense_reason}")
-        self.density[call.layer][self.name] = density
+        self.density[call.layer][self.name] = info.density(per_head=True)
 
 
 def _gather(values: Mapping[int, Mapping[str, Tensor]], name: str, layers: int) -> Tensor:
@@ -272,6 +313,17 @@ def _positions(prompt: TokenizedPrompt, vocab: int) -> _Scored:
     return _Scored(positions, torch.searchsorted(positions, prose), index)
 
 
+def _timed_logits(
+    model: Any, prompt: TokenizedPrompt, scored: _Scored, devices: Sequence[torch.device]
+) -> tuple[Tensor, float]:
+    """Logits at the scored positions, and the seconds until all devices were done with them."""
+    synchronize(*devices)
+    start = time.perf_counter()
+    logits = logits_at(model, prompt.ids, scored.positions - 1)
+    synchronize(*devices)
+    return logits, time.perf_counter() - start
+
+
 def _score(logits: Tensor, targets: Tensor, step: int = 512) -> tuple[Tensor, Tensor]:
     """Negative log likelihood (float32 [n], nats) and whether the argmax is right (bool [n])."""
     targets = targets.to(logits.device)
@@ -292,11 +344,17 @@ def _on_device(entry: Entry, device: torch.device) -> Policy | list[Policy | Non
 def describe(entry: Entry) -> str:
     """A short name of what an entry runs."""
     if isinstance(entry, ThresholdTable):
-        return f"{entry.policy.name}, target recall {entry.target_recall}"
+        return f"{_name(entry.policy)}, {entry.goal}"
     if isinstance(entry, PerLayer):
-        names = dict.fromkeys(DENSE if p is None else p.name for p in entry.policies)
-        return f"per layer: {', '.join(names)}"
-    return DENSE if entry is None else entry.name
+        return f"per layer: {', '.join(dict.fromkeys(map(_name, entry.policies)))}"
+    return _name(entry)
+
+
+def _name(policy: Policy | None) -> str:
+    if isinstance(policy, ExactSkip):
+        within = "" if policy.within is None else f" within {policy.within.name}"
+        return f"{policy.name} {policy.form}{within}"
+    return DENSE if policy is None else policy.name
 
 
 def evaluate(
@@ -338,27 +396,28 @@ def evaluate(
     tokenized = [tokenize(p, tokenizer, max_length) for p in prompts]
     scored = [_positions(t, int(config.vocab_size)) for t in tokenized]
     buckets = [length_name(length_bucket(len(t))) for t in tokenized]
-    device = torch.device(model.device)
+    device, devices = input_device(model), model_devices(model)
+    on_gpu = any(d.type == "cuda" for d in devices)
     entries: dict[str, Entry] = {DENSE: None, **tables}
     policies = {name: _on_device(entry, device) for name, entry in entries.items()}
     totals = {name: _Totals() for name in entries}
     work, done = sum(prefill_work(len(t)) for t in tokenized) * len(entries), 0.0
     with dense_model(model):
-        for name, policy in policies.items():
-            set_policy(model, policy, mean_correction=name in corrected)
-            prefill(model, tokenized[0].ids[:WARM_UP])
+        if not on_gpu:
+            for name, policy in policies.items():
+                set_policy(model, policy, mean_correction=name in corrected)
+                prefill(model, tokenized[0].ids[:WARM_UP])
         for t, s, bucket in zip(tokenized, scored, buckets, strict=True):
             for name, policy in policies.items():
                 if progress is not None:
                     progress(done, work, f"{name}, {len(t)} tokens")
                 set_policy(model, policy, mean_correction=name in corrected)
-                observer = _DenseObserver(device, tables) if name == DENSE else _SparseObserver(device, name)
+                observer = _DenseObserver(tables) if name == DENSE else _SparseObserver(name)
                 with observe(model, observer):
-                    synchronize(device)
-                    start = time.perf_counter()
-                    logits = logits_at(model, t.ids, s.positions - 1)
-                    synchronize(device)
-                    seconds = time.perf_counter() - start - observer.seconds
+                    logits, seconds = _timed_logits(model, t, s, devices)
+                seconds -= observer.seconds
+                if on_gpu:
+                    seconds = _timed_logits(model, t, s, devices)[1]
                 total = totals[name]
                 _add(total, logits, t, s, bucket)
                 del logits
@@ -375,7 +434,7 @@ def evaluate(
         prompts=len(prompts),
         prompts_by_length={b: buckets.count(b) for b in _in_order(buckets)},
         tokens=sum(map(len, tokenized)),
-        runs={name: _report(name, entries[name], total, buckets) for name, total in totals.items()},
+        runs={name: _report(name, entries[name], total, totals[DENSE], buckets) for name, total in totals.items()},
     )
 
 
@@ -404,7 +463,11 @@ def _accuracy(right: Sequence[bool]) -> Accuracy:
     return Accuracy(sum(right), len(right))
 
 
-def _report(name: str, entry: Entry, total: _Totals, buckets: Sequence[str]) -> RunReport:
+def _ratio(dense: float, seconds: float) -> float:
+    return dense / seconds if seconds > 0 else math.nan
+
+
+def _report(name: str, entry: Entry, total: _Totals, dense: _Totals, buckets: Sequence[str]) -> RunReport:
     lengths = _in_order(buckets)
     tasks = sorted({task for task, _, _ in total.answers})
 
@@ -430,6 +493,8 @@ def _report(name: str, entry: Entry, total: _Totals, buckets: Sequence[str]) -> 
         recall_by_length=by_length(total.recall),
         seconds=sum(total.seconds.values()),
         seconds_by_length={b: total.seconds[b] for b in lengths},
+        speedup=_ratio(sum(dense.seconds.values()), sum(total.seconds.values())),
+        speedup_by_length={b: _ratio(dense.seconds[b], total.seconds[b]) for b in lengths},
         layer_density=torch.stack(total.density).mean(0).tolist(),
         layer_recall=torch.stack(total.recall).mean(0).tolist(),
         dense_reasons=list(total.reasons),

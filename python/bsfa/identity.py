@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bsfa.placement import parameters
+
 #: Config fields that determine attention; those that a config lacks or leaves at None are left out.
 FIELDS = (
     "model_type",
@@ -61,14 +63,15 @@ def config_fields(config: Any) -> dict[str, Any]:
 
 
 def weight_fingerprint(model: torch.nn.Module) -> str | None:
-    """SHA-256 over a few elements of every parameter, rounded to bfloat16; None if some are not in memory.
+    """SHA-256 over a few elements of every parameter, rounded to bfloat16; None if some cannot be read.
 
     Rounding makes a model loaded in float32 and in bfloat16 the same. It tells another training run or a fine-tune of
-    one architecture apart.
+    one architecture apart. Offloaded weights are read from where accelerate keeps them, so that an offloaded model has
+    the fingerprint of the plain one.
     """
     digest = hashlib.sha256()
-    for _, parameter in sorted(model.named_parameters()):
-        if type(parameter.data) is not Tensor or parameter.device.type == "meta":
+    for _, parameter in parameters(model):
+        if parameter is None or type(parameter.data) is not Tensor or parameter.device.type == "meta":
             return None
         flat = parameter.detach().reshape(-1)
         count = min(SAMPLES, flat.shape[0])

@@ -9,7 +9,8 @@ import torch
 
 from bsfa.block_mask import BlockMask
 from bsfa.files import replacing
-from bsfa.thresholds import ThresholdTable
+from bsfa.prompts import length_name
+from bsfa.thresholds import CALIBRATED, ThresholdTable
 
 
 def _figure(width: float, height: float) -> Any:
@@ -31,7 +32,9 @@ def _write(figure: Any, path: str | Path) -> None:
 def plot_thresholds(table: ThresholdTable, path: str | Path) -> None:
     """Write threshold, density and recall of every layer and head as one image (format by suffix, e.g. ``.png``).
 
-    Dense heads are left blank in the threshold map. Raises ``ImportError`` naming matplotlib if it is not installed,
+    A fourth panel shows density against prompt length: the mean over the heads of calibrated layers, and how the heads
+    spread (between the 10th and 90th percentile, and lowest to highest). Dense heads are left blank in the threshold
+    map. Raises ``ImportError`` naming matplotlib if it is not installed,
     ``ValueError`` for a suffix that it cannot write.
     """
     policy = table.policy
@@ -39,16 +42,23 @@ def plot_thresholds(table: ThresholdTable, path: str | Path) -> None:
         name, values = f"log2 {policy.threshold_name}", table.thresholds.log2()
     else:
         name, values = f"log2 (1 - {policy.threshold_name})", (1.0 - table.thresholds).log2()
-    values = values.masked_fill(table.dense_heads(), torch.nan)
+    if table.reference is not None:
+        name = f"nats at position {table.positions[table.longest_knot]}"
+        values = table.thresholds.log() + table.reference[..., table.longest_knot]
+    values = values.masked_fill(table.dense_heads() | values.isinf(), torch.nan)
+    density, recall = (
+        f"mean {float(t.mean()):.4f}" if table.measured else "not measured" for t in (table.density, table.recall)
+    )
     panels = (
         (f"threshold: {name} (blank: dense)", values, None, None),
-        (f"density, mean {float(table.density.mean()):.3f}", table.density, 0.0, 1.0),
-        (f"recall, mean {float(table.recall.mean()):.4f}", table.recall, None, 1.0),
+        (f"density, {density}", table.density, 0.0, 1.0),
+        (f"recall, {recall}", table.recall, None, 1.0),
     )
     height = min(max(2.5, 0.22 * table.num_layers + 1.6), 14.0)
     width = min(max(4.0, 0.22 * table.num_heads + 1.8), 10.0)
-    figure = _figure(3 * width, height)
-    for axes, (title, data, low, high) in zip(figure.subplots(1, 3), panels, strict=True):
+    figure = _figure(2 * width, 2 * height)
+    *maps, last = figure.subplots(2, 2).flatten()
+    for axes, (title, data, low, high) in zip(maps, panels, strict=True):
         image = axes.imshow(data.numpy(), aspect="auto", cmap="viridis", vmin=low, vmax=high, interpolation="nearest")
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("query head")
@@ -56,8 +66,30 @@ def plot_thresholds(table: ThresholdTable, path: str | Path) -> None:
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.yaxis.get_major_locator().set_params(integer=True)
         figure.colorbar(image, ax=axes)
-    figure.suptitle(f"{policy.name}, target recall {table.target_recall}, {table.model.name}", fontsize=11)
+    _draw_lengths(last, table)
+    figure.suptitle(f"{policy.name}, {table.goal}, {table.model.name}", fontsize=11)
     _write(figure, path)
+
+
+def _draw_lengths(axes: Any, table: ThresholdTable) -> None:
+    """Density against prompt length: mean, middle 80 % and range of the heads."""
+    axes.set_title("density against length (band: 80 % of heads)", fontsize=10)
+    axes.set_xlabel("prompt length, tokens")
+    axes.set_ylabel("density")
+    axes.set_ylim(0.0, 1.02)
+    heads = table.length_density[:, [kind == CALIBRATED for kind in table.layers]].flatten(1)
+    if heads.numel() == 0:
+        axes.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axes.transAxes)
+        return
+    mean, low, high = heads.mean(1), heads.amin(1), heads.amax(1)
+    middle = [heads.quantile(q, dim=1).numpy() for q in (0.1, 0.9)]
+    x = list(table.lengths)
+    axes.set_xscale("log", base=2)
+    axes.fill_between(x, *middle, color="C0", alpha=0.3, linewidth=0)
+    whiskers = [(mean - low).clamp(min=0.0).numpy(), (high - mean).clamp(min=0.0).numpy()]
+    axes.errorbar(x, mean.numpy(), whiskers, color="C0", fmt="o-", capsize=3, elinewidth=0.8)
+    axes.set_xticks(x, [length_name(n) for n in x])
+    axes.minorticks_off()
 
 
 def plot_mask(mask: BlockMask, *, head: int = 0, sequence: int = 0, path: str | Path) -> None:

@@ -39,7 +39,8 @@ from bsfa.layout import (
     varlen_layout,
 )
 from bsfa.limits import check_limits, check_tma
-from bsfa.policies import Composed, Policy, ScoredPolicy, Selection
+from bsfa.policies import Composed, ExactSkip, Policy, ScoredPolicy, Selection
+from bsfa.policies.exact_skip import FORMS
 from bsfa.policies.fixed import check_geometry
 from bsfa.pooling import check_pooling, pool
 
@@ -292,8 +293,10 @@ def block_sparse_attention(
     seqlens_k: Tensor | None = None,
     k_means: Tensor | None = None,
     v_means: Tensor | None = None,
+    skip: ExactSkip | None = None,
+    return_skips: bool = False,
     out: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Exact softmax attention over the kept blocks (None: all of them).
 
     Returns ``out`` (q's shape with v's head_dim, q's dtype) and ``lse`` (float32, natural log; ``[B, Hq, Sq]`` or
@@ -308,6 +311,11 @@ def block_sparse_attention(
     (``cap``: the softcap). Works for batched, packed and paged keys; not with ``window_left``; without a mask there is
     nothing to correct, and they are ignored. On CUDA, where a value or mean is not finite, NaN may appear in tiles that
     neither keep nor see its block: means are multiplied by 0, not left out, within their 128 blocks.
+
+    skip: leave out what this :class:`bsfa.policies.ExactSkip` finds too low among the kept blocks. Its block sizes must
+    be the mask's, and it has no ``within`` (that is the mask's part); not with means or ``window_left``
+    (``ValueError``). ``return_skips`` (needs ``skip``): also return ``skips`` int64 [Hq, 2], how many pairs (group of
+    64 query rows, kept block that one of them sees) were met, and how many of them skipped.
     """
     layout = resolve_layout(
         q, k, v, causal, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table, seqlens_k
@@ -320,9 +328,33 @@ def block_sparse_attention(
         check_mask_heads(mask, q, k)
     if out is not None:
         check_out(out, q, k, v)
-    means = check_means(k_means, v_means, q, k, v, mask, layout, window_left)
-    check_attention_kernel(q, k, v, None if mask is None else (mask.block_m, mask.block_n))
-    return attend(q, k, v, mask, layout, scale, softcap, window_left, out, means)
+    blocks = None if mask is None else (mask.block_m, mask.block_n)
+    if skip is None:
+        if return_skips:
+            raise ValueError("return_skips needs skip")
+        means = check_means(k_means, v_means, q, k, v, mask, layout, window_left)
+        check_attention_kernel(q, k, v, blocks)
+        return attend(q, k, v, mask, layout, scale, softcap, window_left, out, means)
+    if not isinstance(skip, ExactSkip):
+        raise TypeError(f"skip must be a bsfa.policies.ExactSkip or None, got {type(skip).__name__}")
+    if skip.within is not None:
+        raise ValueError("skip.within has no say beside a mask: select with it, and give the mask")
+    if window_left is not None:
+        raise ValueError("skip cannot be combined with window_left")
+    check_skip(skip, k_means is not None or v_means is not None)
+    if blocks is not None and blocks != (skip.block_m, skip.block_n):
+        raise ValueError(
+            f"skip has blocks of {skip.block_m} x {skip.block_n}, but the mask has {blocks[0]} x {blocks[1]}"
+        )
+    check_attention_kernel(q, k, v, (skip.block_m, skip.block_n), "skip_attention")
+    result = attend_skipping(q, k, v, mask, layout, scale, softcap, skip, out)
+    return result if return_skips else result[:2]
+
+
+def check_skip(policy: Policy | None, mean_correction: bool) -> None:
+    """Raise ``ValueError`` if ``policy`` skips by exact logits and dropped blocks are to be corrected for."""
+    if mean_correction and isinstance(policy, ExactSkip):
+        raise ValueError("mean correction cannot be combined with ExactSkip: what it skips has no means in the softmax")
 
 
 def check_means(
@@ -365,17 +397,22 @@ def check_correction(mean_correction: bool, window_left: int | None) -> None:
         raise ValueError("mean correction cannot be combined with window_left")
 
 
-def check_attention_kernel(q: Tensor, k: Tensor, v: Tensor, blocks: tuple[int, int] | None) -> None:
-    """Raise ``UnsupportedError`` unless the attention kernel of q's device can run this; blocks: those of the mask."""
-    check_limits("attention", q.device, q.dtype, q.shape[-1], blocks)
+def check_attention_kernel(
+    q: Tensor, k: Tensor, v: Tensor, blocks: tuple[int, int] | None, op: str = "attention"
+) -> None:
+    """Raise ``UnsupportedError`` unless the attention kernel of q's device can run this; blocks: those of the mask.
+
+    op: "attention" or "skip_attention".
+    """
+    check_limits(op, q.device, q.dtype, q.shape[-1], blocks)
     if q.device.type == "cpu":
         return
     if v.shape[-1] != q.shape[-1]:
         raise UnsupportedError(
-            f"bsfa operation 'attention' cannot run on {q.device} with head_dim {q.shape[-1]} of q and k and "
+            f"bsfa operation '{op}' cannot run on {q.device} with head_dim {q.shape[-1]} of q and k and "
             f"{v.shape[-1]} of v: its kernels need one. Pad with zeros, or move the tensors to the CPU."
         )
-    check_tma("attention", q=q, k=k, v=v)
+    check_tma(op, q=q, k=k, v=v)
 
 
 def check_mask_heads(mask: BlockMask, q: Tensor, k: Tensor) -> None:
@@ -428,15 +465,74 @@ def attend(
         softcap,
         -1 if window_left is None else window_left,
     )
-    if out is None or torch.compiler.is_compiling():
+    if _copies(out):
         result, lse = torch.ops.bsfa.attention(*arguments)
-        # A compiled graph copies: inductor loses the offset of a view that an operator writes into when the offset is
-        # a symbol (https://github.com/pytorch/pytorch/issues/198068).
-        return (result if out is None else out.copy_(result)), lse
+        return _copied(result, out), lse
     lse = torch.ops.bsfa.attention_out(out, *arguments)
+    return _written(out), lse
+
+
+def attend_skipping(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask | None,
+    layout: Layout,
+    softmax_scale: float,
+    softcap: float,
+    skip: ExactSkip,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`attend` that skips, on inputs that have been checked: also the counts int64 [Hq, 2] of what was."""
+    # Rows lie at positions up to the longer of the two; one column is needed even where there is no row.
+    positions = torch.sym_max(layout.max_seqlen_k, layout.max_seqlen_q)
+    tiles = torch.sym_max((positions + skip.block_m - 1) // skip.block_m, 1)
+    arguments = (
+        q,
+        k,
+        v,
+        layout.cu_seqlens_q,
+        layout.cu_seqlens_k,
+        layout.block_table,
+        layout.seqlens_k,
+        layout.max_seqlen_q,
+        layout.max_seqlen_k,
+        None if mask is None else mask.words,
+        None if mask is None else mask.counts,
+        skip.block_m,
+        skip.block_n,
+        layout.causal,
+        softmax_scale,
+        softcap,
+        skip.cuts(q.shape[-2], tiles, q.device),
+        skip.form,
+        skip.sink_blocks,
+        skip.window_blocks,
+        skip.counted,
+    )
+    if _copies(out):
+        result, lse, skips = torch.ops.bsfa.skip_attention(*arguments)
+        return _copied(result, out), lse, skips
+    lse, skips = torch.ops.bsfa.skip_attention_out(out, *arguments)
+    return _written(out), lse, skips
+
+
+def _copies(out: Tensor | None) -> bool:
+    """Whether an operator makes its own output. A compiled graph copies it: inductor loses the offset of a view that an
+    operator writes into when the offset is a symbol (https://github.com/pytorch/pytorch/issues/198068).
+    """
+    return out is None or torch.compiler.is_compiling()
+
+
+def _copied(result: Tensor, out: Tensor | None) -> Tensor:
+    return result if out is None else out.copy_(result)
+
+
+def _written(out: Tensor | None) -> Tensor:
+    assert out is not None
     if not out.is_inference():
         torch.autograd.graph.increment_version(out)  # a backward pass that saved it would use what is no longer there
-    return out, lse
+    return out
 
 
 def block_mass(
@@ -492,3 +588,58 @@ def block_mass(
         softcap,
     )
     return mass
+
+
+def tile_max(
+    q: Tensor,
+    k: Tensor,
+    *,
+    form: str = "absolute",
+    block_m: int = 64,
+    block_n: int = 128,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    block_table: Tensor | None = None,
+    seqlens_k: Tensor | None = None,
+) -> Tensor:
+    """What :class:`bsfa.policies.ExactSkip` compares with its cut, per query tile and KV block, in nats.
+
+    Returns float32 ``[rows, Hq, blocks]``; rows follow :class:`bsfa.MaskGeometry`. ``form``: "absolute", the largest
+    logit ``cap(softmax_scale * q . k)`` of the tile in the block; or "relative", the largest over the tile's rows of
+    (the row's largest logit in the block - that in all blocks visited before), +inf where a row has visited none, in
+    ExactSkip's order of visits over all visible blocks. -inf where nothing is visible, NaN where a logit is.
+    ``block_m``: 64 rows are what attention decides on together. Linear memory in blocks.
+    """
+    check_block_sizes(block_m, block_n)
+    if form not in FORMS:
+        raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
+    layout = resolve_layout(
+        q, k, None, causal, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table, seqlens_k
+    )
+    scale = resolve_scale(softmax_scale, q.shape[-1], softcap)
+    check_limits("tile_max", q.device, q.dtype, q.shape[-1], (block_m, block_n))
+    if q.device.type != "cpu":
+        check_tma("tile_max", q=q, k=k)
+    maxima: Tensor = torch.ops.bsfa.tile_max(
+        q,
+        k,
+        layout.cu_seqlens_q,
+        layout.cu_seqlens_k,
+        layout.block_table,
+        layout.seqlens_k,
+        layout.max_seqlen_q,
+        layout.max_seqlen_k,
+        layout.num_mask_rows(block_m),
+        block_m,
+        block_n,
+        causal,
+        scale,
+        softcap,
+        form,
+    )
+    return maxima

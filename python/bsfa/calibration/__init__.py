@@ -8,23 +8,45 @@ docs/calibration.md says what is promised and what is not.
 
 from __future__ import annotations
 
-from bsfa.calibration.choose import CalibrationWarning, choose, split_prompts
+from bsfa.calibration.budget import spend
+from bsfa.calibration.choose import Promise, choose, split_prompts
 from bsfa.calibration.collect import CalibrationCurves, Progress, collect
 from bsfa.calibration.curves import BlockCurves, block_curves, threshold_grid
-from bsfa.calibration.risk import least_prompts, loosest, loosest_mean, risk_bound
+from bsfa.calibration.exact_skip import SkipCurves, calibrate_kth, choose_skip, collect_skip
+from bsfa.calibration.risk import (
+    CalibrationWarning,
+    confident_bound,
+    least_prompts,
+    least_prompts_confident,
+    loosest,
+    loosest_confident,
+    loosest_mean,
+    p_value,
+    risk_bound,
+)
 
 __all__ = [
     "BlockCurves",
     "CalibrationCurves",
     "CalibrationWarning",
     "Progress",
+    "Promise",
+    "SkipCurves",
     "block_curves",
+    "calibrate_kth",
     "choose",
+    "choose_skip",
     "collect",
+    "collect_skip",
+    "confident_bound",
     "least_prompts",
+    "least_prompts_confident",
     "loosest",
+    "loosest_confident",
     "loosest_mean",
+    "p_value",
     "risk_bound",
+    "spend",
     "split_prompts",
     "threshold_grid",
 ]

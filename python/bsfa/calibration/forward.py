@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bsfa.placement import input_device, is_spread
+
 
 def _unwrapped(model: Any) -> Any:
     return getattr(model, "_orig_mod", model)
@@ -19,7 +21,7 @@ def _keeps_logits(model: Any) -> bool:
 
 def prefill(model: Any, ids: Tensor) -> None:
     """Run the prompt ``ids`` [S] through the model for its attention calls; makes one row of logits at most."""
-    arguments = {"input_ids": ids[None].to(model.device), "use_cache": False}
+    arguments = {"input_ids": ids[None].to(input_device(model)), "use_cache": False}
     if _keeps_logits(model):
         model(**arguments, logits_to_keep=1)
     else:
@@ -32,16 +34,18 @@ def logits_at(model: Any, ids: Tensor, positions: Tensor) -> Tensor:
     Only these are computed where the model's forward takes ``logits_to_keep`` (all of transformers' usual models); else
     all of them are made and the rest is dropped.
     """
-    arguments = {"input_ids": ids[None].to(model.device), "use_cache": False}
-    positions = positions.to(model.device)
+    arguments = {"input_ids": ids[None].to(input_device(model)), "use_cache": False}
     if _keeps_logits(model):
-        logits: Tensor = model(**arguments, logits_to_keep=positions).logits
+        # Hooks would move a tensor to the first device, and the hidden states that it indexes are on the last one.
+        keep = positions.tolist() if is_spread(model) else positions.to(input_device(model))
+        logits: Tensor = model(**arguments, logits_to_keep=keep).logits
         return logits[0]
     logits = model(**arguments).logits
-    return logits[0, positions]
+    return logits[0, positions.to(logits.device)]
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait for a GPU, so that a clock tells the truth; nothing on a CPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def synchronize(*devices: torch.device) -> None:
+    """Wait for GPUs, so that a clock tells the truth; nothing on a CPU."""
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)

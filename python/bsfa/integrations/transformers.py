@@ -50,8 +50,10 @@ from bsfa.attention import attention, attention_varlen
 from bsfa.errors import UnsupportedError, warn_dense
 from bsfa.info import AttentionInfo
 from bsfa.integrations._hf_masks import KeyMask, MaskFacts, Packing, bsfa_mask, padding_facts
+from bsfa.placement import module_device
 from bsfa.policies import Policy
 from bsfa.policies.composed import PerLayer, on_device
+from bsfa.stages import check_skip
 
 __all__ = [
     "AttentionCall",
@@ -412,8 +414,8 @@ def _per_layer(
 
 
 def _beside(module: nn.Module, policy: Policy | None) -> Policy | None:
-    """``policy`` with its per-head thresholds on the module's device, so that calls do not copy them again."""
-    device = next((p.device for p in module.parameters() if p.device.type != "meta"), None)
+    """``policy`` with its per-head thresholds where the module computes, so that calls do not copy them again."""
+    device = module_device(module)
     return policy if device is None else on_device(policy, device)
 
 
@@ -432,7 +434,7 @@ def set_policy(
     belong to this model (and to deep copies made afterwards), replace earlier ones, and act on its causal attention
     layers.
     record: keep the density of each layer's last prefill call for :func:`density`.
-    mean_correction: as in :func:`bsfa.attention`, for every layer with a policy.
+    mean_correction: as in :func:`bsfa.attention`, for every layer with a policy; none of them may be ``ExactSkip``.
 
     Raises ``TypeError``/``ValueError`` for a policy that does not fit, :class:`bsfa.UnsupportedError` for a model that
     does not use transformers' attention interface, and whatever ``check_model`` raises. Policies set before then stay.
@@ -441,6 +443,8 @@ def set_policy(
         raise TypeError(f"mean_correction must be a bool, got {type(mean_correction).__name__}")
     layers = _attention_layers(model)
     chosen = _per_layer(model, policy, layers)
+    for p in chosen.values():
+        check_skip(p, mean_correction)
     _use_bsfa(model)
     for index, modules in layers.items():
         for module in modules:
@@ -457,8 +461,9 @@ def clear_policy(model: nn.Module) -> None:
 def density(model: nn.Module) -> dict[int, Tensor]:
     """Kept / visible blocks of each layer's last prefill call (1.0: dense), float32 scalars on the device.
 
-    With chunked prefill that is the last chunk. Layers without a prefill since :func:`set_policy` are left out. Raises
-    ``ValueError`` unless the policy was set with ``record=True``.
+    What was skipped inside attention counts as not kept (:meth:`bsfa.AttentionInfo.density`). With chunked prefill that
+    is the last chunk. Layers without a prefill since :func:`set_policy` are left out. Raises ``ValueError`` unless the
+    policy was set with ``record=True``.
     """
     states = {
         index: cast(_LayerState, module._bsfa_state)

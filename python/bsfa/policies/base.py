@@ -15,6 +15,7 @@ from bsfa.layout import Layout, check_block_sizes
 from bsfa.limits import check_limits, check_tma
 
 Threshold = float | Sequence[float] | Tensor
+Q = TypeVar("Q", bound="Policy")
 P = TypeVar("P", bound="ThresholdPolicy")
 
 
@@ -81,6 +82,10 @@ class Policy:
     def select(self, selection: Selection) -> BlockMask | None:
         """The blocks to keep, or None for dense attention."""
         raise NotImplementedError
+
+    def to(self: Q, device: torch.device) -> Q:
+        """The same policy with per-head values that are tensors on ``device``, so that calls do not copy them again."""
+        return self
 
 
 def check_count(owner: str, name: str, value: int, least: int = 0) -> None:

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 from bsfa.block_mask import BlockMask
-from bsfa.policies.base import Policy, ScoredPolicy, Selection, ThresholdPolicy
+from bsfa.policies.base import Policy, ScoredPolicy, Selection
 from bsfa.policies.dense import Dense
 from bsfa.policies.exact_skip import ExactSkip
 from bsfa.policies.static_pattern import StaticPattern
 from bsfa.pooling import pool
+
+C = TypeVar("C", bound="Composed")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, init=False)
@@ -91,6 +93,11 @@ class Composed(Policy):
             elif self._dense_decides:
                 return None
         return self._combine(masks, selection) if masks else None
+
+    def to(self: C, device: torch.device) -> C:
+        """The same policy of members with tensors on ``device``."""
+        moved = [on_device(p, device) for p in self.policies]
+        return self if all(a is b for a, b in zip(moved, self.policies, strict=True)) else type(self)(*moved)
 
     def _pool(self, selection: Selection, pooling: str) -> Tensor:
         if selection.k is None:
@@ -189,7 +196,4 @@ class PerLayer:
 
 def on_device(policy: Policy | None, device: torch.device) -> Policy | None:
     """``policy`` with thresholds that are tensors on ``device``, so that calls do not copy them again."""
-    if isinstance(policy, Composed):
-        moved = [on_device(p, device) for p in policy.policies]
-        return policy if all(a is b for a, b in zip(moved, policy.policies, strict=True)) else type(policy)(*moved)
-    return policy.to(device) if isinstance(policy, ThresholdPolicy) else policy
+    return None if policy is None else policy.to(device)

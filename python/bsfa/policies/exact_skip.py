@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -16,6 +17,19 @@ FORMS = ("absolute", "relative")
 
 #: Query rows that are skipped together (kSkipRows in csrc/include/bsfa/params.h).
 SKIP_ROWS = 64
+
+
+def _knots(positions: tuple[int, ...], device: torch.device) -> Tensor:
+    """Positions as float32 on ``device``; copied there once, so that later calls wait for nothing."""
+    if torch.compiler.is_compiling():
+        return torch.tensor(positions, dtype=torch.float32, device=device)
+    return _knots_once(positions, device)
+
+
+@functools.lru_cache(maxsize=256)
+def _knots_once(positions: tuple[int, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(positions, dtype=torch.float32, device=device)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -99,9 +113,11 @@ class ExactSkip(ThresholdPolicy):
     def to(self, device: torch.device) -> ExactSkip:
         """The same policy with its tensors on ``device``."""
         moved = super().to(device)
-        if moved.reference is None or moved.reference.device == device:
+        reference = None if moved.reference is None else moved.reference.to(device)
+        within = None if moved.within is None else moved.within.to(device)
+        if reference is moved.reference and within is moved.within:
             return moved
-        return replace(moved, reference=moved.reference.to(device))
+        return replace(moved, reference=reference, within=within)
 
     @property
     def needs_summary(self) -> bool:
@@ -126,18 +142,21 @@ class ExactSkip(ThresholdPolicy):
         """``cut`` in nats of each head and query tile, float32 [num_heads, num_tiles], or [num_heads, 1] if all tiles
         have the same; -inf: nothing is skipped.
         """
-        log_ratio = self._threshold_tensor(num_heads, device).log()[:, None]
+        log_ratio = self._threshold_tensor(num_heads, device).log().unsqueeze(1)
         if self.reference is None:
             return log_ratio
         r = self.reference.to(device)
         if r.shape[0] not in (1, num_heads):
             raise ValueError(f"ExactSkip.reference has {r.shape[0]} heads but q has {num_heads}")
         first = torch.arange(num_tiles, dtype=torch.float32, device=device) * self.block_m
-        # One segment after the other: the same sums whatever the number of tiles.
-        at = r[:, :1].expand(-1, num_tiles)
-        for i, (a, b) in enumerate(itertools.pairwise(self.positions)):
-            beyond = first >= b
-            share = ((first - a) / (b - a)).clamp(0.0, 1.0)
-            inside = torch.lerp(r[:, i : i + 1], r[:, i + 1 : i + 2], share)
-            at = torch.where(beyond, r[:, i + 1 : i + 2], torch.where(first > a, inside, at))
+        knots = _knots(self.positions, device)
+        last = len(self.positions) - 1
+        i = torch.searchsorted(knots, first, right=True).sub_(1).clamp_(0, last)
+        j = (i + 1).clamp(max=last)
+        left, right = r[:, i], r[:, j]
+        a = knots[i]
+        share = ((first - a) / (knots[j] - a).clamp(min=1.0)).clamp(0.0, 1.0)
+        inside = torch.lerp(left, right, share)
+        inside = torch.where(inside.isnan(), -torch.inf, inside)  # between -inf and a number
+        at = torch.where((first <= a) | (left == right), left, inside)
         return (log_ratio + at).contiguous()

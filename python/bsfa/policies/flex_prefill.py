@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -106,6 +106,12 @@ class FlexPrefill(Policy):
             window_blocks=self.window_blocks,
         )
         object.__setattr__(self, "_query_aware", scored)
+
+    def to(self, device: torch.device) -> FlexPrefill:
+        """The same policy with ``gamma`` on ``device``."""
+        if not isinstance(self.gamma, Tensor) or self.gamma.device == device:
+            return self
+        return replace(self, gamma=self.gamma.to(device))
 
     def select(self, selection: Selection) -> BlockMask:
         """Probe, choose, and make the mask; torch operations between three kernels, without a host sync."""

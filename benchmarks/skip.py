@@ -1,0 +1,229 @@
+"""Speed of attention that skips by exact logits (ExactSkip), against our own without; the suite 'skip'.
+
+bfloat16, batch 1, 64K tokens, 32 query and 8 KV heads, head_dim 128, causal, 128 x 128 blocks. Which blocks can be
+skipped is planted in the data (see :func:`planted`), so that every decision is known before. Nothing is timed before
+its output was held against float32 on sampled tiles, and its counts against what was planted. Run by gpu_check.py, or
+by hand: ``PYTHONPATH=python python benchmarks/skip.py [--output FILE]``.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import attention as base
+import bsfa
+import report
+from bsfa._library import KERNELS
+from bsfa.policies import ExactSkip
+from report import measurement
+
+Row = dict[str, Any]
+
+GATES = 8  # head dims that hold the plant; the other 120 are normal
+GATE_Q, GATE_K = 16.0, 24.0  # exact in bfloat16; together 34 nats after 1 / sqrt(128)
+CUT = -12.0  # nats, far from both: logits are within 6 of 0, or of -34
+SKIP_ROWS = 64
+PERCENTS = (0, 50, 70, 90)
+
+#: What the project asks of these measurements: at least, or at most.
+DEMANDED: dict[str, tuple[str, float]] = {
+    "skip.0.x_dense": (">=", 0.97),
+    "skip.50.x_dense": (">=", 1.35),
+    "skip.70.x_dense": (">=", 1.60),
+    "skip.90.x_dense": (">=", 1.90),
+}
+
+
+@dataclass(frozen=True)
+class Plant:
+    """Inputs, and for every query head which blocks of which group of 64 rows can be skipped."""
+
+    inputs: base.Inputs
+    low: Tensor  #: bool [groups, Hq, blocks]: visible, neither sink nor diagonal, and all logits near -34
+    visible: Tensor  #: bool [groups, 1, blocks]
+
+    @property
+    def share(self) -> float:
+        """Skippable / visible pairs."""
+        return float(self.low.sum() / (self.visible.sum() * self.low.shape[1]))
+
+    def kept(self) -> bsfa.BlockMask:
+        """The blocks that a group of the tile cannot skip."""
+        per_tile = (~self.low & self.visible).unflatten(0, (-1, groups_per_tile())).any(1)
+        length = self.inputs[0].shape[1]
+        return bsfa.BlockMask.from_bool(
+            per_tile.transpose(0, 1)[None], seqlen_q=length, seqlen_k=length, block_m=base.BLOCK, block_n=base.BLOCK
+        )
+
+
+def groups_per_tile() -> int:
+    """Groups of rows that decide together, in a query tile."""
+    return -(-base.BLOCK // SKIP_ROWS)
+
+
+def free_blocks(length: int) -> Tensor:
+    """bool [tiles, blocks]: visible, and neither sink nor diagonal."""
+    index = torch.arange(length // base.BLOCK, device=base.DEVICE)
+    return (index > 0) & (index < index[:, None])
+
+
+def planted(length: int, percent: int, alike: bool = True) -> Plant:
+    """Random normal inputs of which a share of the (query tile, KV block) pairs of every query head can be skipped.
+
+    Of the head dims, 8 are gates, which add to a logit 0 or -34 nats. A query tile is open to one gate, chosen at
+    random for each query head; a KV block has a random set of the gates, each with the wanted probability, for each KV
+    head, the sink none. So whether a pair can be skipped is random along both axes, without runs, and the heads of a
+    group differ. The probability is corrected for sinks and diagonals, which are never skipped.
+
+    alike: the two groups of 64 rows of a tile have one gate, so that they skip alike; else each has its own.
+    """
+    q, k, v = base.random_inputs(length)
+    tiles = length // base.BLOCK
+    free = free_blocks(length)
+    visible = torch.ones_like(free).tril()
+    probability = percent / 100 * float(visible.sum() / free.sum().clamp(min=1))
+    closed = torch.rand(tiles, base.HEADS_KV, GATES, device=q.device) < probability  # [blocks, Hkv, gates]
+    closed[0] = False  # the sink gives every row a running maximum
+    choices = torch.randint(GATES, (tiles, groups_per_tile(), base.HEADS_Q), device=q.device)
+    if alike:
+        choices[:, 1:] = choices[:, :1]
+    gate = choices.flatten(0, 1)  # [groups, Hq]
+    rows = length // gate.shape[0]
+    q[0, :, :, :GATES] = (
+        torch.nn.functional.one_hot(gate, GATES).to(q.dtype).mul_(GATE_Q).repeat_interleave(rows, dim=0)
+    )
+    k[0, :, :, :GATES] = closed.to(k.dtype).mul_(-GATE_K).repeat_interleave(base.BLOCK, dim=0)
+    per_head = closed.repeat_interleave(base.HEADS_Q // base.HEADS_KV, dim=1)  # [blocks, Hq, gates]
+    low = per_head.permute(1, 2, 0)[torch.arange(base.HEADS_Q, device=q.device), gate]  # [groups, Hq, blocks]
+    groups = torch.arange(gate.shape[0], device=q.device) // groups_per_tile()
+    return Plant((q, k, v), low & free[groups][:, None], visible[groups][:, None])
+
+
+def policy(form: str = "absolute", **options: Any) -> ExactSkip:
+    """The policy that skips what is planted, on the device."""
+    sizes = {"block_m": base.BLOCK, "block_n": base.BLOCK}
+    if form == "absolute":
+        return ExactSkip.absolute(CUT, **sizes, **options).to(torch.device(base.DEVICE, 0))
+    return ExactSkip(ratio=math.exp(CUT), form=form, **sizes, **options)
+
+
+def skip_call(plant: Plant, p: ExactSkip) -> Callable[[], Tensor]:
+    return lambda: bsfa.attention(*plant.inputs, policy=p)  # type: ignore[return-value]
+
+
+def check_counts(what: str, skips: Tensor, met: Tensor, skipped: Tensor) -> float:
+    """The share of the met pairs that was skipped; raises unless the counts are those of bool [groups, Hq, blocks]."""
+    want = torch.stack([x.expand(-1, base.HEADS_Q, -1).sum((0, 2)) for x in (met, skipped)], dim=1)
+    if not torch.equal(skips, want):
+        raise AssertionError(f"{what}: met and skipped are {skips.tolist()}, planted {want.tolist()}")
+    return float(skips[:, 1].sum() / skips[:, 0].sum())
+
+
+def checked(what: str, plant: Plant, p: ExactSkip) -> float:
+    """The share skipped by a call of attention, after checking its output and counts."""
+    out, info = bsfa.attention(*plant.inputs, policy=p, return_info=True)
+    base.verify(what, out, *plant.inputs, plant.kept())
+    return check_counts(what, info.skips, plant.visible, plant.low)
+
+
+def rows_of(turns: base.Turns, name: str, over: str, **facts: float) -> list[Row]:
+    """Speed-up over the peer ``over``, and ms, of peer ``name``."""
+    peers = {f"{over}_ms": turns.ms[over], **facts}
+    speedup = measurement(
+        f"skip.{name}.x_{over}", turns.ms[over] / turns.ms[name], "speed-up", turns.n, turns.clock_mhz, peers
+    )
+    return [speedup, measurement(f"skip.{name}.ms", turns.ms[name], "ms", turns.n, turns.clock_mhz, peers)]
+
+
+# --- sections ---------------------------------------------------------------------------------------------------------
+
+
+def against_dense() -> list[Row]:
+    """Both forms, and tiles whose groups differ, against dense attention over the same inputs."""
+    length, rows = 64 * base.K, []
+    for percent in PERCENTS:
+        plant = planted(length, percent)
+        forms = {f"{percent}": policy()}
+        if percent == 70:
+            forms[f"relative.{percent}"] = policy("relative")
+            forms[f"counted.{percent}"] = policy(counted=True)
+        shares = {name: checked(f"skip, {name}", plant, p) for name, p in forms.items()}
+        peers = {"dense": [base.dense_call(*plant.inputs)]}
+        peers |= {name: [skip_call(plant, p)] for name, p in forms.items()}
+        turns = base.take_turns(length, peers)
+        for name, share in shares.items():
+            rows += rows_of(turns, name, "dense", skipped=share)
+    return rows
+
+
+def groups_that_differ() -> list[Row]:
+    """70 % again, where the two groups of a tile do not skip the same blocks."""
+    length = 64 * base.K
+    plant, p = planted(length, 70, alike=False), policy()
+    share = checked("skip, groups that differ", plant, p)
+    turns = base.take_turns(length, {"dense": [base.dense_call(*plant.inputs)], "apart.70": [skip_call(plant, p)]})
+    return rows_of(turns, "apart.70", "dense", skipped=share)
+
+
+def on_a_mask() -> list[Row]:
+    """On 10 % of the blocks at random, of which half can be skipped, against the same mask without skipping."""
+    length = 64 * base.K
+    plant, p = planted(length, 50), policy()
+    mask = base.random_mask(length, 0.10)
+    out, _, skips = bsfa.block_sparse_attention(*plant.inputs, mask, skip=p, return_skips=True)
+    base.verify("skip on a mask", out, *plant.inputs, mask & plant.kept())
+    kept = mask.to_rows().repeat_interleave(groups_per_tile(), dim=0) & plant.visible
+    share = check_counts("skip on a mask", skips, kept, kept & plant.low)
+    peers: dict[str, list[Callable[[], object]]] = {
+        "sparse": [base.sparse_call(*plant.inputs, mask)],
+        "sparse10": [lambda: bsfa.block_sparse_attention(*plant.inputs, mask, skip=p)[0]],
+    }
+    turns = base.take_turns(length, peers, dict.fromkeys(peers, 0.10))
+    return rows_of(turns, "sparse10", "sparse", skipped=share, density=float(mask.density()))
+
+
+def two_pass() -> list[Row]:
+    """In place of skipping: the maxima of all tiles, a mask from them, block-sparse attention; all of it is timed."""
+    if "tile_max" not in KERNELS.get(base.DEVICE, frozenset()):
+        print(f"tile_max has no kernel for {base.DEVICE}: two_pass is left out", flush=True)
+        return []
+    length, rows = 64 * base.K, []
+    for percent in (50, 90):
+        plant, name = planted(length, percent), f"two_pass.{percent}"
+        forced = ~free_blocks(length)[:, None]
+        geometry = plant.kept().geometry
+
+        def call(plant: Plant = plant, forced: Tensor = forced, geometry: Any = geometry) -> Tensor:
+            q, k, v = plant.inputs
+            maxima = bsfa.tile_max(q, k, block_m=min(SKIP_ROWS, base.BLOCK), block_n=base.BLOCK)
+            top = maxima.unflatten(0, (-1, groups_per_tile())).amax(1)
+            mask = bsfa.BlockMask.from_rows((top >= CUT) | forced, geometry)
+            return bsfa.block_sparse_attention(q, k, v, mask)[0]
+
+        base.verify(f"skip, {name}", call(), *plant.inputs, plant.kept())
+        turns = base.take_turns(length, {"dense": [base.dense_call(*plant.inputs)], name: [call]})
+        rows += rows_of(turns, name, "dense", skipped=plant.share)
+    return rows
+
+
+@torch.no_grad()
+def run() -> list[Row]:
+    """All measurements of this suite."""
+    torch.manual_seed(0)
+    rows: list[Row] = []
+    for section in (against_dense, groups_that_differ, on_a_mask, two_pass):
+        started = time.monotonic()
+        rows += section()
+        print(f"{section.__name__}: {time.monotonic() - started:.0f} s", flush=True)
+    return rows
+
+
+if __name__ == "__main__":
+    report.suite_main(__doc__, run, DEMANDED)
