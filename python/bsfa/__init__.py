@@ -16,7 +16,7 @@ from bsfa.doctor import doctor
 from bsfa.errors import DenseFallbackWarning, ThresholdMismatchError, UnsupportedError
 from bsfa.info import AttentionInfo
 from bsfa.plotting import plot_mask
-from bsfa.stages import block_mass, block_sparse_attention, pool_blocks, select_blocks
+from bsfa.stages import block_mass, block_sparse_attention, pool_blocks, select_blocks, tile_max
 from bsfa.summary import BlockSummary
 from bsfa.thresholds import ThresholdTable
 
@@ -40,4 +40,5 @@ __all__ = [
     "policies",
     "pool_blocks",
     "select_blocks",
+    "tile_max",
 ]
