@@ -61,16 +61,16 @@ __device__ __forceinline__ float sum_of_exponentials(const Tensor& s, float scal
   return (minus[0] == -INFINITY ? 0.0f : first) + (minus[1] == -INFINITY ? 0.0f : second);
 }
 
-// The largest of the thread's scores of row r; NaN if one is.
-template <class Tensor>
-__device__ __forceinline__ float max_of_row(const Tensor& s, int r) {
+// The largest of the thread's scores of row r, by `larger` of two.
+template <class Tensor, class Larger>
+__device__ __forceinline__ float max_of_row(const Tensor& s, int r, const Larger& larger) {
   float tops[4];
 #pragma unroll
   for (int j = 0; j < kColumnTiles; ++j) {
-    const float pair = max_or_nan(s(4 * j + 2 * r), s(4 * j + 2 * r + 1));
-    tops[j % 4] = j < 4 ? pair : max_or_nan(tops[j % 4], pair);
+    const float pair = larger(s(4 * j + 2 * r), s(4 * j + 2 * r + 1));
+    tops[j % 4] = j < 4 ? pair : larger(tops[j % 4], pair);
   }
-  return max_or_nan(max_or_nan(tops[0], tops[1]), max_or_nan(tops[2], tops[3]));
+  return larger(larger(tops[0], tops[1]), larger(tops[2], tops[3]));
 }
 
 template <Quantity kQuantity, class Config>
@@ -186,21 +186,37 @@ class Consumer {
       for (int d = 16; d > 0; d /= 2) sum += __shfl_xor_sync(kAllLanes, sum, d);
       return sum;
     } else {
-      float value = -INFINITY;
+      float top[2];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) top[r] = max_of_row(s, r, max_or_nan);
+      if constexpr (kQuantity == Quantity::kRelative) {
+#pragma unroll
+        for (int d = 1; d <= 2; ++d) {
+#pragma unroll
+          for (int r = 0; r < 2; ++r) top[r] = max_or_nan(top[r], __shfl_xor_sync(kAllLanes, top[r], d));
+        }
+        above_running_maximum(s, top);
+      }
+      const float value = max_or_nan(counts_[0] ? top[0] : -INFINITY, counts_[1] ? top[1] : -INFINITY);
+      return __int_as_float(__reduce_max_sync(kAllLanes, ordered(value)));
+    }
+  }
+
+  // The rows' largest scores become what they exceed the running maxima by, and enter those. Scores that are NaN do not.
+  template <class Tensor>
+  __device__ __forceinline__ void above_running_maximum(const Tensor& s, float (&top)[2]) {
+    const float before[2] = {rows_[0], rows_[1]};
+    float seen[2] = {top[0], top[1]};
+    if (__any_sync(kAllLanes, top[0] != top[0] || top[1] != top[1])) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        float top = max_of_row(s, r);
-        if constexpr (kQuantity == Quantity::kRelative) {
-          top = max_or_nan(top, __shfl_xor_sync(kAllLanes, top, 1));
-          top = max_or_nan(top, __shfl_xor_sync(kAllLanes, top, 2));
-          const float before = rows_[r];
-          rows_[r] = fmaxf(before, top);  // without a NaN
-          const bool first = before == -INFINITY && !(top != top);
-          top = first ? INFINITY : top - before;
-        }
-        value = max_or_nan(value, counts_[r] ? top : -INFINITY);
+        seen[r] = max_over_quad(max_of_row(s, r, [](float a, float b) { return fmaxf(a, b); }));
       }
-      return __int_as_float(__reduce_max_sync(kAllLanes, ordered(value)));
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      rows_[r] = fmaxf(before[r], seen[r]);
+      top[r] = before[r] == -INFINITY && top[r] == top[r] ? INFINITY : top[r] - before[r];
     }
   }
 
