@@ -1,4 +1,4 @@
-// What stands for one KV block, all KV heads: out[b, j, h, :] from the block's tokens k[token, h, :] (Pooling in params.h).
+// What stands for one KV block (Pooling in params.h), all KV heads: out[b, j, h, :] from its tokens k[token, h, :].
 //
 //   kMean    sums are float32, token by token, divided by the true number of tokens, in the last block too; rounded to
 //            the dtype of k

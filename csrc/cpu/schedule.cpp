@@ -9,11 +9,10 @@ namespace bsfa::cpu {
 namespace {
 
 int64_t kept_blocks(const int32_t* words, int32_t visible) {
+  const BlockRange seen{0, visible};
   int64_t kept = 0;
   for (int32_t w = 0; w * 32 < visible; ++w) {
-    uint32_t bits = static_cast<uint32_t>(words[w]);
-    if (visible - w * 32 < 32) bits &= (1u << (visible - w * 32)) - 1;
-    kept += __builtin_popcount(bits);
+    kept += __builtin_popcount(static_cast<uint32_t>(words[w]) & seen.bits_of_word(w));
   }
   return kept;
 }

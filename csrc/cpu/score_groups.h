@@ -1,16 +1,16 @@
 // Scores from groups of tokens, paired token by token: no summary, the keys themselves.
 //
-// Both rules need P[g, r] = sum over t < size of q[size * g + t'] . k[size * r + t] for the query groups g of a tile and
-// all key groups r, with t' = t (kFlat64, size 64) or size - 1 - t (kAntidiagonal, size = stride). Groups lie at absolute
-// positions; tokens that the call or the sequence lacks count as zeros, groups without any token are left out.
+// Both rules need P[g, r] = sum over t < size of q[size * g + t'] . k[size * r + t] for the query groups g of a tile
+// and all key groups r, with t' = t (kFlat64, size 64) or size - 1 - t (kAntidiagonal, size = stride). Groups lie at
+// absolute positions; tokens that the call or the sequence lacks count as zeros, groups without any token are left out.
 //
 //   kFlat64        max over the pairs of groups of a (tile, block), times scale / 64, capped: base-2 logits
 //   kAntidiagonal  x = cap(scale / stride * P); the softmax of each query group over the key groups (causal: r <= g),
 //                  summed over the groups of a block and over the tile's query groups: weights
 //
-// Tiling: lanes are (head, query group) pairs, kRows at a time, kChunk key groups at a time. For each t the micro-kernel
-// multiplies one token of every group; the products are added up in float32. The softmax needs no second pass: each
-// (lane, block) keeps its maximum and its sum relative to it.
+// Tiling: lanes are (head, query group) pairs, kRows at a time, kChunk key groups at a time. For each t the
+// micro-kernel multiplies one token of every group; the products are added up in float32. The softmax needs no second
+// pass: each (lane, block) keeps its maximum and its sum relative to it.
 #pragma once
 
 #include "pack.h"

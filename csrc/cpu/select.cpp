@@ -1,10 +1,10 @@
 // score_blocks and select_blocks: what is done with the scores that the kernels make for one query tile.
 //
 //   kRelativeMax     score as it comes (score.h); kept iff score > 0 and score >= threshold, or threshold < 0
-//   the mass rules   weights in float64: of kPooled and kFlat64 the softmax over the visible blocks, of kAntidiagonal as
-//                    they come. Ranked by descending weight (ties: lower block first; kAntidiagonal: sink and window
+//   the mass rules   weights in float64: of kPooled and kFlat64 the softmax over the visible blocks, of kAntidiagonal
+//                    as they come. Ranked by descending weight (ties: lower block first; kAntidiagonal: sink and window
 //                    before all others, by index); score = share of the weight of the blocks ranked before, summed in
-//                    rank order; kept iff score < threshold, or the block's own share > probability, and the best always
+//                    rank order; kept iff score < threshold, or own share > probability, and the best block always
 //
 // Also kept: sink blocks, the window around the tile's own positions, everything in the last tiles of the prompt, the
 // best min_blocks and the best min_ratio by rank (NaN ranks last), and what keep.h's Rescue says. Blocks whose score is
@@ -101,8 +101,8 @@ bool keeps_everything(const SelectParams& params, const TileItem& item) {
   return is_last_tile(item.geometry, item.tile, params.last_tiles, prompt_len);
 }
 
-// Sets the bits of what one row of scores keeps, as the kernel made them. A NaN score is kept: the block holds a NaN, and
-// dropping it would hide that.
+// Sets the bits of what one row of scores keeps, as the kernel made them. A NaN score is kept: the block holds a NaN,
+// and dropping it would hide that.
 void keep_by_score(const SelectParams& params, const AlwaysKept& always, int32_t visible, float threshold,
                    float* scores, Ranking* ranking, uint32_t* words) {
   const int32_t top = best_blocks(params.min_blocks, params.min_ratio, visible);

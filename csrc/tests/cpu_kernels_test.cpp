@@ -231,7 +231,7 @@ Storage check_pool(Fixture& f, const std::string& where) {
   return out;
 }
 
-// Scores of the rules that look at groups of `size` tokens: masses before each block, without sinks, with its own blocks.
+// Scores of the rules for groups of `size` tokens: masses before each block, without sinks, with its own blocks.
 void check_groups(Fixture& f, const std::string& where, bool flat, int size) {
   const Case& c = f.c;
   bsfa::ScoreParams params;

@@ -131,15 +131,8 @@ int64_t select_workspace_bytes(int64_t num_rows, int64_t heads, int64_t max_seql
   return cuda::select_workspace_bytes(s);
 }
 
-Tensor attention_out(const Tensor& out, const Tensor& q, const Tensor& k, const Tensor& v,
-                     const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
-                     const OptionalTensor& block_table, const OptionalTensor& seqlens_k, int64_t max_seqlen_q,
-                     int64_t max_seqlen_k, const OptionalTensor& mask_words, const OptionalTensor& mask_counts,
-                     const OptionalTensor& k_means, const OptionalTensor& v_means, int64_t block_m, int64_t block_n,
-                     bool causal, double softmax_scale, double softcap, int64_t window_left) {
-  AttentionParams p = attention_params(q, k, v, cu_seqlens_q, cu_seqlens_k, block_table, seqlens_k, max_seqlen_q,
-                                       max_seqlen_k, mask_words, mask_counts, k_means, v_means, block_m, block_n,
-                                       causal, softmax_scale, softcap, window_left);
+// Launches what `p`, made by attention_params, describes; returns the LSE.
+Tensor run_attention(AttentionParams p, const Tensor& q, const Tensor& out, const char* op) {
   STD_TORCH_CHECK(cuda::attention_supports(p.problem), "this dtype, head_dim or block size has no CUDA kernel");
   Tensor lse = new_lse(q);
   set_attention_outputs(p, q, out, lse);
@@ -150,8 +143,20 @@ Tensor attention_out(const Tensor& out, const Tensor& q, const Tensor& k, const 
   if (q.numel() == 0) return lse;
   const Launch launch(q);
   Tensor workspace = new_workspace(q, cuda::attention_workspace_bytes(p));
-  check_launch(cuda::attention(p, workspace.data_ptr(), launch.stream()), "attention");
+  check_launch(cuda::attention(p, workspace.data_ptr(), launch.stream()), op);
   return lse;
+}
+
+Tensor attention_out(const Tensor& out, const Tensor& q, const Tensor& k, const Tensor& v,
+                     const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+                     const OptionalTensor& block_table, const OptionalTensor& seqlens_k, int64_t max_seqlen_q,
+                     int64_t max_seqlen_k, const OptionalTensor& mask_words, const OptionalTensor& mask_counts,
+                     const OptionalTensor& k_means, const OptionalTensor& v_means, int64_t block_m, int64_t block_n,
+                     bool causal, double softmax_scale, double softcap, int64_t window_left) {
+  return run_attention(attention_params(q, k, v, cu_seqlens_q, cu_seqlens_k, block_table, seqlens_k, max_seqlen_q,
+                                        max_seqlen_k, mask_words, mask_counts, k_means, v_means, block_m, block_n,
+                                        causal, softmax_scale, softcap, window_left),
+                       q, out, "attention");
 }
 
 std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v,
@@ -166,6 +171,38 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
                              max_seqlen_k, mask_words, mask_counts, k_means, v_means, block_m, block_n, causal,
                              softmax_scale, softcap, window_left);
   return {out, lse};
+}
+
+std::tuple<Tensor, Tensor> skip_attention_out(const Tensor& out, const Tensor& q, const Tensor& k, const Tensor& v,
+                                              const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+                                              const OptionalTensor& block_table, const OptionalTensor& seqlens_k,
+                                              int64_t max_seqlen_q, int64_t max_seqlen_k,
+                                              const OptionalTensor& mask_words, const OptionalTensor& mask_counts,
+                                              int64_t block_m, int64_t block_n, bool causal, double softmax_scale,
+                                              double softcap, const Tensor& thresholds, std::string form,
+                                              int64_t sink_blocks, int64_t window_blocks, bool counted) {
+  AttentionParams p = attention_params(q, k, v, cu_seqlens_q, cu_seqlens_k, block_table, seqlens_k, max_seqlen_q,
+                                       max_seqlen_k, mask_words, mask_counts, std::nullopt, std::nullopt, block_m,
+                                       block_n, causal, softmax_scale, softcap, -1);
+  const Launch launch(q);
+  Tensor skips = new_tensor(q, {p.problem.num_q_heads, 2}, ScalarType::Long);
+  check_launch(cudaMemsetAsync(skips.data_ptr(), 0, skips.numel() * sizeof(int64_t), launch.stream()),
+               "skip_attention");
+  set_skip(p, q, thresholds, form, sink_blocks, window_blocks, counted, skips);
+  return {run_attention(p, q, out, "skip_attention"), skips};
+}
+
+std::tuple<Tensor, Tensor, Tensor> skip_attention(
+    const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& cu_seqlens_q,
+    const OptionalTensor& cu_seqlens_k, const OptionalTensor& block_table, const OptionalTensor& seqlens_k,
+    int64_t max_seqlen_q, int64_t max_seqlen_k, const OptionalTensor& mask_words, const OptionalTensor& mask_counts,
+    int64_t block_m, int64_t block_n, bool causal, double softmax_scale, double softcap, const Tensor& thresholds,
+    std::string form, int64_t sink_blocks, int64_t window_blocks, bool counted) {
+  Tensor out = new_attention_out(q, v);
+  auto [lse, skips] = skip_attention_out(out, q, k, v, cu_seqlens_q, cu_seqlens_k, block_table, seqlens_k, max_seqlen_q,
+                                         max_seqlen_k, mask_words, mask_counts, block_m, block_n, causal, softmax_scale,
+                                         softcap, thresholds, form, sink_blocks, window_blocks, counted);
+  return {out, lse, skips};
 }
 
 std::tuple<Tensor, Tensor> probe_attention(const Tensor& q, const Tensor& k, const OptionalTensor& cu_seqlens_q,
@@ -265,6 +302,8 @@ std::string cuda_kernels() {
     {"op": "pattern_mask", "device": "cuda", "arch": "sm_90a", "dtypes": "int32", "head_dim": "any"},
     {"op": "attention", "device": "cuda", "arch": "sm_90a", "dtypes": "bfloat16, float16", "head_dim": "64, 128",
      "blocks": "128x128"},
+    {"op": "skip_attention", "device": "cuda", "arch": "sm_90a", "dtypes": "bfloat16, float16",
+     "head_dim": "64, 128", "blocks": "128x128"},
     {"op": "block_mass", "device": "cuda", "arch": "sm_90a", "dtypes": "bfloat16, float16", "head_dim": "64, 128",
      "blocks": "64x128, 128x128"},
     {"op": "tile_max", "device": "cuda", "arch": "sm_90a", "dtypes": "bfloat16, float16", "head_dim": "64, 128",
@@ -294,6 +333,8 @@ STABLE_TORCH_LIBRARY_IMPL(bsfa, CUDA, m) {
   m.impl("pattern_mask", TORCH_BOX(&pattern_mask));
   m.impl("attention", TORCH_BOX(&attention));
   m.impl("attention_out", TORCH_BOX(&attention_out));
+  m.impl("skip_attention", TORCH_BOX(&skip_attention));
+  m.impl("skip_attention_out", TORCH_BOX(&skip_attention_out));
   m.impl("block_mass", TORCH_BOX(&block_mass));
   m.impl("tile_max", TORCH_BOX(&tile_max));
 }

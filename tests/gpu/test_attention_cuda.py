@@ -391,6 +391,27 @@ def test_bits_of_nothing_are_ignored(layout: str, causal: bool) -> None:
     check_attention(inputs, out, lse, masks, LSE_CONSTANT)
 
 
+@pytest.mark.parametrize("count", [-5, -1, 0, 2**30, 2**31 - 1])
+@pytest.mark.parametrize(
+    ("layout", "lengths"),
+    [(BATCHED, TWINS), (PACKED, RAGGED), (PAGED_PACKED, RAGGED), (BATCHED, ((300, 66_000),))],
+    ids=["batched", "packed", "paged", "long"],
+)
+def test_wrong_counts_change_nothing(layout: str, lengths: tuple[tuple[int, int], ...], count: int) -> None:
+    """A mask's counts order the work. Whatever they say, every tile is worked on, and as its words say."""
+    inputs = replace(BASE, lengths=lengths, layout=layout, mask="random").make()
+    masks = masks_of(inputs)
+    assert masks is not None
+    there = inputs.to(DEVICE)
+    mask = there.block_mask(masks)
+    want = there.attend(mask)
+    wrong = replace(mask, counts=torch.full_like(mask.counts, count))
+    for t in want:
+        poison(t.shape, dtype=t.dtype, device=DEVICE)
+    out, lse = there.attend(wrong)
+    assert torch.equal(out, want[0]) and torch.equal(lse, want[1])
+
+
 def test_rows_without_blocks() -> None:
     inputs = replace(BASE, lengths=((300, 700),)).make()
     out, lse = attend(inputs, [np.zeros_like(inputs.draw_mask(0))])

@@ -177,6 +177,8 @@ MASKS = [
     *table(replace(BASE, lengths=RAGGED), layout=[PACKED, PAGED_PACKED], block_n=[1, 48, 128], causal=[True, False]),
     *table(replace(BASE, lengths=CHUNKS, layout=PAGED), block_m=[8, 128], block_n=[16, 128]),
     replace(BASE, lengths=((5, 70),) * 70, layout=PACKED, hq=17, hkv=1, block_n=16),
+    # more sequences than a CTA has threads
+    replace(BASE, lengths=((5, 70), (0, 3), (130, 140)) * 200, layout=PACKED, hq=2, hkv=1, block_n=16),
 ]
 
 

@@ -68,6 +68,18 @@ cudaError_t make_mean_maps(const AttentionParams& params, KernelParams& k) {
   return make_tensor_map(&k.v_means, view, extent, p.dtype, kBlockKeys, halves);
 }
 
+void set_skip(const AttentionParams& params, KernelParams& k) {
+  const SkipParams& skip = params.skip;
+  k.skip.thresholds = skip.thresholds;
+  k.skip.columns = skip.columns;
+  k.skip.sink_blocks = skip.sink_blocks;
+  k.skip.window_blocks = skip.window_blocks;
+  k.skip.relative = skip.form == SkipForm::kRelative;
+  k.skip.counted = skip.counted;
+  k.skip.counts = reinterpret_cast<unsigned long long*>(skip.counts);
+  k.skip.unit = kLog2e * k.scale.inverse_scale_log2;
+}
+
 Tiling tiling_of(const AttentionParams& params) {
   const Problem& p = params.problem;
   Tiling tiling{p, params.num_rows, p.num_q_heads, p.num_q_heads / p.num_kv_heads, params.window_left, params.words};
@@ -93,6 +105,8 @@ cudaError_t attention(const AttentionParams& params, void* workspace, cudaStream
   const int64_t pairs = params.num_rows * p.num_q_heads;
   if (pairs == 0) return cudaSuccess;
   if (!attention_supports(p) || params.num_rows > INT32_MAX || pairs > INT32_MAX) return cudaErrorInvalidValue;
+  const bool skips = params.skip.form != SkipForm::kNone;
+  if (skips && (params.window_left >= 0 || params.k_means != nullptr)) return cudaErrorInvalidValue;
 
   KernelParams k{};
   k.workspace = Workspace::in(workspace, params.num_rows, p.num_q_heads);
@@ -109,6 +123,7 @@ cudaError_t attention(const AttentionParams& params, void* workspace, cudaStream
   k.out_batch_stride = params.out.batch_stride;
   k.out_token_stride = params.out.token_stride;
   k.out_head_stride = params.out.head_stride;
+  if (skips) set_skip(params, k);
   k.lse = params.lse;
   k.lse_batch_stride = params.lse_batch_stride;
   k.lse_head_stride = params.lse_head_stride;
@@ -120,11 +135,15 @@ cudaError_t attention(const AttentionParams& params, void* workspace, cudaStream
   if (error == cudaSuccess) error = make_order(tiling_of(params), k.workspace, sms, stream);
   if (error != cudaSuccess) return error;
   const int ctas = static_cast<int>(std::min<int64_t>(sms, pairs));
-  const bool bf16 = p.dtype == DType::kBFloat16;
-  if (p.head_dim == 64) {
-    return bf16 ? attn::sm90::launch_bf16_d64(k, ctas, stream) : attn::sm90::launch_fp16_d64(k, ctas, stream);
-  }
-  return bf16 ? attn::sm90::launch_bf16_d128(k, ctas, stream) : attn::sm90::launch_fp16_d128(k, ctas, stream);
+  const bool bf16 = p.dtype == DType::kBFloat16, d64 = p.head_dim == 64;
+  using namespace attn::sm90;
+  const auto launch = skips  ? bf16  ? d64 ? launch_skip_bf16_d64 : launch_skip_bf16_d128
+                               : d64 ? launch_skip_fp16_d64
+                                     : launch_skip_fp16_d128
+                      : bf16 ? d64 ? launch_bf16_d64 : launch_bf16_d128
+                      : d64  ? launch_fp16_d64
+                             : launch_fp16_d128;
+  return launch(k, ctas, stream);
 }
 
 }  // namespace bsfa::cuda

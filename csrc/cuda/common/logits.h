@@ -23,8 +23,8 @@ struct LogitScale {
   float softcap;
 };
 
-// `factor`: of the scores, beside softmax_scale. The maximum of the scores is that of the exponents only if the scale is
-// positive; else they are scaled first. So they are if it is too small to be divided by.
+// `factor`: of the scores, beside softmax_scale. The maximum of the scores is that of the exponents only if the scale
+// is positive; else they are scaled first. So they are if it is too small to be divided by.
 inline LogitScale logit_scale(const Problem& problem, float factor = 1.0f) {
   const float scale = problem.softmax_scale * factor;
   const bool capped = problem.softcap != 0.0f;

@@ -20,8 +20,8 @@ __device__ __forceinline__ float2 unpack(uint32_t bits, __half) {
   return __half22float2(*reinterpret_cast<const __half2*>(&bits));
 }
 
-// cap * tanh(x), through exp: the tanh instruction's error of 2^-11, times the cap, would show. Of a large x the power is
-// +inf, and the result the cap.
+// cap * tanh(x), through exp: the tanh instruction's error of 2^-11, times the cap, would show. Of a large x the power
+// is +inf, and the result the cap.
 __device__ __forceinline__ float capped(float x, float cap) {
   return cap * (1.0f - __fdividef(2.0f, exp2f(x * (2.0f * kLog2e)) + 1.0f));
 }

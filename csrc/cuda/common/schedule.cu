@@ -15,7 +15,10 @@
 //          runs (programmatic dependent launch).
 #include <utility>
 
+#include "alignment.h"
 #include "launch.h"
+#include "place.h"
+#include "scan.h"
 #include "schedule.h"
 #include "warp.h"
 
@@ -42,61 +45,6 @@ __device__ int bucket_of(int32_t count) {
   return kBuckets - 1 - (((octave - kSubBits) << kSubBits) | sub);
 }
 
-// Inclusive sum over the CTA's threads. `scratch` has one entry per warp; all threads must call.
-template <int kThreads>
-__device__ int32_t inclusive_sum(int32_t value, int32_t* scratch) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const auto sum_of_lanes = [lane](int32_t x) {
-#pragma unroll
-    for (int d = 1; d < 32; d *= 2) {
-      const int32_t below = __shfl_up_sync(kAllLanes, x, d);
-      if (lane >= d) x += below;
-    }
-    return x;
-  };
-  value = sum_of_lanes(value);
-  __syncthreads();
-  if (lane == 31) scratch[warp] = value;
-  __syncthreads();
-  const int32_t warps = sum_of_lanes(lane < kThreads / 32 ? scratch[lane] : 0);
-  const int32_t before = __shfl_sync(kAllLanes, warps, max(warp - 1, 0));
-  return warp > 0 ? value + before : value;
-}
-
-struct Place {
-  int32_t sequence;  // -1: the row belongs to none
-  int32_t tile;
-};
-
-// Which sequence and local tile a mask row is.
-__device__ Place find_place(const Problem& problem, int32_t row) {
-  if (all_alike(problem)) {
-    const int32_t tiles = sequence_geometry(problem, 0).num_tiles();
-    const int32_t sequence = row / max(tiles, 1);
-    return {tiles > 0 && sequence < problem.batch ? sequence : -1, row - sequence * tiles};
-  }
-  __shared__ int32_t scratch[kCountThreads / 32];
-  __shared__ Place found;
-  __shared__ int32_t passed;  // tiles of the sequences of all trips so far
-  if (threadIdx.x == 0) {
-    found = {-1, 0};
-    passed = 0;
-  }
-  __syncthreads();
-  for (int32_t first = 0; first < problem.batch; first += kCountThreads) {
-    const int32_t sequence = first + static_cast<int32_t>(threadIdx.x);
-    const int32_t tiles = sequence < problem.batch ? sequence_geometry(problem, sequence).num_tiles() : 0;
-    const int32_t before = passed;
-    const int32_t end = before + inclusive_sum<kCountThreads>(tiles, scratch);
-    if (row >= end - tiles && row < end) found = {sequence, row - (end - tiles)};
-    __syncthreads();
-    if (threadIdx.x == kCountThreads - 1) passed = end;
-    __syncthreads();
-    if (passed > row) break;
-  }
-  return found;
-}
-
 __global__ void __launch_bounds__(kCountThreads)
     count_kernel(const __grid_constant__ Tiling tiling, const Workspace workspace) {
   cudaTriggerProgrammaticLaunchCompletion();
@@ -110,7 +58,7 @@ __global__ void __launch_bounds__(kCountThreads)
     return (head / group * tiling.num_rows + from_last) * group + head % group;
   };
 
-  const Place place = find_place(problem, row);
+  const Place place = find_place<kCountThreads>(problem, row);
   if (place.sequence < 0) {
     for (int32_t head = threadIdx.x; head < heads; head += kCountThreads) workspace.counts[natural(head)] = -1;
     if (threadIdx.x == 0) {
@@ -128,7 +76,8 @@ __global__ void __launch_bounds__(kCountThreads)
     int32_t count = max(range.end - range.begin, 0);
     const int64_t mask_row = int64_t{row} * tiling.mask_heads + head / (heads / max(tiling.mask_heads, 1));
     if (tiling.counts != nullptr) {
-      count = tiling.counts[mask_row];
+      // Handed over, so it may be anything: below 0 the tile would be left out, far above overflows bucket_of.
+      count = min(max(tiling.counts[mask_row], 0), count);
     } else if (tiling.words != nullptr) {
       const int32_t* words = tiling.words + mask_row * tiling.num_words;
       count = 0;
@@ -239,8 +188,6 @@ __global__ void __launch_bounds__(kWindow)
   __syncthreads();
   if (i < size) workspace.order[begin + i] = pairs[static_cast<uint32_t>(keys[i])];
 }
-
-constexpr int64_t aligned(int64_t bytes) { return (bytes + 127) / 128 * 128; }
 
 }  // namespace
 

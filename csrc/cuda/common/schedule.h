@@ -60,19 +60,14 @@ __device__ inline TileRow tile_row(const Problem& problem, int32_t sequence, int
   row.seqlen_k = geometry.seqlen_k;
   return row;
 }
+
+__device__ inline int32_t absolute_tile(const TileRow& tile) { return floor_div(tile.position, kTileRows); }
+
+// Index of a tile among those of its sequence.
+__device__ inline int32_t local_tile(const SequenceGeometry& geometry, const TileRow& tile) {
+  return absolute_tile(tile) - geometry.first_tile();
+}
 #endif
-
-struct BlockRange {
-  int32_t begin;
-  int32_t end;
-
-  // The bits of mask word w whose blocks lie in the range.
-  __device__ uint32_t bits_of_word(int32_t w) const {
-    const int32_t low = begin - w * 32, high = end - w * 32;
-    if (low >= 32 || high <= 0) return 0;
-    return (low > 0 ? ~0u << low : ~0u) & (high < 32 ? ~(~0u << high) : ~0u);
-  }
-};
 
 // KV blocks that hold a key which some row of the tile may see.
 __host__ __device__ inline BlockRange visible_range(const TileRow& tile, bool causal, int32_t window_left) {

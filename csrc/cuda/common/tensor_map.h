@@ -29,8 +29,9 @@ bool tensor_map_fits(const TensorView& view, const TensorExtent& extent);
 cudaError_t make_tensor_map(CUtensorMap* map, const TensorView& view, const TensorExtent& extent, DType dtype,
                             int32_t tokens, int32_t pieces);
 
-// The same view with its tokens in whole groups of `stride`, a last part of a group left out: boxes of one token of each
-// of `groups` groups x kBoxColumns elements. Coordinates of a box are {column, group, token of the group, head, batch}.
+// The same view with its tokens in whole groups of `stride`, a last part of a group left out: boxes of one token of
+// each of `groups` groups x kBoxColumns elements. Coordinates of a box:
+// {column, group, token of the group, head, batch}.
 cudaError_t make_group_map(CUtensorMap* map, const TensorView& view, const TensorExtent& extent, DType dtype,
                            int32_t stride, int32_t groups);
 

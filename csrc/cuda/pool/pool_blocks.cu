@@ -10,10 +10,11 @@
 // Memory    reads K once, writes the means once; 8 KB of shared memory for the sums, 1 KB for the offsets.
 // Waits     for nothing but its own loads. No tensor cores, no atomics, no workspace.
 //
-// The other modes (Pooling in params.h) have a kernel of their own, pick_kernel: one thread per element of the flattened
-// axis, which walks the block's tokens in order. They are exact: a value of k comes out as it is.
+// The other modes (Pooling in params.h) have a kernel of their own, pick_kernel: one thread per element of the
+// flattened axis, which walks the block's tokens in order. They are exact: a value of k comes out as it is.
 #include <cstdint>
 
+#include "../common/alignment.h"
 #include "../common/scalar.h"
 #include "bsfa/cuda.h"
 #include "config.h"
@@ -142,7 +143,7 @@ __global__ void __launch_bounds__(kThreads, kMinCtasPerSm)
   store(out, count > 0 ? total / static_cast<float>(count) : 0.0f);
 }
 
-// Row of a token of sequence b, in elements from the start of k, without the head. Only tokens below the sequence's end.
+// Row of a token of sequence b, in elements from the start of k, without the head. Only tokens of the sequence.
 __device__ __forceinline__ int64_t token_offset(const PoolParams& params, int32_t b, int32_t token) {
   const KvLayout& kv = params.kv;
   if (kv.block_table != nullptr) {
@@ -154,8 +155,8 @@ __device__ __forceinline__ int64_t token_offset(const PoolParams& params, int32_
   return b * params.k.batch_stride + token * params.k.token_stride;
 }
 
-// kMaxAbs: the largest magnitude; ties: the earlier token. kCenter: token number count / 2. Both 16-bit types order their
-// magnitudes as their bits do, with NaN above all, so the bits are all that is looked at.
+// kMaxAbs: the largest magnitude; ties: the earlier token. kCenter: token number count / 2. Both 16-bit types order
+// their magnitudes as their bits do, with NaN above all, so the bits are all that is looked at.
 template <Pooling kPooling>
 __global__ void __launch_bounds__(kChunk)
     pick_kernel(const __grid_constant__ PoolParams params, const int32_t num_chunks) {
@@ -233,13 +234,7 @@ cudaError_t pool_blocks(const PoolParams& params, cudaStream_t stream) {
     return cudaGetLastError();
   }
 
-  // 16-byte loads need every row of every head to start on 16 bytes. A stride that nothing is multiplied by does not
-  // count.
-  const auto aligned = [](int64_t elements) { return elements % kWideVec == 0; };
-  const bool one_batch = kv.cu_seqlens != nullptr || (!paged && params.batch == 1);
-  const bool wide = reinterpret_cast<uintptr_t>(params.k.data) % 16 == 0 && aligned(params.head_dim) &&
-                    aligned(params.k.token_stride) && (params.num_kv_heads == 1 || aligned(params.k.head_stride)) &&
-                    (one_batch || aligned(params.k.batch_stride));
+  const bool wide = rows_on_16_bytes(params.k, params.num_kv_heads, params.head_dim);  // for 16-byte loads
   return params.dtype == DType::kBFloat16 ? launch<__nv_bfloat16>(params, wide, chunks, grid, stream)
                                           : launch<__half>(params, wide, chunks, grid, stream);
 }

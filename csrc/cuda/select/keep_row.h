@@ -1,5 +1,5 @@
-// Which blocks of one row are best, without sorting: a row's scores become keys, unsigned numbers in the same order, and
-// a cut among them is found by bisection. Ties go to the lower block, so a cut is a key and an end among its equals.
+// Which blocks of one row are best, without sorting: scores become keys, unsigned numbers in the same order, and a cut
+// among them is found by bisection. Ties go to the lower block, so a cut is a key and an end among its equals.
 //
 // All functions are called by every thread of a team, warps that work on one row whose keys lie in shared memory. Sums
 // are taken in one fixed order: the same keys give the same cut.
@@ -143,7 +143,7 @@ __device__ Cut best_cut(const Team<kWarps>& team, const uint32_t* keys, int32_t 
 }
 
 // The blocks before which less than `threshold` of the total weight ranks. Blocks of key kFirstKey rank before all
-// others, weigh `first` together, and are not judged here. `weight(score)` must be at least 0 and not fall with the score.
+// others, weigh `first` together, and are not judged here. `weight(score)` is at least 0 and does not fall with score.
 template <int kWarps, typename Weight>
 __device__ Cut mass_cut(const Team<kWarps>& team, const uint32_t* keys, int32_t n, double first, double total,
                         float threshold, Weight weight) {

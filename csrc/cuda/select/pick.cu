@@ -5,8 +5,8 @@
 //           best min_blocks and floor(min_ratio * visible), blocks of more than `probability` of the weight, and those
 //           of keep.h. kAntidiagonal: sinks and window rank before all others, in the order of their index.
 // NaN       a row that holds a NaN, or has no finite weight, keeps all it sees: dropping blocks would hide that.
-// Tile      one CTA of 1, 4 or 16 warps per (mask row, mask head), by the length of the row. HeadSharing::kUnion: it goes
-//           through the group's query heads one after the other and keeps what any of them keeps; one rescue for all.
+// Tile      one CTA of 1, 4 or 16 warps per (mask row, mask head), by the length of the row. HeadSharing::kUnion: it
+//           goes through the group's query heads in turn and keeps what any of them keeps; one rescue for all.
 // Memory    reads the visible scores once; shared: a key per block, and the mask's words. Writes words and counts.
 // Waits     for the scores. About 30 trips over the row in shared memory per bisection, no atomics.
 #include <cstdint>
@@ -110,11 +110,10 @@ __global__ void __launch_bounds__(32 * kWarps, 1)
     return;
   }
   const SequenceGeometry geometry = sequence_geometry(score.problem, tile.sequence);
-  const int32_t absolute_tile = floor_div(tile.position, kTileRows);
-  const int32_t local_tile = absolute_tile - geometry.first_tile();
-  const AlwaysKept always = always_kept(geometry, local_tile, score.sink_blocks, score.window_blocks);
+  const int32_t local = local_tile(geometry, tile), absolute = absolute_tile(tile);
+  const AlwaysKept always = always_kept(geometry, local, score.sink_blocks, score.window_blocks);
   const int32_t prompt_len = params.prompt_lens != nullptr ? params.prompt_lens[tile.sequence] : -1;
-  const bool everything = is_last_tile(geometry, local_tile, params.last_tiles, prompt_len);
+  const bool everything = is_last_tile(geometry, local, params.last_tiles, prompt_len);
   const bool rescues = rescue.stride > 0 || rescue.parts > 0;
 
   uint32_t* words = memory;
@@ -142,7 +141,7 @@ __global__ void __launch_bounds__(32 * kWarps, 1)
         if (!keep && params.probability < 1.0f) {
           keep = static_cast<double>(row.weight(score_of(key))) > static_cast<double>(params.probability) * row.total;
         }
-        if (!keep && rescues) keep = rescue(absolute_tile, block, mask_head);
+        if (!keep && rescues) keep = rescue(absolute, block, mask_head);
       }
       const uint32_t bits = __ballot_sync(kAllLanes, keep);
       if (lane == 0) words[w] = member == 0 ? bits : words[w] | bits;

@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "../common/alignment.h"
 #include "../common/scalar.h"
 #include "score.h"
 
@@ -58,7 +59,7 @@ Scale scale_of(const Problem& problem) {
   return {problem.softmax_scale * kLog2e, 0.0f};
 }
 
-// --- pool -------------------------------------------------------------------------------------------------------------
+// --- pool ------------------------------------------------------------------------------------------------------------
 
 constexpr int kPoolThreads = 256;
 constexpr int kChunk = 128;
@@ -140,7 +141,7 @@ __global__ void __launch_bounds__(kPoolThreads, kMinCtasPerSm)
   pooled[int64_t{blockIdx.x} * width + first_element + thread] = value * factor;
 }
 
-// --- score ------------------------------------------------------------------------------------------------------------
+// --- score -----------------------------------------------------------------------------------------------------------
 
 constexpr int kTiles = 32;
 constexpr int kBlocks = 128;
@@ -259,17 +260,7 @@ __global__ void __launch_bounds__(kScoreThreads)
   }
 }
 
-// --- host -------------------------------------------------------------------------------------------------------------
-
-bool on_16_bytes(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
-
-// Whether every row of every head of q starts on 16 bytes. A stride that nothing is multiplied by does not count.
-bool wide_queries(const ScoreParams& params) {
-  const auto aligned = [](int64_t elements) { return elements % kWideVec == 0; };
-  return on_16_bytes(params.q.data) && aligned(params.problem.head_dim) && aligned(params.q.token_stride) &&
-         (params.problem.num_q_heads == 1 || aligned(params.q.head_stride)) &&
-         (params.q.batch_size == 1 || aligned(params.q.batch_stride));
-}
+// --- host ------------------------------------------------------------------------------------------------------------
 
 template <typename T, int kVec>
 void launch_pool(const ScoreParams& params, const Slab& slab, float factor, float* pooled, cudaStream_t stream) {
@@ -291,7 +282,7 @@ void launch_pool(const ScoreParams& params, const Slab& slab, float factor, floa
 template <typename T>
 cudaError_t score(const ScoreParams& params, const Slab& slab, float* pooled, cudaStream_t stream) {
   const Scale scale = scale_of(params.problem);
-  if (wide_queries(params)) {
+  if (rows_on_16_bytes(params.q, params.problem.num_q_heads, params.problem.head_dim)) {
     launch_pool<T, kWideVec>(params, slab, scale.factor, pooled, stream);
   } else {
     launch_pool<T, 1>(params, slab, scale.factor, pooled, stream);

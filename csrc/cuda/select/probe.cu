@@ -15,13 +15,14 @@
 // Diagonals e = row - key. Over i and the step n, elements of one lane share a diagonal where i - n is the same: sums
 //           move from i to i + 1 with each step, and leave at i = 3. Of the 8 x 8 sums that leave at a step, those with
 //           g < column lie on the diagonals of the step before, 8 below: kept for one step, they make whole cyclic
-//           diagonals, which three shuffles add up. Every diagonal of a warp so gets one value, and no atomic is needed.
-// Memory    K twice from global memory (heads of a group run side by side, so that L2 serves them), two tiles of 64 keys
-//           in shared memory by cp.async; tokens past the end are zeros and are masked, never read.
+//           diagonals, which three shuffles add up. Every diagonal of a warp so gets one value: no atomics.
+// Memory    K twice from global memory (heads of a group run side by side, so that L2 serves them), two tiles of 64
+//           keys in shared memory by cp.async; tokens past the end are zeros and are masked, never read.
 // Waits     each kernel for the one before it. All sums run in a fixed order: same inputs, same bits.
 #include <algorithm>
 #include <utility>
 
+#include "../common/alignment.h"
 #include "../common/mbarrier.h"
 #include "bsfa/cuda.h"
 #include "bsfa/geometry.h"
@@ -475,8 +476,6 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const __grid_constant_
 
 static_assert(kThreads == kRows, "finish has one thread per tail");
 
-int64_t aligned(int64_t bytes) { return (bytes + 127) / 128 * 128; }
-
 int64_t spans_of(const Problem& problem) { return (int64_t{problem.kv.max_seqlen} + kSpan - 1) / kSpan; }
 
 Workspace workspace_in(const Problem& problem, void* memory, int64_t* bytes) {
@@ -515,20 +514,14 @@ cudaError_t launch(const KernelParams& params, cudaStream_t stream) {
   return params.probe.problem.head_dim == 64 ? launch<T, 64>(params, stream) : launch<T, 128>(params, stream);
 }
 
-// Whether every row of every head starts on 16 bytes; a stride that nothing is multiplied by does not count.
-bool rows_are_aligned(const TensorView& view, int64_t heads) {
-  const auto fits = [](int64_t stride, int64_t count) { return count <= 1 || stride % 8 == 0; };
-  return reinterpret_cast<uintptr_t>(view.data) % 16 == 0 && fits(view.token_stride, view.tokens) &&
-         fits(view.head_stride, heads) && fits(view.batch_stride, view.batch_size);
-}
-
 }  // namespace
 
 bool probe_attention_supports(const ProbeParams& params) {
   const Problem& p = params.problem;
   return (p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16) && (p.head_dim == 64 || p.head_dim == 128) &&
-         p.block_m <= kRows && p.batch <= 65535 && spans_of(p) <= 65535 && rows_are_aligned(params.q, p.num_q_heads) &&
-         rows_are_aligned(params.k, p.num_kv_heads);
+         p.block_m <= kRows && p.batch <= 65535 && spans_of(p) <= 65535 &&
+         rows_on_16_bytes(params.q, p.num_q_heads, p.head_dim) &&
+         rows_on_16_bytes(params.k, p.num_kv_heads, p.head_dim);
 }
 
 int64_t probe_attention_workspace_bytes(const ProbeParams& params) {

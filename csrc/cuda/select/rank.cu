@@ -38,8 +38,7 @@ __global__ void __launch_bounds__(kThreads)
   AlwaysKept ahead;  // what ranks before all others
   if (antidiagonal) {
     const SequenceGeometry geometry = sequence_geometry(params.problem, tile.sequence);
-    ahead = always_kept(geometry, floor_div(tile.position, kTileRows) - geometry.first_tile(), params.sink_blocks,
-                        params.window_blocks);
+    ahead = always_kept(geometry, local_tile(geometry, tile), params.sink_blocks, params.window_blocks);
   }
   bool nan = false;
   uint32_t highest = 0;

@@ -1,10 +1,11 @@
 // Block selection on CUDA: from ScoreParams and SelectParams to the kernels that the rule needs.
 //
 //   kRelativeMax   one kernel for scores and masks (relative_max.h), in the order that make_order finds
-//   all others     slab by slab of mask rows: scores (score.h) into scratch memory of a fixed size, then masks from them
-//                  (pick.h). So memory does not grow with tiles x blocks.
+//   all others     slab by slab of mask rows: scores (score.h) into scratch memory of a fixed size, then masks from
+//                  them (pick.h). So memory does not grow with tiles x blocks.
 #include <algorithm>
 
+#include "../common/alignment.h"
 #include "../common/schedule.h"
 #include "bsfa/cuda.h"
 #include "pick.h"
@@ -21,8 +22,6 @@ constexpr int64_t kStridedSlabBytes = 72 << 20;
 constexpr int32_t kSlabStep = 16;  // rows
 constexpr int32_t kMostSlabRows = 1 << 20;
 constexpr int kUsualSms = 132;  // of an H100 or H200, to speak of memory where there is no device
-
-constexpr int64_t aligned(int64_t bytes) { return (bytes + 255) / 256 * 256; }
 
 bool is_strided(ScoreRule rule) { return rule == ScoreRule::kFlat64 || rule == ScoreRule::kAntidiagonal; }
 
@@ -69,7 +68,7 @@ Memory cut_up(const ScoreParams& params, void* workspace, int sms) {
   Memory memory{};
   memory.order = Workspace::in(at, params.num_rows, order_heads(params));
   if (params.rule == ScoreRule::kRelativeMax) return memory;
-  at += aligned(Workspace::bytes(params.num_rows, order_heads(params)));
+  at += Workspace::bytes(params.num_rows, order_heads(params));
   memory.scratch = at;
   memory.scores = reinterpret_cast<float*>(at + aligned(scratch_bytes(params, sms)));
   return memory;
@@ -98,9 +97,11 @@ cudaError_t for_each_slab(const ScoreParams& params, const Memory& memory, float
   return cudaSuccess;
 }
 
-// Every mask row holds a query tile, and natural order needs no look at lengths: nothing to prepare.
-bool is_regular(const ScoreParams& params) {
-  return all_alike(params.problem) && params.num_rows == max_mask_rows(params.problem, params.q.tokens);
+// Whether every mask row holds a query tile, and natural order, which kRelativeMax's kernel then follows by itself,
+// needs no look at lengths: nothing is prepared, and the workspace stays untouched.
+bool in_natural_order(const ScoreParams& params) {
+  return params.rule == ScoreRule::kRelativeMax && all_alike(params.problem) &&
+         params.num_rows == max_mask_rows(params.problem, params.q.tokens);
 }
 
 bool has_queries(const ScoreParams& params) { return params.q.tokens > 0 && params.q.batch_size > 0; }
@@ -123,8 +124,8 @@ bool select_fits(const ScoreParams& params) {
 }
 
 int64_t select_workspace_bytes(const ScoreParams& params) {
-  if (params.num_rows == 0) return 0;
-  const int64_t order = aligned(Workspace::bytes(params.num_rows, order_heads(params)));
+  if (params.num_rows == 0 || in_natural_order(params)) return 0;
+  const int64_t order = Workspace::bytes(params.num_rows, order_heads(params));
   if (params.rule == ScoreRule::kRelativeMax) return order;
   int sms = kUsualSms;
   if (num_sms(&sms) != cudaSuccess) {
@@ -142,7 +143,7 @@ cudaError_t select_blocks(const SelectParams& params, void* workspace, cudaStrea
   if (mask_rows == 0) return cudaSuccess;
   const bool nothing = !has_queries(score) || score.max_blocks == 0;
   const bool fused = score.rule == ScoreRule::kRelativeMax;
-  if (nothing || (fused && !is_regular(score))) {  // whose kernel leaves out rows that hold no query
+  if (nothing || (fused && !in_natural_order(score))) {  // whose kernel leaves out rows that hold no query
     cudaError_t error = cudaMemsetAsync(params.counts, 0, mask_rows * sizeof(int32_t), stream);
     if (error == cudaSuccess && params.num_words > 0) {
       error = cudaMemsetAsync(params.words, 0, mask_rows * params.num_words * sizeof(int32_t), stream);
@@ -152,7 +153,7 @@ cudaError_t select_blocks(const SelectParams& params, void* workspace, cudaStrea
   int sms = 0;
   cudaError_t error = num_sms(&sms);
   if (error != cudaSuccess) return error;
-  if (fused && is_regular(score)) return select::relative_max(params, {}, sms, stream);
+  if (in_natural_order(score)) return select::relative_max(params, {}, sms, stream);
   const Memory memory = cut_up(score, workspace, sms);
   error = make_order(tiling_of(score), memory.order, sms, stream);
   if (error != cudaSuccess) return error;
@@ -166,7 +167,7 @@ cudaError_t score_blocks(const ScoreParams& params, void* workspace, cudaStream_
   const int64_t count = params.num_rows * params.score_heads() * params.max_blocks;
   if (count == 0) return cudaSuccess;
   const bool fused = params.rule == ScoreRule::kRelativeMax;
-  if ((fused && !is_regular(params)) || !has_queries(params)) {
+  if ((fused && !in_natural_order(params)) || !has_queries(params)) {
     const cudaError_t error = select::fill_invisible(params.scores, count, stream);
     if (error != cudaSuccess || !has_queries(params)) return error;
   }
@@ -175,7 +176,7 @@ cudaError_t score_blocks(const ScoreParams& params, void* workspace, cudaStream_
   if (error != cudaSuccess) return error;
   SelectParams select;
   select.score = params;
-  if (fused && is_regular(params)) return select::relative_max(select, {}, sms, stream);
+  if (in_natural_order(params)) return select::relative_max(select, {}, sms, stream);
   const Memory memory = cut_up(params, workspace, sms);
   error = make_order(tiling_of(params), memory.order, sms, stream);
   if (error != cudaSuccess) return error;

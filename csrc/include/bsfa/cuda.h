@@ -13,23 +13,24 @@ cudaError_t pool_blocks(const PoolParams& params, cudaStream_t stream);
 // Longest row of the rules from kPooled on: 6.5 million tokens in blocks of 128.
 constexpr int32_t kMaxSelectBlocks = 51200;
 
-// Longest row of kRelativeMax, at any head_dim: 2.1 million tokens. Its energies share the memory of an SM with rings of
-// queries and means.
+// Longest row of kRelativeMax, at any head_dim: 2.1 million tokens. Its energies share the memory of an SM with rings
+// of queries and means.
 constexpr int32_t kMaxRelativeMaxBlocks = 16384;
 
 // Whether score_blocks() and select_blocks() have kernels for this: float16 and bfloat16 on sm_90, tiles and blocks of
-// 128 tokens; head_dim 64 or 128, but 1 to 256 for kPooled; a stride of 4 to 64; no HeadSharing::kUnion of kRelativeMax.
+// 128 tokens; head_dim 64 or 128, but 1 to 256 for kPooled; a stride of 4 to 64; kRelativeMax without kUnion.
 bool select_supports(const ScoreParams& params);
 
 // Whether a row of max_blocks fits in their shared memory: one within the limits above does.
 bool select_fits(const ScoreParams& params);
 
-// Scratch memory of score_blocks() and select_blocks(), on the device, without their outputs.
+// Scratch memory of score_blocks() and select_blocks(), on the device, without their outputs. 0 for kRelativeMax where
+// all sequences have the same lengths, known on the host, and every mask row holds a query tile.
 int64_t select_workspace_bytes(const ScoreParams& params);
 
-// num_rows is at least max_mask_rows (geometry.h); rows that hold no query get scores of -1, or no blocks. For rules that
-// read through TMA (all but kPooled) q, and k where it is read, are aligned to 16 bytes in base and strides. `workspace`
-// may be reused once the kernels are done.
+// num_rows is at least max_mask_rows (geometry.h); rows that hold no query get scores of -1, or no blocks. For rules
+// that read through TMA (all but kPooled) q, and k where it is read, are aligned to 16 bytes in base and strides.
+// `workspace` may be reused once the kernels are done.
 cudaError_t score_blocks(const ScoreParams& params, void* workspace, cudaStream_t stream);
 cudaError_t select_blocks(const SelectParams& params, void* workspace, cudaStream_t stream);
 
@@ -52,8 +53,9 @@ int64_t attention_workspace_bytes(const AttentionParams& params);
 // Whether attention() has a kernel for this dtype, head_dim and block sizes.
 bool attention_supports(const Problem& problem);
 
-// float16 and bfloat16 on sm_90; head_dim = head_dim_v, 64 or 128; tiles and blocks of 128 tokens; q, k and v aligned to
-// 16 bytes in base and strides. Three kernels; `workspace` may be reused once they are done.
+// With and without skipping. float16 and bfloat16 on sm_90; head_dim = head_dim_v, 64 or 128; tiles and blocks of 128
+// tokens; q, k and v aligned to 16 bytes in base and strides. Three kernels; `workspace` may be reused once they are
+// done.
 cudaError_t attention(const AttentionParams& params, void* workspace, cudaStream_t stream);
 
 // Whether block_mass() and tile_max() have kernels for this: float16 and bfloat16 on sm_90, head_dim 64 or 128, tiles of

@@ -1,9 +1,9 @@
 // Which query tiles and KV blocks exist, and where: the one statement of bsfa's coordinates, for host and device.
 //
 // KV blocks count from the start of the sequence. Query tiles are aligned to absolute positions too: with causal
-// attention query row i sits at position p = seqlen_k - seqlen_q + i and belongs to tile floor(p / block_m), so a prompt
-// has the same tiles however it is cut into chunks. Without causality rows sit at position i. Positions can be negative
-// (causal, seqlen_q > seqlen_k): such rows see nothing.
+// attention query row i sits at position p = seqlen_k - seqlen_q + i and belongs to tile floor(p / block_m), so a
+// prompt has the same tiles however it is cut into chunks. Without causality rows sit at position i. Positions can be
+// negative (causal, seqlen_q > seqlen_k): such rows see nothing.
 #pragma once
 
 #include <cstdint>
@@ -17,6 +17,19 @@ BSFA_HOST_DEVICE constexpr int32_t ceil_div(int32_t a, int32_t b) { return (a + 
 BSFA_HOST_DEVICE constexpr int32_t floor_div(int32_t a, int32_t b) {
   return a / b - ((a % b != 0) && ((a < 0) != (b < 0)));
 }
+
+// KV blocks [begin, end).
+struct BlockRange {
+  int32_t begin;
+  int32_t end;
+
+  // The bits of mask word w whose blocks lie in the range.
+  BSFA_HOST_DEVICE uint32_t bits_of_word(int32_t w) const {
+    const int32_t low = begin - w * 32, high = end - w * 32;
+    if (low >= 32 || high <= 0) return 0;
+    return (low > 0 ? ~0u << low : ~0u) & (high < 32 ? ~(~0u << high) : ~0u);
+  }
+};
 
 struct SequenceGeometry {
   int32_t seqlen_q = 0;

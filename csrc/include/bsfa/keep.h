@@ -56,8 +56,8 @@ BSFA_HOST_DEVICE inline int32_t best_blocks(int32_t min_blocks, float min_ratio,
   return best < visible ? best : visible;
 }
 
-// BFLA's rescue of blocks that every rule drops. `tile` is absolute; `head` counts the mask's heads, so that a mask that
-// is shared by a group draws once.
+// BFLA's rescue of blocks that every rule drops. `tile` is absolute; `head` counts the mask's heads, so that a mask
+// that is shared by a group draws once.
 struct Rescue {
   int32_t stride = 0;  // 0: off
   int32_t parts = 0;   // of a million: the share of blocks that the hash keeps; 0: off

@@ -9,13 +9,6 @@
 
 namespace bsfa {
 
-// The bits of mask word `word` whose blocks lie in [begin, end).
-BSFA_HOST_DEVICE inline uint32_t range_bits(int32_t begin, int32_t end, int32_t word) {
-  const int32_t low = begin - word * 32, high = end - word * 32;
-  if (low >= 32 || high <= 0 || low >= high) return 0;
-  return (low > 0 ? ~0u << low : ~0u) & (high < 32 ? ~(~0u << high) : ~0u);
-}
-
 BSFA_HOST_DEVICE inline uint32_t reversed_bits(uint32_t x) {
 #if defined(__CUDA_ARCH__)
   return __brev(x);
@@ -66,8 +59,10 @@ BSFA_HOST_DEVICE inline uint32_t pattern_word(const PatternParams& params, const
   if (params.query_aware[of_head] != 0) {
     bits |= static_cast<uint32_t>(params.base[(index * heads + head) * params.num_words + word]);
   }
-  bits |= range_bits(0, row.always.sink_end, word) | range_bits(row.always.window_begin, row.always.window_end, word);
-  return bits & range_bits(0, row.visible, word);
+  const BlockRange sink{0, row.always.sink_end}, window{row.always.window_begin, row.always.window_end};
+  const BlockRange visible{0, row.visible};
+  bits |= sink.bits_of_word(word) | window.bits_of_word(word);
+  return bits & visible.bits_of_word(word);
 }
 
 }  // namespace bsfa

@@ -164,7 +164,8 @@ class Consumer {
       transform_scores(s, p_.scale);
     }
     if (!(step.flags & (kFirst | kMasked)) && rows_complete_) {
-      return softmax_plain(s, rows_, rescale, p_.scale.scale_log2, p_.scale.inverse_scale_log2);
+      const float top[2] = {max_of_row(s, 0), max_of_row(s, 1)};
+      return softmax_plain(s, top, rows_, rescale, p_.scale.scale_log2, p_.scale.inverse_scale_log2);
     }
     if (step.flags & kMasked) {
       const TileRow& tile = shared_.tiles[query_.slot].tile;
@@ -176,7 +177,8 @@ class Consumer {
         mask_scores(s, tile, step.first_key, first_row, p_.causal, p_.window_left);
       }
     }
-    rows_complete_ = softmax_any(s, rows_, rescale, step.flags & kFirst, p_.scale.scale_log2);
+    const float top[2] = {max_of_row(s, 0), max_of_row(s, 1)};
+    rows_complete_ = softmax_any(s, top, rows_, rescale, step.flags & kFirst, p_.scale.scale_log2);
     return true;
   }
 

@@ -4,6 +4,7 @@
 #include <cutlass/fast_math.h>
 
 #include <cute/tensor.hpp>
+#include <type_traits>
 
 #include "../../common/logits.h"
 #include "../../common/mbarrier.h"
@@ -31,16 +32,18 @@ constexpr int kQuerySlots = 2;  // query tiles in shared memory
 constexpr int kMaskChunk = 32;  // mask words that a warp holds at once, one per lane
 
 // kTransform: scores are transformed before their maximum is sought (Transform in logits.h is not kNone).
-template <typename Element_, int kHeadDim_, bool kTransform_>
+// kSkip: steps whose scores are all low are skipped (skip.h).
+template <typename Element_, int kHeadDim_, bool kTransform_, bool kSkip_ = false>
 struct Config {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr bool kTransform = kTransform_;
+  static constexpr bool kSkip = kSkip_;
   static constexpr int kHalves = kHeadDim / kBoxColumns;  // swizzle atoms side by side
   // Blocks in flight. A slot of K is free once its scores are made, one of V only after the softmax that runs beside
-  // its product: V needs the third.
-  static constexpr int kKeySlots = kHeadDim == 64 ? 5 : 2;
-  static constexpr int kValueSlots = kHeadDim == 64 ? 5 : 3;
+  // its product: V needs the third. Steps that are skipped take half as long, and want K only.
+  static constexpr int kKeySlots = kHeadDim == 64 ? 5 : kSkip ? 3 : 2;
+  static constexpr int kValueSlots = kHeadDim == 64 ? 5 : kSkip ? 2 : 3;
   static constexpr int kBoxBytes = kTileRows * kBoxColumns * sizeof(Element);  // 128 rows of one half
   static constexpr int kTileBytes = kHalves * kBoxBytes;
   static_assert(kTileRows == 128 && kBlockKeys == 128 && sizeof(Element) == 2 && kHeadDim % kBoxColumns == 0);
@@ -71,6 +74,8 @@ struct Work {
   int32_t head;  // -1: no more work
   BlockRange range;
   const int32_t* words;        // the mask's row of this tile and head; null: dense
+  float cut;                   // of kSkip: in units of the scores
+  bool sink;                   // of kSkip: block 0 is among the blocks
   uint32_t chunk[kMaskChunk];  // its words that hold the last visible blocks
 };
 
@@ -78,6 +83,7 @@ struct Work {
 struct TileInfo {
   TileRow tile;
   int32_t head;
+  float cut;  // of kSkip
 };
 
 // One KV block of one tile, from the key load warp to both consumers: both sides read one list. Or, in a step of means,
@@ -92,6 +98,8 @@ enum StepFlags : uint32_t {
   kMasked = 4,  // some row of the tile does not see the whole block, or (first step) is not of the sequence; or means
   kEnd = 8,     // no block: there is no more work
   kMeans = 16,
+  kKeep = 32,  // of kSkip: never skipped
+  kNone = 64,  // of kSkip: the tile sees nothing, and this step has no keys
 };
 constexpr int kColumnsShift = 8;
 
@@ -99,6 +107,19 @@ constexpr int kColumnsShift = 8;
 struct Columns {
   uint32_t words[kBlockKeys / 32];
 };
+
+// Of kSkip. A step's number counts all steps of the CTA. Rings by that number are one longer than K's: a warp that is
+// that far ahead of another one of its CTA would have needed a K slot which that one still holds.
+template <class Config>
+struct SkipStorage {
+  static constexpr int kRing = Config::kKeySlots + 1;
+  int32_t votes[kConsumers]
+               [kRing];          // number << 1 | whether the warpgroup keeps the step; before that something smaller
+  int32_t ready[kRing];          // number << 4 | slot of V << 1 | parity: V of that step is on its way
+  int32_t done[kConsumerWarps];  // no value of this step, or one before, is wanted by the warp any more
+  Mbarrier value_full[Config::kValueSlots];
+};
+struct NoSkipStorage {};
 
 template <class Config>
 struct SharedStorage {
@@ -116,6 +137,19 @@ struct SharedStorage {
   Columns columns[Config::kKeySlots + 1];
   TileInfo tiles[kQuerySlots];
   Work work[kWorkSlots];
+  std::conditional_t<Config::kSkip, SkipStorage<Config>, NoSkipStorage> skip;
+};
+
+// SkipParams (bsfa/params.h), as the kernel wants it.
+struct SkipKernelParams {
+  const float* thresholds;
+  int32_t columns;
+  int32_t sink_blocks;
+  int32_t window_blocks;
+  bool relative;
+  bool counted;
+  unsigned long long* counts;
+  float unit;  // one nat, in units of the scores
 };
 
 // What the launch passes to the kernel, by value: the descriptors must lie in parameter memory.
@@ -146,6 +180,7 @@ struct KernelParams {
   float* lse;
   int64_t lse_batch_stride, lse_head_stride;
   LogitScale scale;
+  SkipKernelParams skip;
 };
 
 }  // namespace bsfa::cuda::attn::sm90

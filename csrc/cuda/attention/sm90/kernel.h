@@ -3,6 +3,7 @@
 // Tile      128 query rows x 128 keys; a CTA works on one (tile, query head) after the other until the queue is empty.
 // Means     with a mean correction, the blocks that a mask drops and that all rows of a tile see follow as steps of
 //           their own, 128 blocks each: a block's mean key is one column, log2(its tokens) is added to its score.
+// Skipping  steps whose scores are all low end after their scores (skip.h, skip_compute.h): kernels of their own.
 // Roles     warpgroup 0: warps 0 and 1 fetch by TMA (load.h), warp 2 hands out tiles (schedule.h, load.h), warp 3
 //           leaves; warpgroups 1 and 2 compute 64 rows each (compute.h) and store them (store.h).
 // Memory    two query tiles, whose slots also stage the output; rings of K and of V blocks (config.h).
@@ -17,6 +18,8 @@
 #include "bsfa/cuda.h"
 #include "compute.h"
 #include "load.h"
+#include "skip.h"
+#include "skip_compute.h"
 
 namespace bsfa::cuda::attn::sm90 {
 
@@ -35,11 +38,20 @@ __global__ void __launch_bounds__(kThreads, 1) attention_kernel(const __grid_con
       shared.query_empty[i].init(kConsumerWarps);
     }
     for (int i = 0; i < Config::kKeySlots; ++i) {
-      shared.full[i].init(2);
+      shared.full[i].init(Config::kSkip ? 1 : 2);
       shared.key_empty[i].init(kConsumerWarps);
     }
     for (int i = 0; i < Config::kValueSlots; ++i) shared.value_empty[i].init(kConsumerWarps);
     shared.value_tail.init(1);
+    if constexpr (Config::kSkip) {
+      auto& skip = shared.skip;
+      for (int i = 0; i < Config::kValueSlots; ++i) skip.value_full[i].init(1);
+      for (auto& words : skip.votes) {
+        for (int32_t& word : words) word = -1;
+      }
+      for (int32_t& word : skip.ready) word = -1;
+      for (int32_t& word : skip.done) word = -1;
+    }
     fence_barrier_init();
     for (const CUtensorMap* map : {&p.q, &p.k, &p.v, &p.out, &p.k_means, &p.v_means}) {
       cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(map));
@@ -51,13 +63,13 @@ __global__ void __launch_bounds__(kThreads, 1) attention_kernel(const __grid_con
     if (warp == 0) {
       KeyLoader<Config>(shared, p).run();
     } else if (warp == 1) {
-      ValueLoader<Config>(shared, p).run();
+      std::conditional_t<Config::kSkip, SkipValueLoader<Config>, ValueLoader<Config>>(shared, p).run();
     } else if (warp == 2) {
       schedule(shared, p);
     }
   } else {
     cutlass::arch::warpgroup_reg_alloc<kConsumerRegisters>();
-    Consumer<Config>(shared, p).run();
+    std::conditional_t<Config::kSkip, SkipConsumer<Config>, Consumer<Config>>(shared, p).run();
   }
 }
 
@@ -71,11 +83,11 @@ cudaError_t launch_kernel(const KernelParams& params, int num_ctas, cudaStream_t
   return launch_early(kernel, num_ctas, kThreads, kBytes, stream, params);
 }
 
-template <typename Element, int kHeadDim>
+template <typename Element, int kHeadDim, bool kSkip = false>
 cudaError_t launch(const KernelParams& params, int num_ctas, cudaStream_t stream) {
   return params.scale.transform == Transform::kNone
-             ? launch_kernel<Config<Element, kHeadDim, false>>(params, num_ctas, stream)
-             : launch_kernel<Config<Element, kHeadDim, true>>(params, num_ctas, stream);
+             ? launch_kernel<Config<Element, kHeadDim, false, kSkip>>(params, num_ctas, stream)
+             : launch_kernel<Config<Element, kHeadDim, true, kSkip>>(params, num_ctas, stream);
 }
 
 }  // namespace bsfa::cuda::attn::sm90

@@ -8,8 +8,12 @@ namespace bsfa::cuda::attn::sm90 {
 struct KernelParams;
 
 cudaError_t launch_bf16_d64(const KernelParams& params, int num_ctas, cudaStream_t stream);
+cudaError_t launch_skip_bf16_d64(const KernelParams& params, int num_ctas, cudaStream_t stream);
 cudaError_t launch_bf16_d128(const KernelParams& params, int num_ctas, cudaStream_t stream);
+cudaError_t launch_skip_bf16_d128(const KernelParams& params, int num_ctas, cudaStream_t stream);
 cudaError_t launch_fp16_d64(const KernelParams& params, int num_ctas, cudaStream_t stream);
+cudaError_t launch_skip_fp16_d64(const KernelParams& params, int num_ctas, cudaStream_t stream);
 cudaError_t launch_fp16_d128(const KernelParams& params, int num_ctas, cudaStream_t stream);
+cudaError_t launch_skip_fp16_d128(const KernelParams& params, int num_ctas, cudaStream_t stream);
 
 }  // namespace bsfa::cuda::attn::sm90

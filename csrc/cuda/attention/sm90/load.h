@@ -46,6 +46,31 @@ class BlockWalk {
   uint32_t word_;
 };
 
+// The kept blocks in the order in which they may be skipped: the last one, block 0, then the others, last one first.
+class SkipWalk {
+ public:
+  // `sink`: block 0 is among them.
+  __device__ SkipWalk(const int32_t* words, BlockRange range, uint32_t word, bool sink, int lane)
+      : walk_(words, {sink ? 1 : range.begin, range.end}, word, lane), sink_(sink) {}
+
+  __device__ int32_t next() {
+    if (sink_ && begun_) {
+      sink_ = false;
+      return 0;
+    }
+    begun_ = true;
+    const int32_t block = walk_.next();
+    if (block >= 0 || !sink_) return block;
+    sink_ = false;
+    return 0;
+  }
+
+ private:
+  BlockWalk walk_;
+  bool sink_;  // block 0 is still to come
+  bool begun_ = false;
+};
+
 // The blocks whose means a tile adds: those that all its rows see and its mask drops. In chunks of kBlockKeys,
 // last one first, without those that have nothing to add. Warp-collective; each lane holds one word.
 class MeansWalk {
@@ -113,6 +138,13 @@ __device__ void schedule(SharedStorage<Config>& shared, const KernelParams& p) {
           p.words + (static_cast<int64_t>(pair.row) * p.mask_heads + pair.head / p.heads_per_mask_head) * p.num_words;
     }
     work.chunk[lane] = BlockWalk::load(words, range, BlockWalk::last_chunk(range), lane);
+    if constexpr (Config::kSkip) {
+      if (lane == 0) {
+        const int32_t column = min(max(tile.position, 0) / kTileRows, p.skip.columns - 1);
+        work.cut = p.skip.thresholds[int64_t{pair.head} * p.skip.columns + column] * p.skip.unit;
+        work.sink = range.begin < range.end && (words == nullptr || (words[0] & 1) != 0);
+      }
+    }
     if (lane == 0) {
       work.tile = tile;
       work.head = pair.head;
@@ -130,7 +162,7 @@ __device__ void schedule(SharedStorage<Config>& shared, const KernelParams& p) {
 template <class Config>
 class Loader {
  public:
-  // Calls begin(tile, head) for every tile, load(tile, block, is_first, is_last) for its blocks, last one first, and
+  // Calls begin(tile, head, cut) for every tile, load(tile, block, is_first, is_last) for its blocks, last one first, and
   // then load_means(means, columns, is_first, is_last) for the means that it adds. A tile without any of them has one
   // block without keys: its output is written like any other.
   template <class Begin, class Load, class LoadMeans>
@@ -142,9 +174,18 @@ class Loader {
       const int32_t head = work.head;
       if (head < 0) return;
       const TileRow tile = work.tile;
+      const float cut = work.cut;
       const uint32_t word = work.chunk[lane_];
-      BlockWalk walk(work.words, work.range, word, lane_);
-      MeansWalk means(work.words, work.range, word, p_.has_means ? whole_blocks(tile, p_.causal) : 0, lane_);
+      auto walk = [&] {
+        if constexpr (Config::kSkip) {
+          return SkipWalk(work.words, work.range, word, work.sink, lane_);
+        } else {
+          return BlockWalk(work.words, work.range, word, lane_);
+        }
+      }();
+      // Nothing is corrected where steps are skipped.
+      const int32_t corrected = !Config::kSkip && p_.has_means ? whole_blocks(tile, p_.causal) : 0;
+      MeansWalk means(work.words, work.range, word, corrected, lane_);
       __syncwarp();
       if (lane_ == 0) shared_.work_empty[slot.slot].arrive();
 
@@ -154,7 +195,7 @@ class Loader {
       uint32_t columns = 0;
       int32_t first_mean = means.next(&columns);
       prefetch_pages(keys, index, tile.seqlen_k);
-      begin(tile, head);
+      begin(tile, head, cut);
       bool first = true;
       if (index >= 0 || first_mean < 0) {
         do {
@@ -284,7 +325,7 @@ class KeyLoader : public Loader<Config> {
   __device__ KeyLoader(SharedStorage<Config>& shared, const KernelParams& p) : Base(shared, p) {}
 
   __device__ void run() {
-    this->for_each_step([this](const TileRow& tile, int32_t head) { load_query(tile, head); },
+    this->for_each_step([this](const TileRow& tile, int32_t head, float cut) { load_query(tile, head, cut); },
                         [this](const TileRow& tile, const Block& block, bool first, bool last) {
                           const Step step{block.first_key, flags_of(tile, block, first, last)};
                           this->shared_.key_empty[key_.slot].wait(key_.parity ^ 1);
@@ -316,10 +357,16 @@ class KeyLoader : public Loader<Config> {
     key_.advance();
   }
 
-  __device__ void load_query(const TileRow& tile, int32_t head) {
+  __device__ void load_query(const TileRow& tile, int32_t head, float cut) {
+    if constexpr (Config::kSkip) {
+      // The window as always_kept() in bsfa/keep.h has it, where tiles are as long as blocks.
+      const int32_t visible = visible_range(tile, this->p_.causal, -1).end, window = this->p_.skip.window_blocks;
+      const int32_t own = min(max(tile.position, 0) / kBlockKeys, visible - 1);
+      kept_ = {max(own - window, -1) + 1, this->p_.causal || window > visible - own ? visible : own + window};
+    }
     this->shared_.query_empty[query_.slot].wait(query_.parity ^ 1);
     if (this->lane_ == 0) {
-      this->shared_.tiles[query_.slot] = {tile, head};
+      this->shared_.tiles[query_.slot] = {tile, head, cut};
       Mbarrier& full = this->shared_.query_full[query_.slot];
       full.arrive_expect(Config::kTileBytes);
       Base::load_box(this->p_.q, full, this->shared_.query[query_.slot], cute::TMA::CacheHintSm90::EVICT_FIRST, 0,
@@ -334,18 +381,27 @@ class KeyLoader : public Loader<Config> {
     const bool cut =
         block.valid < kBlockKeys || (this->p_.causal && last_key > tile.position + tile.row_begin) ||
         (this->p_.window_left >= 0 && block.first_key < tile.position + tile.row_end - 1 - this->p_.window_left);
-    return (first ? kFirst : 0) | (last ? kLast : 0) | (cut || foreign_rows ? kMasked : 0);
+    uint32_t flags = (first ? kFirst : 0) | (last ? kLast : 0) | (cut || foreign_rows ? kMasked : 0);
+    if constexpr (Config::kSkip) {
+      const int32_t index = block.first_key / kBlockKeys;
+      if (index < this->p_.skip.sink_blocks || (index >= kept_.begin && index < kept_.end)) flags |= kKeep;
+      if (block.valid <= 0) flags |= kNone;
+    }
+    return flags;
   }
 
   RingPosition<kQuerySlots> query_;
   RingPosition<Config::kKeySlots> key_;
   RingPosition<Config::kKeySlots + 1> columns_;
+  BlockRange kept_;  // of kSkip: the window of the tile, never skipped
 };
 
 // Values. A block's V is part of the step after its own, which uses it.
 template <class Config>
 class ValueLoader : public Loader<Config> {
   using Base = Loader<Config>;
+
+ protected:
   using typename Base::Block;
 
  public:
@@ -354,7 +410,7 @@ class ValueLoader : public Loader<Config> {
   __device__ void run() {
     if (this->lane_ == 0) this->shared_.full[step_.slot].arrive();  // the first step of all has none
     step_.advance();
-    this->for_each_step([](const TileRow&, int32_t) {},
+    this->for_each_step([](const TileRow&, int32_t, float) {},
                         [this](const TileRow&, const Block& block, bool, bool) { load_step(this->p_.v, block); },
                         [this](const Block& block, uint32_t, bool, bool) { load_step(this->p_.v_means, block); });
   }
@@ -369,6 +425,7 @@ class ValueLoader : public Loader<Config> {
     step_.advance();
   }
 
+ protected:
   __device__ void load_value(const CUtensorMap& map, const Block& block, Mbarrier& full, char* target) {
     // Rows past the sequence's end meet probabilities of zero, but zero times NaN is NaN: they must be zeros.
     const bool zero_tail = block.valid < kBlockKeys && (block.valid <= 0 || !this->p_.tails_are_zero);
@@ -391,8 +448,10 @@ class ValueLoader : public Loader<Config> {
     if (this->lane_ == 0) full.arrive();
   }
 
-  RingPosition<Config::kKeySlots> step_;
   RingPosition<Config::kValueSlots> value_;
+
+ private:
+  RingPosition<Config::kKeySlots> step_;
   uint32_t tail_parity_ = 0;
 };
 

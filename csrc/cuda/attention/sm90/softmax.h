@@ -73,15 +73,24 @@ __device__ __forceinline__ void weigh_means(Tensor& s, const TileRow& tile, int3
   }
 }
 
-template <class Tensor>
+// NaN if one of them is.
+__device__ __forceinline__ float max_or_nan(float a, float b) {
+  float c;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
+  return c;
+}
+
+// kNan: NaN if one of them is; else NaN is passed over.
+template <bool kNan = false, class Tensor>
 __device__ __forceinline__ float max_of_row(const Tensor& s, int r) {
+  const auto larger = [](float a, float b) { return kNan ? max_or_nan(a, b) : fmaxf(a, b); };
   float tops[4];
 #pragma unroll
   for (int j = 0; j < kColumnTiles; ++j) {
-    const float pair = fmaxf(s(4 * j + 2 * r), s(4 * j + 2 * r + 1));
-    tops[j % 4] = j < 4 ? pair : fmaxf(tops[j % 4], pair);
+    const float pair = larger(s(4 * j + 2 * r), s(4 * j + 2 * r + 1));
+    tops[j % 4] = j < 4 ? pair : larger(tops[j % 4], pair);
   }
-  return fmaxf(fmaxf(tops[0], tops[1]), fmaxf(tops[2], tops[3]));
+  return larger(larger(tops[0], tops[1]), larger(tops[2], tops[3]));
 }
 
 // s -> 2^(scale * s + minus), each row with its own; returns the rows' sums.
@@ -97,15 +106,15 @@ __device__ __forceinline__ void exponentials(Tensor& s, float scale, const float
 
 // Any step: scores may be -inf, rows may have seen nothing (or nothing yet, if `first`). Turns scores into exponentials
 // and takes them into `rows`; what was summed before must be multiplied by `rescale`. True if all rows of the warp have
-// seen something.
+// seen something. `top`: the rows' largest scores of this thread's.
 template <class Tensor>
-__device__ __forceinline__ bool softmax_any(Tensor& s, SoftmaxRows& rows, float (&rescale)[2], bool first,
-                                            float scale) {
+__device__ __forceinline__ bool softmax_any(Tensor& s, const float (&top)[2], SoftmaxRows& rows, float (&rescale)[2],
+                                            bool first, float scale) {
   float minus[2], sum[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const float before = first ? -INFINITY : rows.base[r];
-    rows.base[r] = fmaxf(before, max_over_quad(max_of_row(s, r)) * scale);
+    rows.base[r] = fmaxf(before, max_over_quad(top[r]) * scale);
     minus[r] = rows.base[r] == -INFINITY ? 0.0f : -rows.base[r];
     rescale[r] = exp2f(before + minus[r]);
   }
@@ -117,9 +126,8 @@ __device__ __forceinline__ bool softmax_any(Tensor& s, SoftmaxRows& rows, float 
 
 // The usual step: all scores count, and all rows have a base. True if it had to be raised, and `rescale` applies.
 template <class Tensor>
-__device__ __forceinline__ bool softmax_plain(Tensor& s, SoftmaxRows& rows, float (&rescale)[2], float scale,
-                                              float inverse_scale) {
-  const float top[2] = {max_of_row(s, 0), max_of_row(s, 1)};
+__device__ __forceinline__ bool softmax_plain(Tensor& s, const float (&top)[2], SoftmaxRows& rows, float (&rescale)[2],
+                                              float scale, float inverse_scale) {
   const bool raise = __any_sync(kAllLanes, top[0] > (rows.base[0] + kHeadroom) * inverse_scale ||
                                                top[1] > (rows.base[1] + kHeadroom) * inverse_scale);
   if (raise) {

@@ -56,7 +56,7 @@ class Emitter {
         return !(x < threshold || x <= 0.0f);
       });
       if (p_.rescue.stride > 0 || p_.rescue.parts > 0) {
-        const int32_t tile = floor_div(work_.tile.position, kTileRows);
+        const int32_t tile = absolute_tile(work_.tile);
         count = for_each_word([&](int32_t j) { return kept(j) || p_.rescue(tile, j, work_.head); });
       }
       const int32_t at_least = best_blocks(p.min_blocks, p.min_ratio, work_.visible);
@@ -77,8 +77,8 @@ class Emitter {
     return (static_cast<uint32_t>(p_.select.words[row_ * p_.select.num_words + j / 32]) >> (j % 32) & 1) != 0;
   }
 
-  // Sets the bits of the visible blocks that `keeps` says or that are always kept, clears all others; returns the number
-  // of bits. Four words at a time, so that one does not wait for another.
+  // Sets the bits of the visible blocks that `keeps` says or that are always kept, clears all others; returns the
+  // number of bits. Four words at a time, so that one does not wait for another.
   template <class Keeps>
   __device__ int32_t for_each_word(const Keeps& keeps) const {
     constexpr int kAtOnce = 4;
@@ -117,8 +117,8 @@ class Emitter {
   bool everything_;
 };
 
-// Emitter `index` of kEmitters: its own are the items of energy slot `index`, so that it sees every phase of that slot's
-// barriers, and every kEmitters-th of those that have no energies.
+// Emitter `index` of kEmitters: its own are the items of energy slot `index`, so that it sees every phase of that
+// slot's barriers, and every kEmitters-th of those that have no energies.
 inline __device__ void emit(Control& control, float* energies, const KernelParams& p, int index) {
   const int lane = threadIdx.x % 32;
   RingPosition<kWorkSlots> slot;

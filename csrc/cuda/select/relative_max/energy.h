@@ -3,8 +3,8 @@
 //   E_J = sum over the tile's rows r that see all of block J of 2^x[r, J],  x = scale_log2 * f(q_r . kbar_J)
 //
 // kept as log2 E_J, so that nothing overflows and no maximum has to be agreed on between warps. Accumulators of m64n8
-// tiles: element 4 * j + 2 * r + c is KV block lane / 4 + 8 * r of the warp's 16 and query row 8 * j + 2 * (lane % 4) + c:
-// a block is spread over the four lanes of a quad.
+// tiles: element 4 * j + 2 * r + c is KV block lane / 4 + 8 * r of the warp's 16 and query row
+// 8 * j + 2 * (lane % 4) + c: a block is spread over the four lanes of a quad.
 //
 // The steps of an item are dealt out to the warpgroups in turn, where the item before has stopped: while one waits for
 // its product, the others make exponentials. All heads of an item go to the same warpgroups, so that a block's energy

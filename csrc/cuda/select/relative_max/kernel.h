@@ -1,6 +1,7 @@
 // FlashPrefill's scores and selection on Hopper, for one (query tile, score head) pair after the other:
 //
-//   log2 E_J = log2 sum_r 2^(scale * q_r . kbar_J),  score_J = E_J / max_J E_J,  kept iff score_J >= threshold or forced
+//   log2 E_J = log2 sum_r 2^(scale * q_r . kbar_J),  score_J = E_J / max_J E_J,
+//   kept iff score_J >= threshold or forced
 //
 // Tile      64 KV blocks (rows) x 128 queries (columns) a step; a CTA works on pairs until the queue is empty.
 // Roles     warpgroup 0: warp 0 fetches by TMA, warp 1 hands out pairs (load.h), warps 2 and 3 write masks (emit.h);

@@ -1,16 +1,10 @@
 // The scheduler warp, which hands out items, and the load warp, which fetches queries and block means by TMA.
 #pragma once
 
+#include "../../common/warp.h"
 #include "config.h"
 
 namespace bsfa::cuda::select {
-
-constexpr unsigned kAllLanes = 0xffffffffu;
-
-// Local index of a tile among those of its sequence.
-__device__ inline int32_t local_tile(const SequenceGeometry& geometry, const TileRow& tile) {
-  return floor_div(tile.position, kTileRows) - geometry.first_tile();
-}
 
 __device__ inline bool keeps_everything(const SelectParams& p, const TileRow& tile) {
   const SequenceGeometry geometry = sequence_geometry(p.score.problem, tile.sequence);
@@ -19,8 +13,8 @@ __device__ inline bool keeps_everything(const SelectParams& p, const TileRow& ti
 }
 
 // The pairs of a CTA are fixed: every gridDim.x-th of the order, back and forth so that no CTA always gets the longer
-// one. What a pair costs is known beforehand, and a queue would cost a round trip to memory for each. The lanes fetch 32
-// pairs at a time.
+// one. What a pair costs is known beforehand, and a queue would cost a round trip to memory for each. The lanes fetch
+// 32 pairs at a time.
 inline __device__ void schedule(Control& control, const KernelParams& p) {
   const int lane = threadIdx.x % 32;
   const Workspace& workspace = p.workspace;

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <numeric>
 
+#include "../../common/alignment.h"
 #include "../../common/scalar.h"
 #include "../score.h"
 #include "config.h"
@@ -106,8 +107,6 @@ __global__ void __launch_bounds__(kSegmentThreads) segment_kernel(const SegmentP
     if (s.key_tiles > 0) p.segments[atomicAdd(&ends[bucket_of(s)], 1)] = s;
   }
 }
-
-constexpr int64_t aligned(int64_t bytes) { return (bytes + 127) / 128 * 128; }
 
 bool is_flat(const ScoreParams& params) { return params.rule == ScoreRule::kFlat64; }
 

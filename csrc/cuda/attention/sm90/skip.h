@@ -1,0 +1,129 @@
+// Skipping after the exact product (SkipParams in bsfa/params.h): how the two consumers and the warp that fetches V agree.
+//
+// A warpgroup decides for its 64 rows once the scores of a step are made: it keeps the step if one of its threads holds a
+// score that is not below its row's limit. Warps that hold one say so and go on; the others wait for all four, and look
+// whether one has said so. So where nothing is skipped, nobody waits.
+//
+// The first warpgroup that keeps a step makes the V warp fetch its block; a block that both skip is never fetched. V
+// slots are taken in the order of fetches, which a consumer cannot know: it reads the slot of a step's V from `ready`,
+// and then waits for the slot's barrier. A slot is free once every warp is done with the step that had it.
+//
+// All words between warps carry step numbers, so none has to be reset, and a reader that comes late sees that.
+#pragma once
+
+#include "load.h"
+#include "softmax.h"
+
+namespace bsfa::cuda::attn::sm90 {
+
+__device__ __forceinline__ void publish(int32_t& word, int32_t value) {
+  asm volatile("st.volatile.shared.s32 [%0], %1;" ::"r"(shared_address(&word)), "r"(value) : "memory");
+}
+__device__ __forceinline__ int32_t observe(const int32_t& word) {
+  int32_t value;
+  asm volatile("ld.volatile.shared.s32 %0, [%1];" : "=r"(value) : "r"(shared_address(&word)) : "memory");
+  return value;
+}
+
+// Position in a ring by step number.
+template <int kSlots>
+struct StepCount {
+  int32_t number = 0;
+  int slot = 0;
+
+  __device__ __forceinline__ void advance() {
+    ++number;
+    if (++slot == kSlots) slot = 0;
+  }
+};
+
+// A warpgroup's decisions. All members are called by all its warps, in step.
+template <class Config>
+class Ballot {
+  static constexpr int kRing = SkipStorage<Config>::kRing;
+  static constexpr int kFirstBarrier = 1;  // 0 is __syncthreads'
+  static_assert(kFirstBarrier + kConsumers * kRing <= 16, "named barriers of a CTA");
+
+ public:
+  __device__ Ballot(SkipStorage<Config>& shared, int warp, int lane)
+      : shared_(shared), warpgroup_(warp / 4), leads_(warp % 4 == 0 && lane == 0), lane_(lane) {}
+
+  // Whether the warpgroup keeps step `at`; `keep`: what this warp wants.
+  __device__ __forceinline__ bool decide(const StepCount<kRing>& at, bool keep) const {
+    int32_t& vote = shared_.votes[warpgroup_][at.slot];
+    const int32_t yes = at.number << 1 | 1;
+    const int barrier = kFirstBarrier + warpgroup_ * kRing + at.slot;
+    if (keep) {
+      if (lane_ == 0) publish(vote, yes);
+      __syncwarp();
+      asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "n"(kWarpgroup) : "memory");
+      return true;
+    }
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(kWarpgroup) : "memory");
+    const bool kept = __shfl_sync(kAllLanes, observe(vote), 0) == yes;
+    if (!kept && leads_) publish(vote, yes - 1);
+    return kept;
+  }
+
+  // The same where all warps know the outcome.
+  __device__ __forceinline__ void announce(const StepCount<kRing>& at, bool keep) const {
+    if (leads_) publish(shared_.votes[warpgroup_][at.slot], at.number << 1 | keep);
+  }
+
+ private:
+  SkipStorage<Config>& shared_;
+  const int warpgroup_;
+  const bool leads_;
+  const int lane_;
+};
+
+// Fetches the values of steps that some warpgroup keeps.
+template <class Config>
+class SkipValueLoader : public ValueLoader<Config> {
+  using Base = ValueLoader<Config>;
+  using typename Base::Block;
+
+ public:
+  __device__ SkipValueLoader(SharedStorage<Config>& shared, const KernelParams& p) : Base(shared, p) {}
+
+  __device__ void run() {
+    this->for_each_step([](const TileRow&, int32_t, float) {},
+                        [this](const TileRow&, const Block& block, bool, bool) { load_if_kept(block); },
+                        [](const Block&, uint32_t, bool, bool) {});
+  }
+
+ private:
+  __device__ void load_if_kept(const Block& block) {
+    auto& skip = this->shared_.skip;
+    const int lane = this->lane_;
+    const int32_t yes = step_.number << 1 | 1;
+    const int32_t before = __shfl_sync(kAllLanes, user_, this->value_.slot);
+    const int32_t* word = lane < kConsumers                    ? &skip.votes[lane][step_.slot]
+                          : lane < kConsumers + kConsumerWarps ? &skip.done[lane - kConsumers]
+                                                               : nullptr;
+    for (;;) {
+      const int32_t value = word != nullptr ? observe(*word) : 0;
+      const bool votes = lane < kConsumers;
+      // A vote on a later step: a warpgroup that had kept this one would still wait for its values.
+      const bool kept = __any_sync(kAllLanes, votes && value == yes);
+      if (__all_sync(kAllLanes, !votes || (value >> 1 >= step_.number && value != yes))) break;
+      if (kept && __all_sync(kAllLanes, votes || word == nullptr || value >= before)) {
+        if (lane == 0) {
+          publish(skip.ready[step_.slot],
+                  step_.number << 4 | this->value_.slot << 1 | static_cast<int32_t>(this->value_.parity));
+        }
+        __syncwarp();
+        this->load_value(this->p_.v, block, skip.value_full[this->value_.slot], this->shared_.value[this->value_.slot]);
+        if (lane == this->value_.slot) user_ = step_.number;
+        this->value_.advance();
+        break;
+      }
+    }
+    step_.advance();
+  }
+
+  StepCount<SkipStorage<Config>::kRing> step_;
+  int32_t user_ = -1;  // lane i: the step whose values slot i held last
+};
+
+}  // namespace bsfa::cuda::attn::sm90

@@ -1,0 +1,304 @@
+// The consumers of the kernel that skips: two warpgroups, 64 query rows each, over one stream of steps, as in compute.h.
+// What differs: after its scores are made a step is kept or skipped (skip.h), and the loop is in one of two states.
+//
+//   nothing pending   issue S' = Q K', wait for it.            Skipped: on to the next step. Kept: softmax, P = S'.
+//   P is pending      issue S' = Q K', issue O += P V, wait    Skipped: wait for O, nothing pending. Kept: softmax of S'
+//                     for S'.                                  while P V is under way, O *= rescale, P = S'.
+//
+// The tile that a step ended is stored once its last product is done: at once where its last step was skipped.
+#pragma once
+
+#include <cutlass/numeric_conversion.h>
+
+#include "../../common/mma.h"
+#include "skip.h"
+#include "softmax.h"
+#include "store.h"
+
+namespace bsfa::cuda::attn::sm90 {
+
+template <class Config>
+class SkipConsumer {
+  using Element = typename Config::Element;
+
+ public:
+  __device__ SkipConsumer(SharedStorage<Config>& shared, const KernelParams& p)
+      : shared_(shared),
+        p_(p),
+        thread_(threadIdx.x - kWarpgroup),
+        warp_(__shfl_sync(kAllLanes, thread_ / 32, 0)),
+        lane_(threadIdx.x % 32),
+        ballot_(shared.skip, warp_, lane_) {}
+
+  __device__ void run() {
+    using namespace cute;
+    typename Config::ScoreMma score_mma;
+    typename Config::OutputMma output_mma;
+    const auto tile_of = [](char* p, auto layout) {
+      return make_tensor(make_smem_ptr(reinterpret_cast<Element*>(p)), layout);
+    };
+    const auto staged = [](auto layout, auto stages) {
+      return tile_to_shape(layout, make_shape(size<0>(layout), size<1>(layout), stages));
+    };
+    const auto query = tile_of(shared_.query[0], staged(typename Config::RowsLayout{}, Int<kQuerySlots>{}));
+    const auto key = tile_of(shared_.key[0], staged(typename Config::RowsLayout{}, Int<Config::kKeySlots>{}));
+    const auto value = tile_of(shared_.value[0], staged(typename Config::ColumnsLayout{}, Int<Config::kValueSlots>{}));
+    const auto score_slice = score_mma.get_thread_slice(thread_);
+    const auto output_slice = output_mma.get_thread_slice(thread_);
+    const auto query_part = score_slice.partition_fragment_A(query);
+    const auto key_part = score_slice.partition_fragment_B(key);
+    const auto value_part = output_slice.partition_fragment_B(value);
+
+    auto s = partition_fragment_C(score_mma, Shape<Int<kTileRows>, Int<kBlockKeys>>{});
+    auto o = partition_fragment_C(output_mma, Shape<Int<kTileRows>, Int<Config::kHeadDim>>{});
+    auto probabilities = make_tensor<Element>(Layout<Shape<Shape<_2, _2, _2>, _1, Int<kBlockKeys / 16>>>{});
+
+    Step step{0, 0};
+    float rescale[2], top[2];
+    bool begun = false;  // some tile
+    bool empty = true;   // O holds nothing of the tile
+
+    const auto scores = [&]() __attribute__((always_inline)) {
+      issue(score_mma, query_part(_, _, _, query_.slot), key_part(_, _, _, key_.slot), s, false);
+    };
+    const auto multiply = [&]() __attribute__((always_inline)) {
+      const int slot = await_value();
+      issue(output_mma, probabilities, value_part(_, _, _, slot), o, !empty);
+    };
+    const auto take_scores = [&]() __attribute__((always_inline)) {
+      warpgroup_fence_operand(s);
+      release(shared_.key_empty[key_.slot]);
+      key_.advance();
+    };
+    const auto scale_output = [&]() __attribute__((always_inline)) {
+#pragma unroll
+      for (int i = 0; i < size(o); ++i) o(i) *= rescale[i / 2 % 2];
+    };
+    // A tile whose last step was skipped.
+    const auto finish_if_last = [&]() __attribute__((always_inline)) {
+      if (!(step.flags & kLast)) return;
+      count_tile(query_.slot);
+      if (empty) clear(o);
+      finish_tile(o, rows_, query_.slot);
+    };
+
+    for (;;) {
+      // Nothing is pending.
+      next_step(step);
+      if (step.flags & kEnd) break;
+      if (step.flags & kFirst) {
+        if (begun) query_.advance();
+        begun = empty = true;
+        begin_tile();
+      }
+      scores();
+      warpgroup_wait<0>();
+      take_scores();
+      const bool kept = decide(s, step, top);
+      if (kept || counts_skipped(step)) {
+        if (softmax(s, top, step, rescale)) scale_output();
+      }
+      if (!kept) {
+        finish_if_last();
+        done_with(step_.number);
+        step_.advance();
+        continue;
+      }
+      convert(s, probabilities);
+
+      // P is pending.
+      for (;;) {
+        const bool ends = step.flags & kLast;
+        const int slot = query_.slot;
+        next_step(step);
+        if (step.flags & kEnd) {
+          multiply();
+          warpgroup_wait<0>();
+          warpgroup_fence_operand(o);
+          count_tile(slot);
+          finish_tile(o, rows_, slot);
+          if (lane_ == 0) tma_store_wait<0>();  // shared memory must outlive the stores
+          return;
+        }
+        const SoftmaxRows finished = rows_;
+        if (ends) {
+          count_tile(slot);
+          query_.advance();
+          begin_tile();
+        }
+        scores();
+        multiply();
+        warpgroup_wait<1>();
+        take_scores();
+        step_.advance();
+        const bool keep = decide(s, step, top);
+        const bool rescaled = (keep || counts_skipped(step)) && softmax(s, top, step, rescale);
+        warpgroup_fence_operand(s);
+        warpgroup_wait<0>();
+        warpgroup_fence_operand(o);
+        empty = ends;
+        if (ends) {
+          finish_tile(o, finished, slot);
+        } else if (rescaled) {
+          scale_output();
+        }
+        if (!keep) break;
+        convert(s, probabilities);
+        done_with(step_.number - 1);
+      }
+      finish_if_last();
+      done_with(step_.number);
+      step_.advance();
+    }
+    if (lane_ == 0) tma_store_wait<0>();
+  }
+
+ private:
+  static constexpr int kRing = SkipStorage<Config>::kRing;
+
+  // Waits for the next step, until its K has arrived. Before that the slot of the tile that was stored last is given
+  // back, one step after it was stored: by then TMA has read it. At once if the next tile's queries want it.
+  __device__ void next_step(Step& step) {
+    if (stored_slot_ >= 0) {
+      if (!just_stored_ || ((step.flags & kLast) && stored_slot_ != query_.slot)) give_back_stored();
+      just_stored_ = false;
+    }
+    shared_.full[key_.slot].wait(key_.parity);
+    step = shared_.steps[key_.slot];
+    step.flags = __shfl_sync(kAllLanes, step.flags, 0);  // makes branches on it uniform
+  }
+
+  // The queries of the tile at `query_` have arrived; its rows have seen nothing.
+  __device__ void begin_tile() {
+    shared_.query_full[query_.slot].wait(query_.parity);
+    const TileInfo& info = shared_.tiles[query_.slot];
+    const int first_row = warp_ * kStoreRows + lane_ / 4;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int32_t row = first_row + 8 * r;
+      const bool foreign = row < info.tile.row_begin || row >= info.tile.row_end;
+      rows_.base[r] = foreign ? INFINITY : -INFINITY;
+      rows_.sum[r] = 0.0f;
+      largest_[r] = p_.skip.relative ? -INFINITY : 0.0f;
+    }
+    cut_ = info.cut;
+    const int group = warp_ / 4 * kSkipRows;
+    has_rows_ = info.tile.row_begin < group + kSkipRows && info.tile.row_end > group;
+    rows_complete_ = false;
+    met_ = skipped_ = 0;
+  }
+
+  // The slot of the values of step `step_`, which this warpgroup keeps, once they have arrived.
+  __device__ int await_value() const {
+    int32_t ready;
+    do {
+      ready = __shfl_sync(kAllLanes, observe(shared_.skip.ready[step_.slot]), 0);
+    } while (ready >> 4 != step_.number);
+    const int slot = ready >> 1 & 7;
+    static_assert(Config::kValueSlots <= 8, "bits of a slot");
+    shared_.skip.value_full[slot].wait(ready & 1);
+    return slot;
+  }
+
+  __device__ void release(Mbarrier& empty) const {
+    if (lane_ == 0) empty.arrive();
+  }
+  __device__ void done_with(int32_t number) const {
+    if (lane_ == 0) publish(shared_.skip.done[warp_], number);
+  }
+  __device__ bool counts_skipped(const Step& step) const { return p_.skip.counted && !(step.flags & kNone); }
+
+  // Whether the warpgroup keeps the step `step_`, whose scores are masked here. `top`: the rows' largest scores of this
+  // thread's.
+  template <class Tensor>
+  __device__ bool decide(Tensor& s, const Step& step, float (&top)[2]) {
+    if constexpr (Config::kTransform) {
+      transform_scores(s, p_.scale);
+    }
+    if (step.flags & kMasked) {
+      mask_scores(s, shared_.tiles[query_.slot].tile, step.first_key, warp_ * kStoreRows + lane_ / 4, p_.causal, -1);
+    }
+    top[0] = max_of_row<true>(s, 0);
+    top[1] = max_of_row<true>(s, 1);
+    bool keep;
+    if (step.flags & (kKeep | kNone)) {
+      keep = !(step.flags & kNone);
+      ballot_.announce(step_, keep);
+      met_ += keep;
+    } else {
+      // A base of +inf: the row is not of the sequence. A NaN is not below its limit.
+      const bool high = (!(top[0] < largest_[0] + cut_) && rows_.base[0] != INFINITY) ||
+                        (!(top[1] < largest_[1] + cut_) && rows_.base[1] != INFINITY);
+      keep = ballot_.decide(step_, __any_sync(kAllLanes, high));
+      ++met_;
+      skipped_ += !keep;
+    }
+    if (keep && p_.skip.relative && __any_sync(kAllLanes, top[0] > largest_[0] || top[1] > largest_[1])) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) largest_[r] = fmaxf(largest_[r], max_over_quad(top[r]));
+    }
+    return keep;
+  }
+
+  // Turns scores into exponentials. True if what was summed before must be multiplied by `rescale`.
+  template <class Tensor>
+  __device__ bool softmax(Tensor& s, const float (&top)[2], const Step& step, float (&rescale)[2]) {
+    if (!(step.flags & kMasked) && rows_complete_) {
+      return softmax_plain(s, top, rows_, rescale, p_.scale.scale_log2, p_.scale.inverse_scale_log2);
+    }
+    rows_complete_ = softmax_any(s, top, rows_, rescale, false, p_.scale.scale_log2);
+    return true;
+  }
+
+  template <class Scores, class Probabilities>
+  static __device__ void convert(const Scores& s, Probabilities& probabilities) {
+    auto pairs = cute::recast<uint32_t>(probabilities);
+#pragma unroll
+    for (int i = 0; i < kScores / 2; ++i) pairs(i) = pack<Element>(s(2 * i), s(2 * i + 1));
+  }
+
+  // Adds what the tile in a query slot met and skipped to the counters of its head.
+  __device__ void count_tile(int slot) const {
+    if (warp_ % 4 != 0 || lane_ != 0 || !has_rows_) return;
+    unsigned long long* counts = p_.skip.counts + 2 * shared_.tiles[slot].head;
+    atomicAdd(counts, met_);
+    atomicAdd(counts + 1, skipped_);
+  }
+
+  template <class Tensor>
+  __device__ void finish_tile(const Tensor& o, const SoftmaxRows& rows, int slot) {
+    if (stored_slot_ >= 0) give_back_stored();
+    store_tile<Config>(shared_.query[slot], p_, shared_.tiles[slot], warp_, o, rows);
+    stored_slot_ = slot;
+    just_stored_ = true;
+  }
+
+  __device__ void give_back_stored() {
+    if (lane_ == 0) {
+      cute::tma_store_wait<0>();
+      shared_.query_empty[stored_slot_].arrive();
+    }
+    __syncwarp();
+    stored_slot_ = -1;
+  }
+
+  SharedStorage<Config>& shared_;
+  const KernelParams& p_;
+  const int thread_;
+  const int warp_;
+  const int lane_;
+  const Ballot<Config> ballot_;
+  RingPosition<kQuerySlots> query_;
+  RingPosition<Config::kKeySlots> key_;
+  StepCount<kRing> step_;
+  SoftmaxRows rows_{};
+  float largest_[2];  // of the rows, over the steps met and not skipped; 0 where thresholds are absolute
+  float cut_ = 0.0f;
+  bool has_rows_ = false;       // some of the warpgroup's rows are of the sequence
+  bool rows_complete_ = false;  // every row of this warp has seen a key
+  unsigned long long met_ = 0, skipped_ = 0;
+  int stored_slot_ = -1;  // query slot of the tile that was stored last, until it is given back
+  bool just_stored_ = false;
+};
+
+}  // namespace bsfa::cuda::attn::sm90
