@@ -263,6 +263,27 @@ def patterns() -> None:
         )
 
 
+def measurements() -> None:
+    """The masses and maxima of calibration, in tiles of 64 and 128 rows."""
+    for q, k, layout in selections():
+        where = (
+            layout.cu_seqlens_q,
+            layout.cu_seqlens_k,
+            layout.block_table,
+            layout.seqlens_k,
+            layout.max_seqlen_q,
+            layout.max_seqlen_k,
+        )
+        lse = torch.zeros(q.shape[0], q.shape[2], q.shape[1]) if q.dim() == 4 else torch.zeros(q.shape[1], q.shape[0])
+        for block_m, softcap in ((64, 0.0), (128, 20.0)):
+            options = (layout.num_mask_rows(block_m), block_m, 128, layout.causal, SCALE, softcap)
+            if has("block_mass"):
+                torch.ops.bsfa.block_mass(q, k, lse.to(DEVICE), *where, *options)
+            if has("tile_max"):
+                for form in ("absolute", "relative"):
+                    torch.ops.bsfa.tile_max(q, k, *where, *options, form)
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     pool_blocks()
@@ -274,6 +295,8 @@ if __name__ == "__main__":
         select_blocks()
     if has("probe_attention"):
         patterns()
+    if not RACES:  # their kernels wait for mbarriers
+        measurements()
     if DEVICE == "cuda":
         torch.cuda.synchronize()
     print("done")

@@ -1,4 +1,4 @@
-"""block_mass and tile_max on CUDA against float64 on the CPU: layouts, lengths, tiles of 64 and 128, options; and bits."""
+"""block_mass and tile_max on CUDA against float64 on the CPU: layouts, lengths, tiles of 64 and 128, and bits."""
 
 from __future__ import annotations
 
