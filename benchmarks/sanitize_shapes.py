@@ -299,12 +299,25 @@ def exact_skip() -> None:
                 attend(q, k, v, None, block_table=table, seqlens_k=int32(lengths), max_seqlen_k=500)
 
 
-def tile_maxima() -> None:
-    for dtype, dim in ((torch.bfloat16, 64), (torch.float16, 128)):
-        for form in ("absolute", "relative"):
-            for seqlen_q, seqlen_k in ((1, 1), (64, 400), (300, 200), (257, 650)):
-                q, k = (torch.randn(2, n, heads, dim).to(DEVICE, dtype) for n, heads in ((seqlen_q, 4), (seqlen_k, 2)))
-                bsfa.tile_max(q, k, form=form)
+def measurements() -> None:
+    """The masses and maxima of calibration, in tiles of 64 and 128 rows."""
+    for q, k, layout in selections():
+        where = (
+            layout.cu_seqlens_q,
+            layout.cu_seqlens_k,
+            layout.block_table,
+            layout.seqlens_k,
+            layout.max_seqlen_q,
+            layout.max_seqlen_k,
+        )
+        lse = torch.zeros(q.shape[0], q.shape[2], q.shape[1]) if q.dim() == 4 else torch.zeros(q.shape[1], q.shape[0])
+        for block_m, softcap in ((64, 0.0), (128, 20.0)):
+            options = (layout.num_mask_rows(block_m), block_m, 128, layout.causal, SCALE, softcap)
+            if has("block_mass"):
+                torch.ops.bsfa.block_mass(q, k, lse.to(DEVICE), *where, *options)
+            if has("tile_max"):
+                for form in ("absolute", "relative"):
+                    torch.ops.bsfa.tile_max(q, k, *where, *options, form)
 
 
 if __name__ == "__main__":
@@ -316,12 +329,12 @@ if __name__ == "__main__":
             means_of_dropped_blocks()
             if has("skip_attention"):
                 exact_skip()
-    if has("tile_max"):
-        tile_maxima()
     if has("select_blocks"):
         select_blocks()
     if has("probe_attention"):
         patterns()
+    if not RACES:  # their kernels wait for mbarriers
+        measurements()
     if DEVICE == "cuda":
         torch.cuda.synchronize()
     print("done")

@@ -505,6 +505,13 @@ def test_block_mass_refuses_other_lse(lse: Callable[[Tensor], Any], error: type[
         bsfa.block_mass(inputs.q, inputs.k, good, block_m=0)
 
 
+@pytest.mark.parametrize(("options", "message"), [({"form": "both"}, "form"), ({"block_m": 0}, "block_m")])
+def test_tile_max_refuses(options: dict[str, Any], message: str) -> None:
+    inputs = make()
+    with pytest.raises(ValueError, match=message):
+        bsfa.tile_max(inputs.q, inputs.k, **options)
+
+
 def test_layouts_cannot_be_mixed() -> None:
     packed, paged, batched = make(PACKED), make(PAGED_PACKED), make()
     attend = bsfa.block_sparse_attention

@@ -23,7 +23,9 @@ SELECT = {**ATTENTION, "op": "select_blocks", "rule": "relative_max", "sharing":
 SELECT_STRIDED = {**ATTENTION, "op": "select_blocks", "rule": "flat64, antidiagonal", "stride": "4..64"}
 SELECT_STRIDED = {**SELECT_STRIDED, "max_blocks": 100}
 SELECT_POOLED = {**ATTENTION, "op": "select_blocks", "head_dim": "1..256", "rule": "pooled", "max_blocks": 100}
-ROWS = [POOL, ATTENTION, SKIP, SELECT, SELECT_STRIDED, SELECT_POOLED]
+MASS = {**ATTENTION, "op": "block_mass", "blocks": "64x128, 128x128"}
+MAXIMA = {**MASS, "op": "tile_max"}
+ROWS = [POOL, ATTENTION, SKIP, SELECT, SELECT_STRIDED, SELECT_POOLED, MASS, MAXIMA]
 CPU = {**POOL, "device": "cpu", "dtypes": "float32", "head_dim": "1..256"}
 
 
@@ -72,7 +74,7 @@ def test_this_build() -> None:
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fake tensors on a device 0 of capability 9.0, with the kernels of the table above."""
-    monkeypatch.setitem(_library.KERNELS, "cuda", frozenset({row["op"] for row in ROWS}))
+    monkeypatch.setitem(_library.KERNELS, "cuda", frozenset(row["op"] for row in ROWS))
     monkeypatch.setattr(limits, "LIMITS", limits.parse(ROWS))
     monkeypatch.setattr(limits, "_capability_of", {0: 90})
     torch.compiler.reset()
@@ -99,6 +101,17 @@ def attend(q: Tensor | None = None, k: Tensor | None = None, v: Tensor | None = 
     q = make(2, 300, 4, 64) if q is None else q
     k = make(2, 300, 2, q.shape[-1], dtype=q.dtype) if k is None else k
     return bsfa.attention(q, k, k if v is None else v, **options)
+
+
+def mass(*shape: int, dtype: torch.dtype = torch.bfloat16, k: Tensor | None = None, **blocks: int) -> Tensor:
+    q = make(*shape, dtype=dtype)
+    lse = make(shape[0], shape[2], shape[1], dtype=torch.float32)
+    return bsfa.block_mass(q, q if k is None else k, lse, **blocks)
+
+
+def maxima(*shape: int, dtype: torch.dtype = torch.bfloat16, k: Tensor | None = None, **options: Any) -> Tensor:
+    q = make(*shape, dtype=dtype)
+    return bsfa.tile_max(q, q if k is None else k, **options)
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,6 +150,10 @@ SUPPORTED: list[Callable[[], Any]] = [
     lambda: select(CumulativeMass(pooling="flat64", shared=True), seqlen_k=100 * 128),
     lambda: select(Ruled("antidiagonal", 4, "union"), seqlen_k=100 * 128),
     lambda: select(CumulativeMass(), make(2, 300, 4, 33, strides=(300 * 135, 135, 33, 1))),
+    lambda: mass(2, 300, 4, 64),
+    lambda: mass(2, 300, 4, 128, block_m=64, dtype=torch.float16),
+    lambda: maxima(2, 300, 4, 64),
+    lambda: maxima(2, 300, 4, 128, block_m=128, form="relative", k=make(2, 400, 2, 128)),
 ]
 
 
@@ -181,7 +198,20 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: select(CumulativeMass(), seqlen_k=100 * 128 + 1), "'select_blocks'.*with 101 KV blocks .* at most 100"),
     (lambda: select(Ruled("antidiagonal"), seqlen_k=100 * 128 + 1), "'select_blocks'.*101 KV blocks .* at most 100"),
     (lambda: bsfa.pool_blocks(make(2, 300, 2, 64, dtype=torch.float32)), "'pool_blocks'.*float32"),
-    (lambda: bsfa.block_mass(*[make(2, 300, 2, 64)] * 2, make(2, 2, 300, dtype=torch.float32)), "'block_mass'"),
+    (
+        lambda: bsfa.select_blocks(
+            make(2, 300, 4, 64), make(2, 3, 2, 64), RelativeMax(), seqlen_k=300, return_scores=True
+        ),
+        "'score_blocks'.*no CUDA kernel|'score_blocks'.*this torch",
+    ),
+    (lambda: mass(2, 300, 4, 64, dtype=torch.float32), "'block_mass'.*float32"),
+    (lambda: mass(2, 300, 4, 96), "'block_mass'.*head_dim 96"),
+    (lambda: mass(2, 300, 4, 64, block_m=32), "'block_mass'.*32 x 128 .*take 64 x 128, 128 x 128"),
+    (lambda: mass(2, 300, 4, 64, k=make(2, 300, 2, 64, strides=(300 * 130, 130, 65, 1))), r"k\.contiguous"),
+    (lambda: maxima(2, 300, 4, 64, dtype=torch.float32), "'tile_max'.*float32"),
+    (lambda: maxima(2, 300, 4, 32), "'tile_max'.*head_dim 32"),
+    (lambda: maxima(2, 300, 4, 64, block_n=64), "'tile_max'.*64 x 64"),
+    (lambda: maxima(2, 300, 4, 64, k=make(2, 300, 4, 64, strides=(0, 256, 64, 1))), r"'tile_max'.*k\.contiguous"),
 ]
 
 

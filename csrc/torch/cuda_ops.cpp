@@ -240,6 +240,44 @@ std::tuple<Tensor, Tensor> pattern_mask(const Tensor& base, const Tensor& query_
   return {words, counts};
 }
 
+void check_measurement(const Problem& p, const TensorView& q, int64_t num_rows) {
+  STD_TORCH_CHECK(cuda::measure_supports(p), "this dtype, head_dim or block size has no CUDA kernel");
+  const int64_t rows = max_mask_rows(p, q.tokens);
+  STD_TORCH_CHECK(num_rows >= rows, "num_rows is ", num_rows, ", this problem needs ", rows);
+}
+
+Tensor block_mass(const Tensor& q, const Tensor& k, const Tensor& lse, const OptionalTensor& cu_seqlens_q,
+                  const OptionalTensor& cu_seqlens_k, const OptionalTensor& block_table,
+                  const OptionalTensor& seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k, int64_t num_rows,
+                  int64_t block_m, int64_t block_n, bool causal, double softmax_scale, double softcap) {
+  BlockMassParams p = block_mass_params(q, k, lse, cu_seqlens_q, cu_seqlens_k, block_table, seqlens_k, max_seqlen_q,
+                                        max_seqlen_k, num_rows, block_m, block_n, causal, softmax_scale, softcap);
+  check_measurement(p.problem, p.q, num_rows);
+  const Launch launch(q);
+  Tensor mass = new_tensor(q, {num_rows, p.problem.num_q_heads, p.max_blocks}, ScalarType::Float);
+  if (mass.numel() == 0) return mass;
+  p.mass = static_cast<float*>(mass.data_ptr());
+  Tensor workspace = new_workspace(q, cuda::measure_workspace_bytes(p.problem, p.q.tokens));
+  check_launch(cuda::block_mass(p, workspace.data_ptr(), launch.stream()), "block_mass");
+  return mass;
+}
+
+Tensor tile_max(const Tensor& q, const Tensor& k, const OptionalTensor& cu_seqlens_q,
+                const OptionalTensor& cu_seqlens_k, const OptionalTensor& block_table, const OptionalTensor& seqlens_k,
+                int64_t max_seqlen_q, int64_t max_seqlen_k, int64_t num_rows, int64_t block_m, int64_t block_n,
+                bool causal, double softmax_scale, double softcap, std::string form) {
+  TileMaxParams p = tile_max_params(q, k, cu_seqlens_q, cu_seqlens_k, block_table, seqlens_k, max_seqlen_q,
+                                    max_seqlen_k, num_rows, block_m, block_n, causal, softmax_scale, softcap, form);
+  check_measurement(p.problem, p.q, num_rows);
+  const Launch launch(q);
+  Tensor maxima = new_tensor(q, {num_rows, p.problem.num_q_heads, p.max_blocks}, ScalarType::Float);
+  if (maxima.numel() == 0) return maxima;
+  p.maxima = static_cast<float*>(maxima.data_ptr());
+  Tensor workspace = new_workspace(q, cuda::measure_workspace_bytes(p.problem, p.q.tokens));
+  check_launch(cuda::tile_max(p, workspace.data_ptr(), launch.stream()), "tile_max");
+  return maxima;
+}
+
 // Rows of cuda_kernels() for score_blocks or select_blocks, which run the same kernels; each ends with a comma.
 std::string selection_rows(const std::string& op) {
   const auto row = [&op](int32_t max_blocks, const char* rest) {
@@ -265,7 +303,11 @@ std::string cuda_kernels() {
     {"op": "attention", "device": "cuda", "arch": "sm_90a", "dtypes": "bfloat16, float16", "head_dim": "64, 128",
      "blocks": "128x128"},
     {"op": "skip_attention", "device": "cuda", "arch": "sm_90a", "dtypes": "bfloat16, float16",
-     "head_dim": "64, 128", "blocks": "128x128"}
+     "head_dim": "64, 128", "blocks": "128x128"},
+    {"op": "block_mass", "device": "cuda", "arch": "sm_90a", "dtypes": "bfloat16, float16", "head_dim": "64, 128",
+     "blocks": "64x128, 128x128"},
+    {"op": "tile_max", "device": "cuda", "arch": "sm_90a", "dtypes": "bfloat16, float16", "head_dim": "64, 128",
+     "blocks": "64x128, 128x128"}
   ])";
 }
 
@@ -293,6 +335,8 @@ STABLE_TORCH_LIBRARY_IMPL(bsfa, CUDA, m) {
   m.impl("attention_out", TORCH_BOX(&attention_out));
   m.impl("skip_attention", TORCH_BOX(&skip_attention));
   m.impl("skip_attention_out", TORCH_BOX(&skip_attention_out));
+  m.impl("block_mass", TORCH_BOX(&block_mass));
+  m.impl("tile_max", TORCH_BOX(&tile_max));
 }
 
 }  // namespace bsfa::torch_ops

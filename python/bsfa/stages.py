@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 import bsfa.ops  # noqa: F401  fake kernels
-from bsfa._library import require_kernel
 from bsfa.block_mask import BlockMask
 from bsfa.errors import UnsupportedError
 from bsfa.layout import (
@@ -555,7 +554,8 @@ def block_mass(
     """True attention mass per query tile and KV block, from the LSE of dense attention.
 
     Returns float32 ``[rows, Hq, blocks]``: the mean over the tile's queries of the softmax probability that falls
-    into the block, so a row sums to 1. Rows follow :class:`bsfa.MaskGeometry`. Linear memory in blocks.
+    into the block, so a row sums to 1. Rows follow :class:`bsfa.MaskGeometry`. Linear memory in blocks. On CUDA tiles
+    have 64 or 128 queries and blocks 128 tokens, in bfloat16 or float16 at head_dim 64 or 128.
     """
     check_block_sizes(block_m, block_n)
     layout = resolve_layout(
@@ -569,7 +569,7 @@ def block_mass(
         raise ValueError(f"lse is on {lse.device} but q is on {q.device}")
     if tuple(lse.shape) != want or not lse.is_contiguous():
         raise ValueError(f"lse must be contiguous of shape {want}, got {tuple(lse.shape)}")
-    require_kernel("block_mass", q.device)
+    check_measuring_kernel("block_mass", q, k, block_m, block_n)
     mass: Tensor = torch.ops.bsfa.block_mass(
         q,
         k,
@@ -607,13 +607,21 @@ def tile_max(
     block_table: Tensor | None = None,
     seqlens_k: Tensor | None = None,
 ) -> Tensor:
-    """What :class:`bsfa.policies.ExactSkip` compares with its cut, per query tile and KV block, in nats.
+    """What exact skipping compares with its threshold, per query tile and KV block, if nothing were skipped.
 
-    Returns float32 ``[rows, Hq, blocks]``; rows follow :class:`bsfa.MaskGeometry`. ``form``: "absolute", the largest
-    logit ``cap(softmax_scale * q . k)`` of the tile in the block; or "relative", the largest over the tile's rows of
-    (the row's largest logit in the block - that in all blocks visited before), +inf where a row has visited none, in
-    ExactSkip's order of visits over all visible blocks. -inf where nothing is visible, NaN where a logit is.
-    ``block_m``: 64 rows are what attention decides on together. Linear memory in blocks.
+    q: ``[B, Sq, Hq, D]`` or packed ``[total_q, Hq, D]``; k, and how both lie: as :func:`block_mass` takes them.
+    Returns float32 ``[rows, Hq, blocks]`` in natural units, of the logits ``softmax_scale * q . k``, softcapped where
+    there is a ``softcap``, over the keys that each query sees:
+
+    * "absolute" (BSFA): the largest logit of the tile's queries in the block;
+    * "relative" (skip-softmax): the largest, over the tile's queries, of the query's largest logit in the block minus
+      its largest in the blocks met before; +inf in the block met first. Blocks are met in this order: the tile's last
+      visible one, block 0, the others from the last to the first.
+
+    -inf where nothing is visible; NaN if a logit of the tile in the block is. ``block_m``: tokens of a tile; attention
+    decides for tiles of 64. Rows follow :class:`bsfa.MaskGeometry`.
+    Raises ``ValueError``/``TypeError`` for bad input, :class:`bsfa.UnsupportedError` where there is no kernel: on CUDA
+    tiles have 64 or 128 queries and blocks 128 tokens, in bfloat16 or float16 at head_dim 64 or 128.
     """
     check_block_sizes(block_m, block_n)
     if form not in FORMS:
@@ -622,9 +630,7 @@ def tile_max(
         q, k, None, causal, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table, seqlens_k
     )
     scale = resolve_scale(softmax_scale, q.shape[-1], softcap)
-    check_limits("tile_max", q.device, q.dtype, q.shape[-1], (block_m, block_n))
-    if q.device.type != "cpu":
-        check_tma("tile_max", q=q, k=k)
+    check_measuring_kernel("tile_max", q, k, block_m, block_n)
     maxima: Tensor = torch.ops.bsfa.tile_max(
         q,
         k,
@@ -643,3 +649,10 @@ def tile_max(
         form,
     )
     return maxima
+
+
+def check_measuring_kernel(op: str, q: Tensor, k: Tensor, block_m: int, block_n: int) -> None:
+    """Raise ``UnsupportedError`` unless a kernel of block_mass or tile_max on q's device can run this."""
+    check_limits(op, q.device, q.dtype, q.shape[-1], (block_m, block_n))
+    if q.device.type != "cpu":
+        check_tma(op, q=q, k=k)

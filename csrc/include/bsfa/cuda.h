@@ -58,4 +58,16 @@ bool attention_supports(const Problem& problem);
 // done.
 cudaError_t attention(const AttentionParams& params, void* workspace, cudaStream_t stream);
 
+// Whether block_mass() and tile_max() have kernels for this: float16 and bfloat16 on sm_90, head_dim 64 or 128, tiles of
+// 64 or 128 query rows, blocks of 128 tokens.
+bool measure_supports(const Problem& problem);
+
+// Scratch memory of either, on the device; `query_tokens`: TensorView::tokens of q.
+int64_t measure_workspace_bytes(const Problem& problem, int64_t query_tokens);
+
+// num_rows is at least max_mask_rows (geometry.h); q and k are aligned to 16 bytes in base and strides. Four kernels;
+// `workspace` may be reused once they are done.
+cudaError_t block_mass(const BlockMassParams& params, void* workspace, cudaStream_t stream);
+cudaError_t tile_max(const TileMaxParams& params, void* workspace, cudaStream_t stream);
+
 }  // namespace bsfa::cuda

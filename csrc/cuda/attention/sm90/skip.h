@@ -39,66 +39,34 @@ struct StepCount {
 // A warpgroup's decisions. All its warps call decide(), in step.
 template <class Config>
 class Ballot {
-  static constexpr int kRing = SkipStorage<Config>::kRing;
+  static constexpr int kFirstBarrier = 1;  // 0 is __syncthreads'
 
  public:
-  static constexpr int kFirstBarrier = 1;  // 0 is __syncthreads'
-  static constexpr int kBarriers = kConsumers * kRing;
-  static_assert(kFirstBarrier + kBarriers + kConsumers <= 16, "named barriers of a CTA");
-
   __device__ Ballot(SkipStorage<Config>& shared, int warp, int lane)
-      : shared_(shared), warpgroup_(warp / 4), leads_(warp % 4 == 0 && lane == 0), lane_(lane) {}
+      : shared_(shared), warpgroup_(warp / 4), leads_(warp % 4 == 0 && lane == 0) {}
 
-  // Whether the warpgroup keeps step `at`; `keep`: what this warp wants.
-  __device__ __forceinline__ bool decide(const StepCount<kRing>& at, bool keep) const {
-    int32_t& vote = shared_.votes[warpgroup_][at.slot];
-    const int32_t yes = at.number << 1 | 1;
-    const int barrier = kFirstBarrier + warpgroup_ * kRing + at.slot;
-    if (keep) {
-      if (lane_ == 0) publish(vote, yes);
-      __syncwarp();
-      asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "n"(kWarpgroup) : "memory");
-    } else {
-      asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(kWarpgroup) : "memory");
-      keep = __shfl_sync(kAllLanes, observe(vote), 0) == yes;
-      if (leads_ && !keep) publish(vote, yes - 1);
-    }
-    return keep;
+  // Whether the warpgroup keeps step `at`: if one of its threads wants to.
+  __device__ __forceinline__ bool decide(const StepCount<SkipStorage<Config>::kRing>& at, bool keep) const {
+    uint32_t kept;
+    asm volatile(
+        "{\n\t"
+        ".reg .pred mine, any;\n\t"
+        "setp.ne.u32 mine, %3, 0;\n\t"
+        "bar.red.or.pred any, %1, %2, mine;\n\t"
+        "selp.u32 %0, 1, 0, any;\n\t"
+        "}"
+        : "=r"(kept)
+        : "r"(kFirstBarrier + warpgroup_), "n"(kWarpgroup), "r"(static_cast<uint32_t>(keep))
+        : "memory");
+    kept = __shfl_sync(kAllLanes, kept, 0);  // makes branches on it uniform
+    if (leads_) publish(shared_.votes[warpgroup_][at.slot], at.number << 1 | static_cast<int32_t>(kept));
+    return kept != 0;
   }
 
  private:
   SkipStorage<Config>& shared_;
   const int warpgroup_;
   const bool leads_;
-  const int lane_;
-};
-
-#ifndef TURNS
-#define TURNS 1
-#endif
-// Whose scores are made: the warpgroups take turns, step by step, so that one's scores are made while the other decides.
-// They would otherwise stay as they happen to begin: side by side, and then the tensor cores idle while both decide.
-template <class Config>
-class Turns {
-  static constexpr int kFirstBarrier = Ballot<Config>::kFirstBarrier + Ballot<Config>::kBarriers;
-
- public:
-  __device__ explicit Turns(int warpgroup) : warpgroup_(warpgroup) {}
-
-  __device__ __forceinline__ void begin() const {
-    if (warpgroup_ != 0) give();
-  }
-  __device__ __forceinline__ void await() const {
-    if constexpr (TURNS)
-    asm volatile("bar.sync %0, %1;" ::"r"(kFirstBarrier + warpgroup_), "n"(kConsumers * kWarpgroup) : "memory");
-  }
-  __device__ __forceinline__ void give() const {
-    if constexpr (TURNS)
-    asm volatile("bar.arrive %0, %1;" ::"r"(kFirstBarrier + 1 - warpgroup_), "n"(kConsumers * kWarpgroup) : "memory");
-  }
-
- private:
-  const int warpgroup_;
 };
 
 // Fetches the values of steps that some warpgroup keeps.

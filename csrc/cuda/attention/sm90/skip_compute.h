@@ -28,8 +28,7 @@ class SkipConsumer {
         thread_(threadIdx.x - kWarpgroup),
         warp_(__shfl_sync(kAllLanes, thread_ / 32, 0)),
         lane_(threadIdx.x % 32),
-        ballot_(shared.skip, warp_, lane_),
-        turns_(warp_ / 4) {}
+        ballot_(shared.skip, warp_, lane_) {}
 
   __device__ void run() {
     using namespace cute;
@@ -54,7 +53,6 @@ class SkipConsumer {
     auto o = partition_fragment_C(output_mma, Shape<Int<kTileRows>, Int<Config::kHeadDim>>{});
     auto probabilities = make_tensor<Element>(Layout<Shape<Shape<_2, _2, _2>, _1, Int<kBlockKeys / 16>>>{});
 
-    turns_.begin();
     Step step{0, 0};
     float rescale[2];
     bool kept = false;  // the last step: P holds its probabilities, V has not been multiplied yet
@@ -68,7 +66,6 @@ class SkipConsumer {
     };
     const auto take_scores = [&]() __attribute__((always_inline)) {
       warpgroup_fence_operand(s);
-      turns_.give();
       release(shared_.key_empty[key_.slot]);
       key_.advance();
       step_.advance();
@@ -93,7 +90,6 @@ class SkipConsumer {
         const int slot = query_.slot;
         const SoftmaxRows finished = rows_;
         begin_tile();
-        turns_.await();
         issue_scores();
         issue_product(-1);
         step = read_step();
@@ -119,7 +115,6 @@ class SkipConsumer {
         if (kept) {
           const int32_t ready = observe(shared_.skip.ready[step_.slot]);
           await_step();
-          turns_.await();
           issue_scores();
           issue_product(ready);
           empty = false;
@@ -134,7 +129,6 @@ class SkipConsumer {
           if (rescaled) scale_output();
         } else {
           await_step();
-          turns_.await();
           issue_scores();
           step = read_step();
           warpgroup_wait<0>();
@@ -238,11 +232,11 @@ class SkipConsumer {
     bool keep = step.flags & kKeep;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      top_[r] = max_of_row<true>(s, r);
+      top_[r] = max_of_row<SKIPNAN>(s, r);
       // A base of +inf: the row is not of the sequence. A NaN is not below its limit.
       keep |= !(top_[r] < largest_[r] + cut_) & (rows_.base[r] != INFINITY);
     }
-    keep = ballot_.decide(step_, __any_sync(kAllLanes, keep & !(step.flags & kNone)));
+    keep = ballot_.decide(step_, keep & !(step.flags & kNone));
     met_ += !(step.flags & kNone);
     kept_ += keep;
     if (keep && p_.skip.relative && __any_sync(kAllLanes, (top_[0] > largest_[0]) | (top_[1] > largest_[1]))) {
@@ -301,7 +295,6 @@ class SkipConsumer {
   const int warp_;
   const int lane_;
   const Ballot<Config> ballot_;
-  const Turns<Config> turns_;
   RingPosition<kQuerySlots> query_;
   RingPosition<Config::kKeySlots> key_;
   StepCount<kRing> step_;

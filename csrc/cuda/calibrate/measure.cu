@@ -1,0 +1,155 @@
+// block_mass and tile_max on CUDA: from their parameters to the kernel that fits. It works on tiles of 128 query rows;
+// with block_m = 64 each half of one is a row of the results.
+#include <algorithm>
+#include <numeric>
+
+#include "../common/schedule.h"
+#include "../common/warp.h"
+#include "bsfa/cuda.h"
+#include "sm90/config.h"
+#include "sm90/launch.h"
+
+namespace bsfa::cuda {
+namespace {
+
+using measure::KernelParams;
+using measure::Quantity;
+
+constexpr int kPrepareThreads = 256;
+
+// Fills the results with what rows of no tile and blocks that no row sees hold. And, for results whose tiles are not
+// those of the kernel: first_rows[b] = (row of sequence b's first tile) - (absolute number of that tile).
+__global__ void __launch_bounds__(kPrepareThreads)
+    prepare_kernel(float* out, const int64_t count, const float fill, const __grid_constant__ Problem problem,
+                   int32_t* first_rows) {
+  const int64_t step = int64_t{gridDim.x} * kPrepareThreads;
+  for (int64_t i = int64_t{blockIdx.x} * kPrepareThreads + threadIdx.x; i < count; i += step) out[i] = fill;
+  if (first_rows == nullptr || blockIdx.x > 0 || threadIdx.x >= 32) return;
+  const int32_t lane = threadIdx.x;
+  int32_t before = 0;  // tiles of the sequences of all trips so far
+  for (int32_t first = 0; first < problem.batch; first += 32) {
+    const int32_t sequence = first + lane;
+    SequenceGeometry geometry;
+    if (sequence < problem.batch) geometry = sequence_geometry(problem, sequence);
+    const int32_t tiles = sequence < problem.batch ? geometry.num_tiles() : 0;
+    int32_t end = before + tiles;
+    for (int d = 1; d < 32; d *= 2) {
+      const int32_t below = __shfl_up_sync(kAllLanes, end - before, d);
+      if (lane >= d) end += below;
+    }
+    if (sequence < problem.batch) first_rows[sequence] = end - tiles - geometry.first_tile();
+    before = __shfl_sync(kAllLanes, end, 31);
+  }
+}
+
+// The problem as the kernel sees it, in tiles of its own size.
+Problem in_work_tiles(const Problem& problem) {
+  Problem p = problem;
+  p.block_m = kTileRows;
+  return p;
+}
+
+// What block_mass and tile_max have in common.
+struct Measurement {
+  const Problem& problem;
+  const TensorView& q;
+  const TensorView& k;
+  int64_t num_rows;
+  int32_t max_blocks;
+  float* out;
+
+  int64_t work_rows() const { return max_mask_rows(in_work_tiles(problem), q.tokens); }
+};
+
+void set_keys(const KvLayout& kv, KernelParams& k) {
+  k.block_table = kv.block_table;
+  k.block_table_stride = kv.block_table_stride;
+  k.page_size = cutlass::FastDivmod(std::max(kv.page_size, 1));
+  k.box_rows = kv.block_table != nullptr ? std::gcd(kv.page_size, kBlockKeys) : kBlockKeys;
+  while (1 << k.box_shift < k.box_rows) ++k.box_shift;
+  k.keys_packed = kv.cu_seqlens != nullptr;
+}
+
+cudaError_t make_maps(const Measurement& m, KernelParams& k) {
+  const Problem& p = m.problem;
+  const int halves = p.head_dim / kBoxColumns;
+  const TensorExtent q{p.head_dim, m.q.tokens, p.num_q_heads, m.q.batch_size};
+  const TensorExtent key{p.head_dim, m.k.tokens, p.num_kv_heads, m.k.batch_size};
+  const cudaError_t error = make_tensor_map(&k.q, m.q, q, p.dtype, kTileRows, halves);
+  if (error != cudaSuccess) return error;
+  // Without keys nothing is fetched; the descriptor still has to be valid.
+  const bool no_keys = m.k.tokens == 0 || m.k.batch_size == 0;
+  return make_tensor_map(&k.k, no_keys ? m.q : m.k, no_keys ? q : key, p.dtype, k.box_rows,
+                         k.box_rows == kBlockKeys ? halves : 1);
+}
+
+// `k` holds what is the quantity's own.
+cudaError_t run(const Measurement& m, Quantity quantity, float fill, KernelParams& k, void* workspace,
+                cudaStream_t stream) {
+  const Problem& p = m.problem;
+  const int64_t count = m.num_rows * p.num_q_heads * m.max_blocks;
+  if (count == 0) return cudaSuccess;
+  const int64_t rows = m.work_rows(), pairs = rows * p.num_q_heads;
+  if (!measure_supports(p) || pairs > INT32_MAX || m.num_rows > INT32_MAX) return cudaErrorInvalidValue;
+  int sms = 0;
+  cudaError_t error = num_sms(&sms);
+  if (error != cudaSuccess) return error;
+
+  char* memory = static_cast<char*>(workspace);
+  auto* first_rows = reinterpret_cast<int32_t*>(memory + Workspace::bytes(rows, p.num_q_heads));
+  k.first_rows = p.block_m == kTileRows ? nullptr : first_rows;
+  const int64_t fill_ctas = std::min<int64_t>((count + kPrepareThreads - 1) / kPrepareThreads, int64_t{sms} * 8);
+  prepare_kernel<<<static_cast<unsigned>(fill_ctas), kPrepareThreads, 0, stream>>>(
+      m.out, count, fill, p, p.block_m == kTileRows ? nullptr : first_rows);
+  error = cudaGetLastError();
+  if (error != cudaSuccess || pairs == 0 || m.q.tokens == 0 || m.q.batch_size == 0) return error;
+
+  k.workspace = Workspace::in(workspace, rows, p.num_q_heads);
+  k.num_heads = p.num_q_heads;
+  k.heads_per_kv_head = p.num_q_heads / p.num_kv_heads;
+  k.causal = p.causal;
+  set_keys(p.kv, k);
+  k.scale = logit_scale(p);
+  k.unit = k.scale.transform == Transform::kNone ? p.softmax_scale : 1.0f;
+  k.out = m.out;
+  k.max_blocks = m.max_blocks;
+  const Tiling tiling{in_work_tiles(p), rows, p.num_q_heads, k.heads_per_kv_head};
+  error = make_maps(m, k);
+  if (error == cudaSuccess) error = make_order(tiling, k.workspace, sms, stream);
+  if (error != cudaSuccess) return error;
+  const int ctas = static_cast<int>(std::min<int64_t>(sms, pairs));
+  const bool bf16 = p.dtype == DType::kBFloat16;
+  const auto launch = p.head_dim == 64 ? (bf16 ? measure::launch_bf16_d64 : measure::launch_fp16_d64)
+                                       : (bf16 ? measure::launch_bf16_d128 : measure::launch_fp16_d128);
+  return launch(quantity, k, ctas, stream);
+}
+
+}  // namespace
+
+bool measure_supports(const Problem& p) {
+  return (p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16) && (p.head_dim == 64 || p.head_dim == 128) &&
+         (p.block_m == kTileRows || p.block_m == measure::kGroupRows) && p.block_n == kBlockKeys;
+}
+
+int64_t measure_workspace_bytes(const Problem& problem, int64_t query_tokens) {
+  const int64_t rows = max_mask_rows(in_work_tiles(problem), query_tokens);
+  return Workspace::bytes(rows, problem.num_q_heads) + problem.batch * static_cast<int64_t>(sizeof(int32_t));
+}
+
+cudaError_t block_mass(const BlockMassParams& params, void* workspace, cudaStream_t stream) {
+  KernelParams k{};
+  k.lse = params.lse;
+  k.lse_batch_stride = params.lse_batch_stride;
+  k.lse_head_stride = params.lse_head_stride;
+  const Measurement m{params.problem, params.q, params.k, params.num_rows, params.max_blocks, params.mass};
+  return run(m, Quantity::kMass, 0.0f, k, workspace, stream);
+}
+
+cudaError_t tile_max(const TileMaxParams& params, void* workspace, cudaStream_t stream) {
+  KernelParams k{};
+  const Measurement m{params.problem, params.q, params.k, params.num_rows, params.max_blocks, params.maxima};
+  const Quantity quantity = params.form == SkipForm::kRelative ? Quantity::kRelative : Quantity::kAbsolute;
+  return run(m, quantity, -INFINITY, k, workspace, stream);
+}
+
+}  // namespace bsfa::cuda
