@@ -181,7 +181,6 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
         lambda: attend(k=make(2, 300, 2, 64, strides=(0, 128, 64, 1)), policy=ExactSkip()),
         r"'skip_attention'.*k\.contiguous",
     ),
-    (lambda: bsfa.tile_max(*[make(2, 300, 2, 64)] * 2), "'tile_max'.*no CUDA kernel|'tile_max'.*CUDA"),
     (lambda: attend(make(2, 300, 4, 64, strides=(300 * 260, 260, 65, 1))), r"q of strides .*q\.contiguous\(\)"),
     (lambda: attend(make(2, 300, 4, 64, strides=(300 * 257, 257, 64, 1))), r"q\.contiguous"),
     (lambda: attend(k=make(2, 300, 2, 64, strides=(0, 128, 64, 1))), r"k\.contiguous"),
