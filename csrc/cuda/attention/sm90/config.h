@@ -42,11 +42,8 @@ struct Config {
   static constexpr int kHalves = kHeadDim / kBoxColumns;  // swizzle atoms side by side
   // Blocks in flight. A slot of K is free once its scores are made, one of V only after the softmax that runs beside
   // its product: V needs the third.
-#ifndef SKIP_K
-#define SKIP_K 2
-#endif
-  static constexpr int kKeySlots = kHeadDim == 64 ? 5 : kSkip ? SKIP_K : 2;
-  static constexpr int kValueSlots = kHeadDim == 64 ? 5 : kSkip ? 5 - SKIP_K : 3;
+  static constexpr int kKeySlots = kHeadDim == 64 ? 5 : 2;
+  static constexpr int kValueSlots = kHeadDim == 64 ? 5 : 3;
   static constexpr int kBoxBytes = kTileRows * kBoxColumns * sizeof(Element);  // 128 rows of one half
   static constexpr int kTileBytes = kHalves * kBoxBytes;
   static_assert(kTileRows == 128 && kBlockKeys == 128 && sizeof(Element) == 2 && kHeadDim % kBoxColumns == 0);

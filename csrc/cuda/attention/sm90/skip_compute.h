@@ -232,7 +232,7 @@ class SkipConsumer {
     bool keep = step.flags & kKeep;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      top_[r] = max_of_row<SKIPNAN>(s, r);
+      top_[r] = max_of_row<true>(s, r);
       // A base of +inf: the row is not of the sequence. A NaN is not below its limit.
       keep |= !(top_[r] < largest_[r] + cut_) & (rows_.base[r] != INFINITY);
     }
