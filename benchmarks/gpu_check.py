@@ -161,6 +161,32 @@ def run_suite(name: str, scratch: Path) -> list[dict[str, Any]]:
     return found
 
 
+def earlier(path: Path) -> dict[str, Any]:
+    """A report of other steps, to be gone on with. Raises :class:`Failed` unless it is of the sources that are here."""
+    try:
+        report: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise Failed(f"{path}: {error}") from error
+    if problems(report):
+        raise Failed(f"{path}: {'; '.join(problems(report))}")
+    if report["tree"] != {folder: tree_hash(folder) for folder in TREES}:
+        raise Failed(f"{path} is of other sources")
+    return report
+
+
+def join(report: dict[str, Any], before: dict[str, Any], steps: Collection[str]) -> None:
+    """Put what ``before`` found into ``report`` where ``steps`` did not find it again."""
+    if report["device"] != before["device"]:
+        report["failures"].append(f"the earlier report is of another device or software: {before['device']}")
+    if "tests" not in steps:
+        report["tests"] = before["tests"]
+    if "sanitizer" not in steps:
+        report["sanitizer"] = before["sanitizer"]
+    measured = {m["id"] for m in report["measurements"]}
+    report["measurements"] = [m for m in before["measurements"] if m["id"] not in measured] + report["measurements"]
+    report["failures"] = before["failures"] + report["failures"]
+
+
 def check(steps: Collection[str]) -> dict[str, Any]:
     """Build, then run ``steps``; one that fails is named in ``failures`` and does not stop the others."""
     report: dict[str, Any] = {
@@ -216,6 +242,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, metavar="FILE", help=f"default: {RESULT.relative_to(ROOT)}")
     parser.add_argument("--only", metavar="STEP,...", help=f"of {', '.join(STEPS)}; such a report needs --output")
+    parser.add_argument("--add", type=Path, metavar="FILE", help="with --only: the report of the other steps")
     arguments = parser.parse_args()
     steps = STEPS if arguments.only is None else arguments.only.split(",")
     if not set(steps) <= set(STEPS):
@@ -223,7 +250,13 @@ def main() -> int:
     if arguments.only is not None and arguments.output is None:
         parser.error("--only makes a partial report: say with --output where it goes")
     output = arguments.output or RESULT
+    try:
+        before = None if arguments.add is None else earlier(arguments.add)
+    except Failed as error:
+        parser.error(str(error))
     report = check(steps)
+    if before is not None:
+        join(report, before, steps)
     write_json(output, report)
     for m in report["measurements"]:
         print(f"{m['id']:42s} {m['value']:10.5g} {m['unit']}")
