@@ -51,7 +51,7 @@ test: $(VENV)/.built test-cpp
 test-cpp: $(VENV)/.built
 	@if command -v cmake >/dev/null; then \
 	  cmake -S . -B build -DBSFA_PYTHON=$(abspath $(BIN)/python) >/dev/null && \
-	  cmake --build build -j2 --target cpu_kernels_test && ctest --test-dir build --output-on-failure; \
+	  cmake --build build -j2 --target cpp_tests && ctest --test-dir build --output-on-failure; \
 	else echo "cmake not found: C++ tests skipped"; fi
 
 lint: $(VENV)/.lint
