@@ -483,9 +483,9 @@ def attend_skipping(
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`attend` that skips, on inputs that have been checked: also the counts int64 [Hq, 2] of what was."""
-    # Rows lie at positions up to the longer of the two; one column is needed even where there is no row.
-    positions = torch.sym_max(layout.max_seqlen_k, layout.max_seqlen_q)
-    tiles = torch.sym_max((positions + skip.block_m - 1) // skip.block_m, 1)
+    # Positions end with the keys, without causality with the queries. A column more than tiles: there is always one.
+    positions = layout.max_seqlen_k if layout.causal else layout.max_seqlen_q
+    tiles = positions // skip.block_m + 1
     arguments = (
         q,
         k,

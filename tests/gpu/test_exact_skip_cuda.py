@@ -533,7 +533,7 @@ def test_two_streams_at_once() -> None:
     made = [make(replace(BASE, lengths=((700, 900),), seed=seed)) for seed in range(2)]
     policies = [policy_for(inputs, None, "absolute").to(torch.device(DEVICE)) for inputs in made]
     there = [inputs.to(DEVICE) for inputs in made]
-    want = [skip(t, p, None) for t, p in zip(there, policies, strict=True)]
+    want = [skip(inputs, p, None) for inputs, p in zip(made, policies, strict=True)]
     torch.cuda.synchronize()
     streams = [torch.cuda.Stream() for _ in there]
     got: list[list[Result]] = [[], []]
@@ -605,7 +605,7 @@ RAW: list[dict[str, Any]] = [
     {"thresholds": torch.zeros(4)},
     {"thresholds": torch.zeros(4, 0)},
     {"thresholds": torch.zeros(4, 1, dtype=torch.float64)},
-    {"thresholds": torch.zeros(1, 1).expand(4, 1)},
+    {"thresholds": torch.zeros(2, 4).T},
     {"form": "both"},
     {"window_blocks": 0},
     {"block_m": 0},

@@ -20,6 +20,13 @@ __device__ __forceinline__ float2 unpack(uint32_t bits, __half) {
   return __half22float2(*reinterpret_cast<const __half2*>(&bits));
 }
 
+// The larger one; NaN if one is.
+__device__ __forceinline__ float max_or_nan(float a, float b) {
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
+
 // cap * tanh(x), through exp: the tanh instruction's error of 2^-11, times the cap, would show. Of a large x the power
 // is +inf, and the result the cap.
 __device__ __forceinline__ float capped(float x, float cap) {

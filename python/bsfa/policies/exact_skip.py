@@ -151,7 +151,8 @@ class ExactSkip(ThresholdPolicy):
         first = torch.arange(num_tiles, dtype=torch.float32, device=device) * self.block_m
         knots = _knots(self.positions, device)
         last = len(self.positions) - 1
-        i = torch.searchsorted(knots, first, right=True).sub_(1).clamp_(0, last)
+        # Not searchsorted, which inductor of torch 2.11 does not compile for a number of tiles that changes.
+        i = ((first[:, None] >= knots).sum(-1) - 1).clamp(min=0)
         j = (i + 1).clamp(max=last)
         left, right = r[:, i], r[:, j]
         a = knots[i]

@@ -14,9 +14,8 @@
 // products run under the other's softmax. They fall into that step by themselves, and turns only cost time.
 #pragma once
 
-#include <cutlass/numeric_conversion.h>
-
 #include "../../common/mma.h"
+#include "operands.h"
 #include "softmax.h"
 #include "store.h"
 
@@ -51,27 +50,14 @@ class Consumer {
     using namespace cute;
     typename Config::ScoreMma score_mma;
     typename Config::OutputMma output_mma;
-    const auto tile_of = [](char* p, auto layout) {
-      return make_tensor(make_smem_ptr(reinterpret_cast<Element*>(p)), layout);
-    };
-    const auto staged = [](auto layout, auto stages) {
-      return tile_to_shape(layout, make_shape(size<0>(layout), size<1>(layout), stages));
-    };
-    const auto query = tile_of(shared_.query[0], staged(typename Config::RowsLayout{}, Int<kQuerySlots>{}));
-    const auto key = tile_of(shared_.key[0], staged(typename Config::RowsLayout{}, Int<Config::kKeySlots>{}));
-    const auto value = tile_of(shared_.value[0], staged(typename Config::ColumnsLayout{}, Int<Config::kValueSlots>{}));
-    const auto score_slice = score_mma.get_thread_slice(thread_);
-    const auto output_slice = output_mma.get_thread_slice(thread_);
-    const auto query_part = score_slice.partition_fragment_A(query);
-    const auto key_part = score_slice.partition_fragment_B(key);
-    const auto value_part = output_slice.partition_fragment_B(value);
+    const auto parts = operand_parts<Config>(shared_, thread_);
+    const auto query_part = get<0>(parts);
+    const auto key_part = get<1>(parts);
+    const auto value_part = get<2>(parts);
 
     auto s = partition_fragment_C(score_mma, Shape<Int<kTileRows>, Int<kBlockKeys>>{});
     auto o = partition_fragment_C(output_mma, Shape<Int<kTileRows>, Int<Config::kHeadDim>>{});
-    // The scores' registers, in their order, are the left operand of the second product. (A second set, filled while
-    // the tensor cores still read the first, makes the assembler serialise all products: C7513.)
-    auto probabilities = make_tensor<Element>(Layout<Shape<Shape<_2, _2, _2>, _1, Int<kBlockKeys / 16>>>{});
-    static_assert(size(decltype(s){}) == kScores && size(decltype(probabilities){}) == kScores);
+    auto probabilities = make_probabilities<Element>();
 
     const int warpgroup = warp_ / 4;
     float rescale[2];
@@ -180,13 +166,6 @@ class Consumer {
     const float top[2] = {max_of_row(s, 0), max_of_row(s, 1)};
     rows_complete_ = softmax_any(s, top, rows_, rescale, step.flags & kFirst, p_.scale.scale_log2);
     return true;
-  }
-
-  template <class Scores, class Probabilities>
-  static __device__ void convert(const Scores& s, Probabilities& probabilities) {
-    auto pairs = cute::recast<uint32_t>(probabilities);
-#pragma unroll
-    for (int i = 0; i < kScores / 2; ++i) pairs(i) = pack<Element>(s(2 * i), s(2 * i + 1));
   }
 
   template <class Tensor>

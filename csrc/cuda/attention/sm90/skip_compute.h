@@ -8,9 +8,8 @@
 // The tile that a step ended is stored once its last product is done: at once where its last step was skipped.
 #pragma once
 
-#include <cutlass/numeric_conversion.h>
-
 #include "../../common/mma.h"
+#include "operands.h"
 #include "skip.h"
 #include "softmax.h"
 #include "store.h"
@@ -34,24 +33,14 @@ class SkipConsumer {
     using namespace cute;
     typename Config::ScoreMma score_mma;
     typename Config::OutputMma output_mma;
-    const auto tile_of = [](char* p, auto layout) {
-      return make_tensor(make_smem_ptr(reinterpret_cast<Element*>(p)), layout);
-    };
-    const auto staged = [](auto layout, auto stages) {
-      return tile_to_shape(layout, make_shape(size<0>(layout), size<1>(layout), stages));
-    };
-    const auto query = tile_of(shared_.query[0], staged(typename Config::RowsLayout{}, Int<kQuerySlots>{}));
-    const auto key = tile_of(shared_.key[0], staged(typename Config::RowsLayout{}, Int<Config::kKeySlots>{}));
-    const auto value = tile_of(shared_.value[0], staged(typename Config::ColumnsLayout{}, Int<Config::kValueSlots>{}));
-    const auto score_slice = score_mma.get_thread_slice(thread_);
-    const auto output_slice = output_mma.get_thread_slice(thread_);
-    const auto query_part = score_slice.partition_fragment_A(query);
-    const auto key_part = score_slice.partition_fragment_B(key);
-    const auto value_part = output_slice.partition_fragment_B(value);
+    const auto parts = operand_parts<Config>(shared_, thread_);
+    const auto query_part = get<0>(parts);
+    const auto key_part = get<1>(parts);
+    const auto value_part = get<2>(parts);
 
     auto s = partition_fragment_C(score_mma, Shape<Int<kTileRows>, Int<kBlockKeys>>{});
     auto o = partition_fragment_C(output_mma, Shape<Int<kTileRows>, Int<Config::kHeadDim>>{});
-    auto probabilities = make_tensor<Element>(Layout<Shape<Shape<_2, _2, _2>, _1, Int<kBlockKeys / 16>>>{});
+    auto probabilities = make_probabilities<Element>();
 
     Step step{0, 0};
     float rescale[2];
@@ -254,13 +243,6 @@ class SkipConsumer {
     }
     rows_complete_ = softmax_any(s, top_, rows_, rescale, false, p_.scale.scale_log2);
     return true;
-  }
-
-  template <class Scores, class Probabilities>
-  static __device__ void convert(const Scores& s, Probabilities& probabilities) {
-    auto pairs = cute::recast<uint32_t>(probabilities);
-#pragma unroll
-    for (int i = 0; i < kScores / 2; ++i) pairs(i) = pack<Element>(s(2 * i), s(2 * i + 1));
   }
 
   // Adds what the tile met and skipped to the counters of its head.

@@ -73,13 +73,6 @@ __device__ __forceinline__ void weigh_means(Tensor& s, const TileRow& tile, int3
   }
 }
 
-// NaN if one of them is.
-__device__ __forceinline__ float max_or_nan(float a, float b) {
-  float c;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
-  return c;
-}
-
 // kNan: NaN if one of them is; else NaN is passed over.
 template <bool kNan = false, class Tensor>
 __device__ __forceinline__ float max_of_row(const Tensor& s, int r) {

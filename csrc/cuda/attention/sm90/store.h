@@ -3,6 +3,8 @@
 // row.
 #pragma once
 
+#include <cutlass/numeric_conversion.h>
+
 #include "config.h"
 #include "softmax.h"
 

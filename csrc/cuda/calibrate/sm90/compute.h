@@ -17,13 +17,6 @@ namespace bsfa::cuda::measure {
 constexpr int kScores = kBlockKeys / 2;  // per thread: two rows, 32 columns each
 constexpr int kColumnTiles = kBlockKeys / 8;
 
-// The larger one; NaN if one is.
-__device__ __forceinline__ float max_or_nan(float a, float b) {
-  float result;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
-  return result;
-}
-
 // Integers in the order of the floats, NaN the largest; and back.
 __device__ __forceinline__ int32_t ordered(float x) {
   const int32_t bits = __float_as_int(x);
