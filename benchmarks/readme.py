@@ -5,8 +5,8 @@
 
 Sources: benchmarks/results/demo.txt (printed by examples/demo.py), cpu.json and h200.json. The parts on attention,
 selection and exact skip are empty until h200.json holds the suites 'attention', 'select' and 'skip'; draw their images
-first: python benchmarks/plot_attention.py, plot_selection.py. The part on policies is what
-examples/compare_policies.py wrote.
+first: python benchmarks/plot_attention.py, plot_selection.py. The parts on policies and on targets are what
+examples/compare_policies.py and examples/target_table.py wrote.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ def selection() -> str:
     return "\n".join(lines)
 
 
-#: Rows of policies_tiny_lm.csv that the README shows: policy, beginning of its parameters.
+#: Rows of policies_tiny_lm.csv that the README shows: policy, beginning of its parameters. Those of BUDGET follow.
 SHOWN = (
     ("dense", ""),
     ("static", "sink 2 window 16"),
@@ -204,6 +204,7 @@ SHOWN = (
     ("antidiagonal", "stride 16 mass 0.9"),
     ("oracle", "mass 0.95"),
 )
+BUDGET = "antidiagonal, budget"
 
 
 def skip() -> str:
@@ -271,12 +272,12 @@ def policies() -> str:
         f"{' | '.join(f'needles, {n}' for n in lengths)} |",
         "|---|---|" + "---|" * (2 + 2 * len(lengths)),
     ]
-    for policy, parameters in SHOWN:
-        row = next(r for r in rows if r["policy"] == policy and r["parameters"].startswith(parameters))
+    shown = [next(r for r in rows if r["policy"] == p and r["parameters"].startswith(start)) for p, start in SHOWN]
+    for row in shown + [r for r in rows if r["policy"] == BUDGET]:
         kept = " | ".join(f"{float(row[f'density_{n}']):.1%}" for n in lengths)
         right = " | ".join(f"{row[f'needles_right_{n}']}/{row[f'needles_asked_{n}']}" for n in lengths)
         lines.append(
-            f"| {policy} | {row['parameters']} | {kept} | {float(row['recall']):.2%} | "
+            f"| {row['policy']} | {row['parameters']} | {kept} | {float(row['recall']):.2%} | "
             f"{float(row['loss_change']):+.2%} | {right} |"
         )
     better = [f"{row['target']:.2f}" for row in facts["equal_density"] if row["dominates"]]
@@ -286,6 +287,62 @@ def policies() -> str:
         "Calibrated per layer and head, `RelativeMax` is no worse than with one alpha of equal density in mass kept, "
         f"text loss and needles, and better in one of them, at targets {', '.join(better) or 'none'} "
         f"(of {all_targets}).",
+    ]
+    budgets = facts.get("budgets", [])
+    if budgets:
+        wins: dict[str, list[bool]] = {}
+        for row in budgets:
+            wins.setdefault(row["budget"], []).append(row["better_on_both"])
+        counts = ", ".join(f"{sum(won)} of {len(won)} ({budget})" for budget, won in wins.items())
+        lines += [
+            "",
+            f"`{BUDGET}` spends blocks where they lower an error most (`--target-density`). At {lengths[-1]} it has "
+            "more needles and less text loss than so many of the published rules, each at the density that it keeps: "
+            f"{counts}.",
+        ]
+    return "\n".join(lines)
+
+
+def targets() -> str:
+    """What target recalls give on the shipped model, as a section; empty if examples/target_table.py has not run."""
+    if not (RESULTS / "targets_tiny_lm.csv").is_file():
+        return ""
+    with open(RESULTS / "targets_tiny_lm.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    s = json.loads((RESULTS / "targets_tiny_lm.json").read_text())["settings"]
+    dense = s["dense"]
+    lines = [
+        "## What a target recall gives",
+        "",
+        f"Thresholds per layer and head from {s['calibration_prompts']} prompts of {s['length']} tokens, of which half "
+        "choose and half check (of `exact-skip`, an eighth chooses slopes). On the half that checks: the share of "
+        "attention mass kept, in the mean and in a prompt's worst tenth of query tiles, which is what the target "
+        "promises, each with the share of (layer, head) pairs whose mean meets the target. On "
+        f"{s['prompts']} other prompts: blocks kept, text loss, needle questions (dense: {dense['needles_right']} of "
+        f"{dense['needles_asked']}), and selection + attention of all layers against bsfa dense "
+        f"({dense['attention_ms']:.3g} ms). The model is small ({s['layers']} layers, {s['heads'][0]} query and "
+        f"{s['heads'][1]} KV heads, head_dim {s['head_dim']}), so selecting takes a larger share than in a large one "
+        f"({s['machine']}, {s['dtype']}; `examples/target_table.py`, more columns in "
+        "`benchmarks/results/targets_tiny_lm.csv`).",
+        "",
+        "| policy | target | mass kept | pairs on target | in worst tiles | pairs on target | blocks kept | text loss "
+        "| needles | attention |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        n = {name: float(value) for name, value in r.items() if name != "policy" and value}
+        lines.append(
+            f"| {r['policy']} | {n['target']:.2f} | {n['held_out_recall']:.2%} | {n['held_out_pairs_on_target']:.0%} | "
+            f"{n['held_out_tail_recall']:.2%} | {n['held_out_tail_pairs_on_target']:.0%} | {n['density']:.1%} | "
+            f"{n['loss_change']:+.2%} | {r['needles_right']}/{r['needles_asked']} | "
+            f"{n['attention_speedup']:.2f}x as fast |"
+        )
+    met = [float(r["held_out_recall"]) >= float(r["target"]) for r in rows]
+    least = min(float(r["held_out_pairs_on_target"]) for r in rows)
+    lines += [
+        "",
+        f"The mass kept is at least the target in the mean in {sum(met)} of {len(met)} rows, and in at least "
+        f"{least:.0%} of the pairs in each.",
     ]
     return "\n".join(lines)
 
@@ -299,6 +356,7 @@ def filled(text: str) -> str:
         ("selection", selection),
         ("skip", skip),
         ("policies", policies),
+        ("targets", targets),
     ):
         content = section()
         content += "\n" if content else ""

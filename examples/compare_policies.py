@@ -195,15 +195,18 @@ def budget_runs(budgets: Mapping[Budget, ThresholdTable], rules: Mapping[tuple[f
 
 def evaluation_prompts(tokenizer: Any, count: int) -> list[Prompt]:
     """``count`` prompts of every length: the shipped ones, then new needles in their texts."""
-    shipped = load_prompts(TINY_LM / "prompts" / "evaluation.jsonl.gz")
-    lengths = [length_bucket(len(tokenize(p, tokenizer))) for p in shipped]
-    chosen = []
-    for length in LENGTHS:
-        have = [p for p, n in zip(shipped, lengths, strict=True) if n == length][:count]
-        chosen += have
-        if len(have) < count:
-            chosen += further_prompts(shipped, length, count - len(have))
-    return chosen
+    return [p for length in LENGTHS for p in prompts_of_length("evaluation", tokenizer, length, count)]
+
+
+def prompts_of_length(kind: str, tokenizer: Any, length: int, count: int, passed_over: int = 0) -> list[Prompt]:
+    """``count`` "evaluation" or "calibration" prompts of a length: the shipped ones, then :func:`further_prompts`.
+
+    passed_over: leave out so many draws, because draws over other texts, but of the same number, have the same needles.
+    """
+    shipped = load_prompts(TINY_LM / "prompts" / f"{kind}.jsonl.gz")
+    have = [p for p in shipped if length_bucket(len(tokenize(p, tokenizer))) == length][:count]
+    missing = count - len(have)
+    return have + further_prompts(shipped, length, passed_over + missing)[passed_over:] if missing else have
 
 
 def further_prompts(shipped: Sequence[Prompt], length: int, count: int) -> list[Prompt]:

@@ -267,13 +267,57 @@ def test_skip_suite_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
             suite.check_counts("one too many", torch.ones(4, 2, dtype=torch.int64), plant.visible, plant.low)
 
 
+def test_calib_suite_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As above for the suite 'calib': few and short prompts of both models."""
+    suite = importlib.import_module("calibrating")
+    large = {
+        "num_hidden_layers": 2,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "vocab_size": 256,
+    }
+    for name, value in {
+        "DEVICE": "cpu",
+        "DTYPE": torch.float32,
+        "TARGET": 0.7,
+        "TINY_LENGTH": 2048,
+        "TINY_PROMPTS": 8,
+        "SKIP_PROMPTS": 3,
+        "LARGE_LENGTH": 1000,
+        "LARGE_PROMPTS": 5,
+        "WARM_UP_LENGTH": 100,
+        "LARGE": {**suite.LARGE, **large},
+    }.items():
+        assert hasattr(suite, name)
+        monkeypatch.setattr(suite, name, value)
+    rows = suite.run()
+    assert reports.problems({**GOOD, "measurements": rows}) == []
+    by_id = {row["id"]: row for row in rows}
+    assert set(suite.DEMANDED) <= set(by_id)
+    parts = by_id["calib.tiny.16k.s"]["peers"]
+    total = parts["collect_s"] + parts["choose_s"] + parts["save_s"]
+    assert by_id["calib.tiny.16k.s"]["value"] == pytest.approx(total, rel=1e-4) and parts["recall"] >= 0.7
+    assert by_id["calib.8b.64k.s"]["n"] == 2 * 5
+
+
+def test_ids_as_text() -> None:
+    suite = importlib.import_module("calibrating")
+    text = "5 107 3"
+    found = suite.IdTokenizer()(text, return_offsets_mapping=True)
+    assert found["input_ids"] == [5, 107, 3]
+    assert [text[a:b] for a, b in found["offset_mapping"]] == ["5", "107", "3"]
+
+
 def test_no_benchmark_hides_a_standard_module() -> None:
     """Scripts run with this folder first in sys.path."""
     names = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
     assert not names & set(sys.stdlib_module_names)
 
 
-@pytest.mark.parametrize("name", ["attention", "selection", "skip"])
+@pytest.mark.parametrize("name", ["attention", "selection", "skip", "calibrating"])
 def test_missed_demands_are_named(name: str) -> None:
     suite = importlib.import_module(name)
     exact = [reports.measurement(id_, limit, "x", 10, None) for id_, (_, limit) in suite.DEMANDED.items()]

@@ -129,7 +129,16 @@ def test_comparison(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     readme = importlib.import_module("readme")
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
-    assert readme.policies().count("\n| ") == 1 + len(readme.SHOWN)
+    section = readme.policies()
+    assert section.count("\n| ") == 1 + len(readme.SHOWN) + len(spent)
+    wins = [row["better_on_both"] for row in budgets if row["budget"] == "stride 8 density 0.5 cost loss"]
+    assert f"{sum(wins)} of {len(wins)} (stride 8 density 0.5 cost loss)" in section
+    # Without budgets there is nothing of them.
+    script.write_csv(tmp_path / "policies_tiny_lm.csv", [r for r in rows if r["policy"] != script.BUDGET])
+    (tmp_path / "policies_tiny_lm.json").write_text(text.replace('"budgets": [', '"budgets": [], "not": ['))
+    section = readme.policies()
+    assert section.count("\n| ") == 1 + len(readme.SHOWN) and "--target-density" not in section
+    assert readme.BUDGET == script.BUDGET
 
     console = script.Console(width=200, file=open(tmp_path / "out.txt", "w"))  # noqa: SIM115
     script.show(console, rows, list(report.prompts_by_length), "title")
