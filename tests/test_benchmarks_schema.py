@@ -326,3 +326,29 @@ def test_missed_demands_are_named(name: str) -> None:
         row["value"] += 0.01 if suite.DEMANDED[row["id"]][0] == "<=" else -0.01
     assert len(reports.missed(exact, suite.DEMANDED)) == 2
     assert len(reports.missed(exact[1:], suite.DEMANDED)) == 2
+
+
+def test_a_check_in_parts(tmp_path: Path) -> None:
+    gpu_check = importlib.import_module("gpu_check")
+    first = {**copy.deepcopy(GOOD), "tree": {folder: reports.tree_hash(folder) for folder in reports.TREES}}
+    first["failures"] = ["test one"]
+    path = tmp_path / "part.json"
+    path.write_text(json.dumps(first))
+    before = gpu_check.earlier(path)
+    second = copy.deepcopy(first)
+    second |= {"tests": {"passed": 0, "failed": 0, "skipped": 0}, "failures": ["suite two"]}
+    second["sanitizer"] = dict.fromkeys(reports.SANITIZER_TOOLS)
+    second["measurements"] = [{**GOOD["measurements"][0], "id": "skip.50.ms"}]  # type: ignore[index]
+    gpu_check.join(second, before, ["skip"])
+    assert reports.problems(second) == []
+    assert second["tests"] == first["tests"] and second["sanitizer"] == first["sanitizer"]
+    assert [m["id"] for m in second["measurements"]] == ["pool.64k.us", "skip.50.ms"]
+    assert second["failures"] == ["test one", "suite two"]  # what failed stays
+
+    elsewhere = {**copy.deepcopy(first), "device": {**GOOD["device"], "name": "another"}}  # type: ignore[dict-item]
+    gpu_check.join(elsewhere, before, ["skip"])
+    assert any("another device" in failure for failure in elsewhere["failures"])
+
+    path.write_text(json.dumps({**first, "tree": GOOD["tree"]}))
+    with pytest.raises(gpu_check.Failed, match="other sources"):
+        gpu_check.earlier(path)
