@@ -131,8 +131,8 @@ def sanitize(tool: str) -> int:
     """Errors that one tool of compute-sanitizer finds in sanitize_shapes.py.
 
     racecheck does not see the kernels whose warps hand shared memory over through mbarriers (attention, relative_max,
-    strided, measure): it does not follow waits by parity, and calls every guarded slot a race. Torch's caching allocator is off:
-    then every tensor is an allocation of its own, with edges that memcheck sees.
+    strided, measure): it does not follow waits by parity, and calls every guarded slot a race. Torch's caching
+    allocator is off: then every tensor is an allocation of its own, with edges that memcheck sees.
     """
     program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     args = [program, "--tool", tool, "--error-exitcode", "86", "--target-processes", "all"]
