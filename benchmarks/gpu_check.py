@@ -9,6 +9,8 @@ Exits with 0 only if all of it passed; the report is written either way and says
 from __future__ import annotations
 
 import argparse
+import copy
+import functools
 import json
 import os
 import re
@@ -19,7 +21,7 @@ import sysconfig
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -187,8 +189,11 @@ def join(report: dict[str, Any], before: dict[str, Any], steps: Collection[str])
     report["failures"] = before["failures"] + report["failures"]
 
 
-def check(steps: Collection[str]) -> dict[str, Any]:
-    """Build, then run ``steps``; one that fails is named in ``failures`` and does not stop the others."""
+def check(steps: Collection[str], keep: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
+    """Build, then run ``steps``; one that fails is named in ``failures`` and does not stop the others.
+
+    ``keep``: called with the report after every step, so that a run that is cut short leaves what it has.
+    """
     report: dict[str, Any] = {
         "schema": 1,
         "tree": {folder: tree_hash(folder) for folder in TREES},
@@ -214,6 +219,7 @@ def check(steps: Collection[str]) -> dict[str, Any]:
                 failures += names
             except Failed as error:
                 failures.append(str(error))
+            keep(report)
 
         tools = SANITIZER_TOOLS if "sanitizer" in steps else ()
         with ThreadPoolExecutor(len(SANITIZER_TOOLS)) as pool:
@@ -226,6 +232,7 @@ def check(steps: Collection[str]) -> dict[str, Any]:
                     failures.append(f"compute-sanitizer {tool}: {errors} errors")
             except Failed as error:
                 failures.append(str(error))
+        keep(report)
 
         for name in SUITES:  # after everything else, alone on the device
             if name not in steps:
@@ -234,6 +241,7 @@ def check(steps: Collection[str]) -> dict[str, Any]:
                 report["measurements"] += run_suite(name, scratch)
             except Failed as error:
                 failures.append(str(error))
+            keep(report)
     failures += problems(report)
     return report
 
@@ -254,10 +262,17 @@ def main() -> int:
         before = None if arguments.add is None else earlier(arguments.add)
     except Failed as error:
         parser.error(str(error))
-    report = check(steps)
-    if before is not None:
-        join(report, before, steps)
-    write_json(output, report)
+    unfinished = "this report was written before all of its steps were done"
+
+    def write(report: dict[str, Any], also_failed: tuple[str, ...] = ()) -> dict[str, Any]:
+        whole = copy.deepcopy(report)
+        if before is not None:
+            join(whole, before, steps)
+        whole["failures"] += also_failed
+        write_json(output, whole)
+        return whole
+
+    report = write(check(steps, functools.partial(write, also_failed=(unfinished,))))
     for m in report["measurements"]:
         print(f"{m['id']:42s} {m['value']:10.5g} {m['unit']}")
     print(f"tests {report['tests']}  sanitizer {report['sanitizer']}  report {output}")
