@@ -69,7 +69,8 @@ def benchmarks() -> str:
         rows += [
             "",
             "The speeds of attention and selection below are those of earlier sources (`csrc` "
-            f"{speeds['tree']['csrc'][:7]}, where the tests ran on {h200['tree']['csrc'][:7]}): not measured again since.",
+            f"{speeds['tree']['csrc'][:7]}, where the tests ran on {h200['tree']['csrc'][:7]}): not measured again "
+            "since.",
         ]
     return "\n".join(rows)
 
