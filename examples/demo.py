@@ -2,7 +2,7 @@
 
     python examples/demo.py [--output DIR] [--targets 0.90 0.95 0.98]
 
-Runs in a few minutes on the CPU (on a GPU once every operation has a kernel there). Calibrates RelativeMax on
+Runs on a GPU that bsfa can use, else in a few minutes on the CPU. Calibrates RelativeMax on
 examples/tiny_lm/prompts/calibration.jsonl.gz, once for all targets, then evaluates on prompts that calibration never
 saw. Writes to DIR: one threshold file per target, a heat map of the default target's table (PNG), the comparison as
 text, and everything measured as JSON.
