@@ -107,6 +107,7 @@ cudaError_t attention(const AttentionParams& params, void* workspace, cudaStream
   if (!attention_supports(p) || params.num_rows > INT32_MAX || pairs > INT32_MAX) return cudaErrorInvalidValue;
   const bool skips = params.skip.form != SkipForm::kNone;
   if (skips && (params.window_left >= 0 || params.k_means != nullptr)) return cudaErrorInvalidValue;
+  if (params.token_words != nullptr) return cudaErrorNotSupported;
 
   KernelParams k{};
   k.workspace = Workspace::in(workspace, params.num_rows, p.num_q_heads);
