@@ -37,6 +37,8 @@ class Limits:
     strides: tuple[Range, ...] | None = None  #: of the rule antidiagonal
     sharings: tuple[str, ...] | None = None  #: how the heads of a KV head share, of operations with rules
     max_blocks: int | None = None  #: KV blocks of a mask row
+    head_dims_v: tuple[Range, ...] | None = None  #: of v, beside head_dims; None: as q and k
+    tokens: bool = False  #: attention: whether it takes token masks
 
 
 def _capabilities(arch: str) -> Range:
@@ -85,6 +87,8 @@ def parse(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str], tuple[Limits,
             _ranges(row.get("stride", "any")),
             _names(row.get("sharing")),
             row.get("max_blocks"),
+            _ranges(row["head_dim_v"]) if "head_dim_v" in row else None,
+            row.get("tokens", False),
         )
         key = (row["op"], row["device"])
         table[key] = (*table.get(key, ()), limits)
@@ -109,6 +113,10 @@ def _in_ranges(value: int, ranges: Iterable[Range] | None) -> bool:
     return ranges is None or any(first <= value <= last for first, last in ranges)
 
 
+def _takes_values(limits: Limits, head_dim: int, head_dim_v: int) -> bool:
+    return head_dim_v == head_dim if limits.head_dims_v is None else _in_ranges(head_dim_v, limits.head_dims_v)
+
+
 def _numbers(ranges: Iterable[Range]) -> str:
     return ", ".join(str(first) if first == last else f"{first}..{last}" for first, last in ranges)
 
@@ -123,12 +131,15 @@ def check_limits(
     stride: int | None = None,
     sharing: str | None = None,
     num_blocks: int | None = None,
+    head_dim_v: int | None = None,
+    tokens: bool = False,
 ) -> None:
     """Raise :class:`UnsupportedError` unless a kernel of ``op`` can run this on ``device``.
 
     blocks: block_m and block_n of the mask; None where there is none. For a selection, rule: its score rule; stride:
     that of the rule's groups of tokens, None where it has no such groups; sharing: how the query heads of a KV head
-    share scores or masks; num_blocks: KV blocks of the longest sequence.
+    share scores or masks; num_blocks: KV blocks of the longest sequence. For attention, head_dim_v: that of v; tokens:
+    whether there is a token mask.
     """
     require_kernel(op, device)
     rows = LIMITS.get((op, device.type))
@@ -161,6 +172,19 @@ def check_limits(
         raise UnsupportedError(
             f"{cannot} with head_dim {head_dim}: its kernels take {takes}. Pad the head_dim with zeros (and keep the "
             "softmax_scale of the true one), or move the tensors to the CPU."
+        )
+    if head_dim_v is not None:
+        rows, fit = tuple(fit), [r for r in fit if _takes_values(r, head_dim, head_dim_v)]
+        if not fit:
+            takes = ", ".join(_numbers(r.head_dims_v or ((head_dim, head_dim),)) for r in rows)
+            raise UnsupportedError(
+                f"{cannot} with head_dim {head_dim} of q and k and {head_dim_v} of v: its kernels take {takes} of v. "
+                "Pad with zeros, or move the tensors to the CPU."
+            )
+    rows, fit = tuple(fit), [r for r in fit if r.tokens or not tokens]
+    if not fit:
+        raise UnsupportedError(
+            f"{cannot} with a token mask at head_dim {head_dim}: its kernels take none. Move the tensors to the CPU."
         )
     rows, fit = tuple(fit), [r for r in fit if stride is None or _in_ranges(stride, r.strides)]
     if not fit:
