@@ -383,7 +383,10 @@ def test_context_in_chunks() -> None:
         options = {"causal": end == 300, "max_dense_seqlen": 0, "return_lse": True}
         found = masked_mha(there.q, k, v, chosen, **options)
         merged = found if merged is None else merge_attention(*merged, *found)
-    check_attention(inputs, *merged, lse_constant=2e-5, tokens=key_sets(inputs, indices))
+    whole, lse = attend(there, token_mask(there, indices))  # parts are rounded before they are merged
+    unit = ROUNDING[BF16]
+    torch.testing.assert_close(merged[0], whole, rtol=4 * unit, atol=4 * unit)
+    torch.testing.assert_close(merged[1], lse, rtol=2e-5, atol=2e-5)
 
 
 def mha(dtype: torch.dtype = BF16, dim: int = 192, dim_v: int = 128, **options: Any) -> Callable[[], object]:
