@@ -191,7 +191,7 @@ def check_limits(
         takes = _numbers(x for r in rows for x in r.strides or ())
         raise UnsupportedError(
             f"{cannot} with a stride of {stride}: its kernels take {takes}. Give the policy such a stride, or move the "
-            "tensors to the CPU."
+            "the tensors to the CPU."
         )
     rows, fit = tuple(fit), [r for r in fit if sharing is None or r.sharings is None or sharing in r.sharings]
     if not fit:
@@ -211,8 +211,8 @@ def check_limits(
         most = max(r.max_blocks or 0 for r in fit)
         of_rule, remedy = ("", "Move") if rule is None else ("for this score rule ", "Choose another policy, or move")
         raise UnsupportedError(
-            f"{cannot} with {num_blocks} KV blocks in a sequence: its kernels {of_rule}take at most {most}. {remedy} the "
-            "tensors to the CPU."
+            f"{cannot} with {num_blocks} KV blocks in a sequence: its kernels {of_rule}take at most {most}. {remedy} "
+            "the tensors to the CPU."
         )
 
 
