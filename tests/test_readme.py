@@ -18,7 +18,10 @@ TEXT = readme.README.read_text()
 FENCED = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
 SNIPPETS = [
     (page.name, code)
-    for page in (readme.README, *(readme.ROOT / "docs" / name for name in ("selection.md", "exact_skip.md")))
+    for page in (
+        readme.README,
+        *(readme.ROOT / "docs" / name for name in ("selection.md", "exact_skip.md", "masked_mha.md")),
+    )
     for language, code in FENCED.findall(page.read_text())
     if language == "python"
 ]
