@@ -39,7 +39,7 @@ def test_every_file_it_names_exists() -> None:
 
 
 def test_the_pages_have_python() -> None:
-    assert {page for page, _ in SNIPPETS} == {"README.md", "selection.md", "exact_skip.md"}
+    assert {page for page, _ in SNIPPETS} == {"README.md", "selection.md", "exact_skip.md", "masked_mha.md"}
 
 
 @pytest.mark.parametrize(("page", "snippet"), SNIPPETS, ids=range(len(SNIPPETS)))
