@@ -15,6 +15,7 @@
 #pragma once
 
 #include "../../common/mma.h"
+#include "../../common/steps.h"
 #include "operands.h"
 #include "softmax.h"
 #include "store.h"
@@ -64,7 +65,7 @@ class Consumer {
 
     // The first step of all.
     await_step();
-    Step step = read_step();
+    Step step = read_step(shared_.steps[key_.slot]);
     if (step.flags & kEnd) return;
     if (warpgroup == 1) give_turn(0);
     await_query();
@@ -73,7 +74,7 @@ class Consumer {
     give_turn(1 - warpgroup);
     warpgroup_wait<0>();
     warpgroup_fence_operand(s);
-    release(shared_.key_empty[key_.slot]);
+    release(shared_.key_empty[key_.slot], lane_);
     key_.advance();
     softmax(s, step, rescale);
     convert(s, probabilities);
@@ -85,15 +86,15 @@ class Consumer {
       issue(score_mma, query_part(_, _, _, query_.slot), key_part(_, _, _, key_.slot), s, false);
       issue(output_mma, probabilities, value_part(_, _, _, value_.slot), o, !before_was_first);
       give_turn(1 - warpgroup);
-      step = read_step();
+      step = read_step(shared_.steps[key_.slot]);
       warpgroup_wait<1>();
       warpgroup_fence_operand(s);
-      release(shared_.key_empty[key_.slot]);
+      release(shared_.key_empty[key_.slot], lane_);
       const bool rescaled = softmax(s, step, rescale);
       warpgroup_fence_operand(s);
       warpgroup_wait<0>();
       warpgroup_fence_operand(o);
-      release(shared_.value_empty[value_.slot]);
+      release(shared_.value_empty[value_.slot], lane_);
       key_.advance();
       value_.advance();
       convert(s, probabilities);
@@ -113,7 +114,7 @@ class Consumer {
       }
       give_back_stored();  // of a tile of one step; the next tile's queries may want the slot
       await_step();
-      if (read_step().flags & kEnd) {
+      if (read_step(shared_.steps[key_.slot]).flags & kEnd) {
         issue(output_mma, probabilities, value_part(_, _, _, value_.slot), o, !first);
         warpgroup_wait<0>();
         warpgroup_fence_operand(o);
@@ -133,15 +134,7 @@ class Consumer {
  private:
   // The step's K, the V of the one before, and the step itself have arrived.
   __device__ void await_step() const { shared_.full[key_.slot].wait(key_.parity); }
-  __device__ Step read_step() const {
-    const Step step = shared_.steps[key_.slot];
-    return {step.first_key, __shfl_sync(kAllLanes, step.flags, 0)};  // makes branches on it uniform
-  }
   __device__ void await_query() const { shared_.query_full[query_.slot].wait(query_.parity); }
-
-  __device__ void release(Mbarrier& empty) const {
-    if (lane_ == 0) empty.arrive();
-  }
 
   // True if what was summed before must be multiplied by `rescale`.
   template <class Tensor>
@@ -177,11 +170,7 @@ class Consumer {
   // Gives the slot of the last stored tile back, one step after it was stored: by then TMA has read it.
   __device__ void give_back_stored() {
     if (stored_slot_ < 0) return;
-    if (lane_ == 0) {
-      cute::tma_store_wait<0>();
-      shared_.query_empty[stored_slot_].arrive();
-    }
-    __syncwarp();
+    release_stored(shared_.query_empty[stored_slot_], lane_);
     stored_slot_ = -1;
   }
 

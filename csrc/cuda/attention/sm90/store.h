@@ -92,4 +92,13 @@ __device__ __forceinline__ void store_tile(char* buffer, const KernelParams& p, 
   }
 }
 
+// Gives the query slot of a stored tile back, once TMA has read what the warp stored from it.
+__device__ __forceinline__ void release_stored(Mbarrier& empty, int lane) {
+  if (lane == 0) {
+    cute::tma_store_wait<0>();
+    empty.arrive();
+  }
+  __syncwarp();
+}
+
 }  // namespace bsfa::cuda::attn::sm90
