@@ -39,8 +39,8 @@ enum class Variant { kPlain, kSkip, kTokens };
 template <int kDim_>
 struct Operand {
   static constexpr int kDim = kDim_;
-  static constexpr int kPieces = kDim / kBoxColumns;               // swizzle atoms side by side
-  static constexpr int kBoxBytes = kTileRows * kBoxColumns * 2;    // 128 rows of one piece
+  static constexpr int kPieces = kDim / kBoxColumns;             // swizzle atoms side by side
+  static constexpr int kBoxBytes = kTileRows * kBoxColumns * 2;  // 128 rows of one piece
   static constexpr int kTileBytes = kPieces * kBoxBytes;
   static_assert(kTileRows == 128 && kBlockKeys == 128 && kDim % kBoxColumns == 0);
 };

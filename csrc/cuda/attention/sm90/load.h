@@ -328,32 +328,33 @@ class KeyLoader : public Loader<Config, typename Config::Keys> {
     // Where there is one query slot only, it comes free while the first keys are already on their way.
     constexpr bool kQueryFirst = Config::kQuerySlots > 1;
     int32_t head_of_query = 0;
-    this->for_each_step([&](const TileRow& tile, int32_t head, float cut) {
-                          if (kQueryFirst) {
-                            load_query(tile, head, cut);
-                          } else {
-                            head_of_query = head;
-                          }
-                        },
-                        [&](const TileRow& tile, Block block, bool first, bool last) {
-                          const Step step{block.first_key, flags_of(tile, block, first, last)};
-                          this->shared_.key_empty[key_.slot].wait(key_.parity ^ 1);
-                          if constexpr (Config::kTokens) load_tokens(tile, block);
-                          load_step(this->p_.k, block, step);
-                          if (!kQueryFirst && first) load_query(tile, head_of_query, 0.0f);
-                        },
-                        [&](const TileRow& tile, const Block& block, uint32_t columns, bool first, bool last) {
-                          const uint32_t flags = kMeans | kMasked | (first ? kFirst : 0) | (last ? kLast : 0);
-                          this->shared_.key_empty[key_.slot].wait(key_.parity ^ 1);
-                          if (this->lane_ < kBlockKeys / 32) {
-                            this->shared_.columns[columns_.slot].words[this->lane_] = columns;
-                          }
-                          __syncwarp();
-                          load_step(this->p_.k_means, block,
-                                    {block.first_key, flags | static_cast<uint32_t>(columns_.slot) << kColumnsShift});
-                          columns_.advance();
-                          if (!kQueryFirst && first) load_query(tile, head_of_query, 0.0f);
-                        });
+    this->for_each_step(
+        [&](const TileRow& tile, int32_t head, float cut) {
+          if (kQueryFirst) {
+            load_query(tile, head, cut);
+          } else {
+            head_of_query = head;
+          }
+        },
+        [&](const TileRow& tile, Block block, bool first, bool last) {
+          const Step step{block.first_key, flags_of(tile, block, first, last)};
+          this->shared_.key_empty[key_.slot].wait(key_.parity ^ 1);
+          if constexpr (Config::kTokens) load_tokens(tile, block);
+          load_step(this->p_.k, block, step);
+          if (!kQueryFirst && first) load_query(tile, head_of_query, 0.0f);
+        },
+        [&](const TileRow& tile, const Block& block, uint32_t columns, bool first, bool last) {
+          const uint32_t flags = kMeans | kMasked | (first ? kFirst : 0) | (last ? kLast : 0);
+          this->shared_.key_empty[key_.slot].wait(key_.parity ^ 1);
+          if (this->lane_ < kBlockKeys / 32) {
+            this->shared_.columns[columns_.slot].words[this->lane_] = columns;
+          }
+          __syncwarp();
+          load_step(this->p_.k_means, block,
+                    {block.first_key, flags | static_cast<uint32_t>(columns_.slot) << kColumnsShift});
+          columns_.advance();
+          if (!kQueryFirst && first) load_query(tile, head_of_query, 0.0f);
+        });
     // The end is a step without a block.
     this->shared_.key_empty[key_.slot].wait(key_.parity ^ 1);
     if (this->lane_ == 0) {
@@ -375,10 +376,9 @@ class KeyLoader : public Loader<Config, typename Config::Keys> {
     block.bytes += sizeof(TokenWords);
     Mbarrier& full = this->shared_.full[key_.slot];
     if (this->lane_ == 0) {
-      cute::SM90_TMA_LOAD_3D::copy(&this->p_.tokens, &full.state,
-                                   static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL),
-                                   &this->shared_.tokens.key[key_.slot], block.first_key / 32, tile.query_token,
-                                   tile.query_batch);
+      cute::SM90_TMA_LOAD_3D::copy(
+          &this->p_.tokens, &full.state, static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL),
+          &this->shared_.tokens.key[key_.slot], block.first_key / 32, tile.query_token, tile.query_batch);
     }
   }
 
@@ -437,11 +437,10 @@ class ValueLoader : public Loader<Config, typename Config::Values> {
   __device__ void run() {
     if (this->lane_ == 0) this->shared_.full[step_.slot].arrive();  // the first step of all has none
     step_.advance();
-    this->for_each_step([](const TileRow&, int32_t, float) {},
-                        [this](const TileRow&, const Block& block, bool, bool) { load_step(this->p_.v, block); },
-                        [this](const TileRow&, const Block& block, uint32_t, bool, bool) {
-                          load_step(this->p_.v_means, block);
-                        });
+    this->for_each_step(
+        [](const TileRow&, int32_t, float) {},
+        [this](const TileRow&, const Block& block, bool, bool) { load_step(this->p_.v, block); },
+        [this](const TileRow&, const Block& block, uint32_t, bool, bool) { load_step(this->p_.v_means, block); });
   }
 
  private:

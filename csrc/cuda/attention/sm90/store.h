@@ -62,7 +62,7 @@ __device__ __forceinline__ void store_tile(char* buffer, const KernelParams& p, 
       char* first = buffer + first_row * kRowBytes;
       // Lane i addresses rows 0-7 or 8-15 (i / 8 % 2) of column tiles j or j + 1 (i / 16), 16 bytes each, swizzled.
       const int row = lane % 16;
-  #pragma unroll
+#pragma unroll
       for (int j = 0; j < kColumnTiles; j += 2) {
         const int piece = j / 8, chunk = (j % 8 + lane / 16) ^ (row % 8);
         store_matrices(shared_address(first + piece * Values::kBoxBytes + row * kRowBytes + chunk * 16), packed(j, 0),
