@@ -186,6 +186,27 @@ inline void check_summary(const Tensor& summary, const Tensor& q, const Problem&
                   name, " must be [", problem.batch, ", ", blocks, ", ", problem.num_kv_heads, ", ", dim, "]");
 }
 
+// The mask words of each query row, of the layout that AttentionParams asks for.
+inline void set_token_words(AttentionParams& p, const Tensor& q, const OptionalTensor& token_words) {
+  if (!token_words.has_value()) return;
+  const Tensor& w = *token_words;
+  const int64_t rank = q.dim() - 1, columns = w.dim() > 0 ? w.size(w.dim() - 1) : 0;
+  STD_TORCH_CHECK(w.scalar_type() == ScalarType::Int && same_device(w, q), "token_words must be int32 on q's device");
+  STD_TORCH_CHECK(w.dim() == rank, "token_words must be [B, seqlen_q, words], or [total_q, words] beside packed q");
+  for (int64_t i = 0; i < rank - 1; ++i) STD_TORCH_CHECK(w.size(i) == q.size(i), "token_words must have the rows of q");
+  STD_TORCH_CHECK(columns % 4 == 0 && columns >= ceil_div(p.problem.kv.max_seqlen, 32), "token_words has ", columns,
+                  " words a row; it needs those of max_seqlen_k, and a multiple of 4");
+  STD_TORCH_CHECK(p.k_means == nullptr && p.window_left < 0, "token_words go with neither means nor window_left");
+  if (w.numel() == 0) return;  // no rows, or no keys: nothing to hide
+  STD_TORCH_CHECK(w.stride(rank - 1) == 1, "token_words must be contiguous in its last dimension");
+  p.token_row_stride = w.size(rank - 2) > 1 ? w.stride(rank - 2) : columns;
+  p.token_batch_stride = rank == 3 && w.size(0) > 1 ? w.stride(0) : 0;
+  STD_TORCH_CHECK(p.token_row_stride % 4 == 0 && p.token_batch_stride % 4 == 0 &&
+                      reinterpret_cast<uintptr_t>(w.data_ptr()) % 16 == 0,
+                  "the rows of token_words must start at multiples of 16 bytes");
+  p.token_words = static_cast<const int32_t*>(w.data_ptr());
+}
+
 // What operator attention computes, without its outputs (set_attention_outputs). Values of index tensors are not read.
 inline AttentionParams attention_params(const Tensor& q, const Tensor& k, const Tensor& v,
                                         const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
@@ -193,7 +214,8 @@ inline AttentionParams attention_params(const Tensor& q, const Tensor& k, const 
                                         int64_t max_seqlen_q, int64_t max_seqlen_k, const OptionalTensor& mask_words,
                                         const OptionalTensor& mask_counts, const OptionalTensor& k_means,
                                         const OptionalTensor& v_means, int64_t block_m, int64_t block_n, bool causal,
-                                        double softmax_scale, double softcap, int64_t window_left) {
+                                        double softmax_scale, double softcap, int64_t window_left,
+                                        const OptionalTensor& token_words = std::nullopt) {
   AttentionParams p;
   p.q = view_of(q, "q");
   p.k = view_of(k, "k");
@@ -242,6 +264,7 @@ inline AttentionParams attention_params(const Tensor& q, const Tensor& k, const 
     p.k_means = k_means->data_ptr();
     p.v_means = v_means->data_ptr();
   }
+  set_token_words(p, q, token_words);
   return p;
 }
 

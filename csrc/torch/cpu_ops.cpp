@@ -121,10 +121,11 @@ Tensor attention_out(const Tensor& out, const Tensor& q, const Tensor& k, const 
                      const OptionalTensor& block_table, const OptionalTensor& seqlens_k, int64_t max_seqlen_q,
                      int64_t max_seqlen_k, const OptionalTensor& mask_words, const OptionalTensor& mask_counts,
                      const OptionalTensor& k_means, const OptionalTensor& v_means, int64_t block_m, int64_t block_n,
-                     bool causal, double softmax_scale, double softcap, int64_t window_left) {
+                     bool causal, double softmax_scale, double softcap, int64_t window_left,
+                     const OptionalTensor& token_words) {
   AttentionParams p = attention_params(q, k, v, cu_seqlens_q, cu_seqlens_k, block_table, seqlens_k, max_seqlen_q,
                                        max_seqlen_k, mask_words, mask_counts, k_means, v_means, block_m, block_n,
-                                       causal, softmax_scale, softcap, window_left);
+                                       causal, softmax_scale, softcap, window_left, token_words);
   Tensor lse = new_lse(q);
   set_attention_outputs(p, q, out, lse);
   check_kv_values(p.problem.kv, k, p.problem.batch);
@@ -139,11 +140,12 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
                                      int64_t max_seqlen_q, int64_t max_seqlen_k, const OptionalTensor& mask_words,
                                      const OptionalTensor& mask_counts, const OptionalTensor& k_means,
                                      const OptionalTensor& v_means, int64_t block_m, int64_t block_n, bool causal,
-                                     double softmax_scale, double softcap, int64_t window_left) {
+                                     double softmax_scale, double softcap, int64_t window_left,
+                                     const OptionalTensor& token_words) {
   Tensor out = new_attention_out(q, v);
   Tensor lse = attention_out(out, q, k, v, cu_seqlens_q, cu_seqlens_k, block_table, seqlens_k, max_seqlen_q,
                              max_seqlen_k, mask_words, mask_counts, k_means, v_means, block_m, block_n, causal,
-                             softmax_scale, softcap, window_left);
+                             softmax_scale, softcap, window_left, token_words);
   return {out, lse};
 }
 

@@ -152,10 +152,11 @@ Tensor attention_out(const Tensor& out, const Tensor& q, const Tensor& k, const 
                      const OptionalTensor& block_table, const OptionalTensor& seqlens_k, int64_t max_seqlen_q,
                      int64_t max_seqlen_k, const OptionalTensor& mask_words, const OptionalTensor& mask_counts,
                      const OptionalTensor& k_means, const OptionalTensor& v_means, int64_t block_m, int64_t block_n,
-                     bool causal, double softmax_scale, double softcap, int64_t window_left) {
+                     bool causal, double softmax_scale, double softcap, int64_t window_left,
+                     const OptionalTensor& token_words) {
   return run_attention(attention_params(q, k, v, cu_seqlens_q, cu_seqlens_k, block_table, seqlens_k, max_seqlen_q,
                                         max_seqlen_k, mask_words, mask_counts, k_means, v_means, block_m, block_n,
-                                        causal, softmax_scale, softcap, window_left),
+                                        causal, softmax_scale, softcap, window_left, token_words),
                        q, out, "attention");
 }
 
@@ -165,11 +166,12 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
                                      int64_t max_seqlen_q, int64_t max_seqlen_k, const OptionalTensor& mask_words,
                                      const OptionalTensor& mask_counts, const OptionalTensor& k_means,
                                      const OptionalTensor& v_means, int64_t block_m, int64_t block_n, bool causal,
-                                     double softmax_scale, double softcap, int64_t window_left) {
+                                     double softmax_scale, double softcap, int64_t window_left,
+                                     const OptionalTensor& token_words) {
   Tensor out = new_attention_out(q, v);
   Tensor lse = attention_out(out, q, k, v, cu_seqlens_q, cu_seqlens_k, block_table, seqlens_k, max_seqlen_q,
                              max_seqlen_k, mask_words, mask_counts, k_means, v_means, block_m, block_n, causal,
-                             softmax_scale, softcap, window_left);
+                             softmax_scale, softcap, window_left, token_words);
   return {out, lse};
 }
 
@@ -290,8 +292,8 @@ std::string selection_rows(const std::string& op) {
          row(cuda::kMaxSelectBlocks, R"("head_dim": "1..256", "rule": "pooled")");
 }
 
-// JSON: one row per compiled CUDA kernel, with the keys of bsfa._C.kernels(); where a row does not take all of them also
-// `rule` and `sharing` (as in schemas.h), `stride` of antidiagonals, and `max_blocks`, the KV blocks of a mask row.
+// JSON: one row per compiled CUDA kernel, with the keys of bsfa._C.kernels(); a head_dim 192/128 is one of 128 in v. Where
+// a row does not take all of them also `rule` and `sharing` (as in schemas.h), `stride` of antidiagonals, and `max_blocks`, the KV blocks of a mask row.
 std::string cuda_kernels() {
   return R"([
     {"op": "pool_blocks", "device": "cuda", "arch": "sm_90a", "dtypes": "bfloat16, float16", "head_dim": "any"},
@@ -300,8 +302,8 @@ std::string cuda_kernels() {
          R"({"op": "probe_attention", "device": "cuda", "arch": "sm_90a", "dtypes": "bfloat16, float16",
      "head_dim": "64, 128", "blocks": "128x128"},
     {"op": "pattern_mask", "device": "cuda", "arch": "sm_90a", "dtypes": "int32", "head_dim": "any"},
-    {"op": "attention", "device": "cuda", "arch": "sm_90a", "dtypes": "bfloat16, float16", "head_dim": "64, 128",
-     "blocks": "128x128"},
+    {"op": "attention", "device": "cuda", "arch": "sm_90a", "dtypes": "bfloat16, float16",
+     "head_dim": "64, 128, 192/128", "blocks": "128x128"},
     {"op": "skip_attention", "device": "cuda", "arch": "sm_90a", "dtypes": "bfloat16, float16",
      "head_dim": "64, 128", "blocks": "128x128"},
     {"op": "block_mass", "device": "cuda", "arch": "sm_90a", "dtypes": "bfloat16, float16", "head_dim": "64, 128",

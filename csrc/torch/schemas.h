@@ -6,6 +6,8 @@
 //   summary  [B, N, Hkv, D], contiguous, dtype of k; likewise k_means and v_means
 //   words    [R, heads, ceil(N / 32)] int32, heads = Hq, Hkv or 1; counts [R, heads] int32
 //   lse      [B, Hq, Sq], or [Hq, T], float32
+//   token_words  int32 [B, Sq, W], or [T, W] for packed q; W = ceil(max_seqlen_k / 32) rounded up to a multiple of 4
+//            (AttentionParams)
 //   out      q's shape with v's head_dim, dtype of q. attention_out writes into a given one: any strides, last one 1.
 // skip_attention: thresholds float32 [Hq, columns], skips int64 [Hq, 2] (SkipParams); tile_max [R, Hq, N] float32.
 // The enumerations of params.h go by name: form "absolute", "relative"; pooling "mean", "maxabs", "center"; rule "relative_max", "pooled", "flat64",
@@ -36,11 +38,11 @@
   DEF("attention(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? block_table, "      \
       "Tensor? seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? mask_words, Tensor? mask_counts, "         \
       "Tensor? k_means, Tensor? v_means, int block_m, int block_n, bool causal, float softmax_scale, float softcap, "  \
-      "int window_left) -> (Tensor out, Tensor lse)")                                                                  \
+      "int window_left, Tensor? token_words=None) -> (Tensor out, Tensor lse)")                                        \
   DEF("attention_out(Tensor(a!) out, Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "       \
       "Tensor? block_table, Tensor? seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? mask_words, "         \
       "Tensor? mask_counts, Tensor? k_means, Tensor? v_means, int block_m, int block_n, bool causal, "                 \
-      "float softmax_scale, float softcap, int window_left) -> Tensor lse")                                            \
+      "float softmax_scale, float softcap, int window_left, Tensor? token_words=None) -> Tensor lse")                  \
   DEF("skip_attention(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? block_table, " \
       "Tensor? seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? mask_words, Tensor? mask_counts, "         \
       "int block_m, int block_n, bool causal, float softmax_scale, float softcap, Tensor thresholds, str form, "       \

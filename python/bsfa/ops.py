@@ -176,6 +176,7 @@ def _attention(
     softmax_scale: float,
     softcap: float,
     window_left: int,
+    token_words: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     return q.new_empty((*q.shape[:-1], v.shape[-1])), _new_lse(q)
 
@@ -202,6 +203,7 @@ def _attention_out(
     softmax_scale: float,
     softcap: float,
     window_left: int,
+    token_words: Tensor | None = None,
 ) -> Tensor:
     return _new_lse(q)
 

@@ -403,15 +403,9 @@ def check_attention_kernel(
 
     op: "attention" or "skip_attention".
     """
-    check_limits(op, q.device, q.dtype, q.shape[-1], blocks)
-    if q.device.type == "cpu":
-        return
-    if v.shape[-1] != q.shape[-1]:
-        raise UnsupportedError(
-            f"bsfa operation '{op}' cannot run on {q.device} with head_dim {q.shape[-1]} of q and k and "
-            f"{v.shape[-1]} of v: its kernels need one. Pad with zeros, or move the tensors to the CPU."
-        )
-    check_tma(op, q=q, k=k, v=v)
+    check_limits(op, q.device, q.dtype, q.shape[-1], blocks, head_dim_v=v.shape[-1])
+    if q.device.type != "cpu":
+        check_tma(op, q=q, k=k, v=v)
 
 
 def check_mask_heads(mask: BlockMask, q: Tensor, k: Tensor) -> None:

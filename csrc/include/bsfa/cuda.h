@@ -53,8 +53,8 @@ int64_t attention_workspace_bytes(const AttentionParams& params);
 // Whether attention() has a kernel for this dtype, head_dim and block sizes.
 bool attention_supports(const Problem& problem);
 
-// With and without skipping. float16 and bfloat16 on sm_90; head_dim = head_dim_v, 64 or 128; tiles and blocks of 128
-// tokens; q, k and v aligned to 16 bytes in base and strides. Three kernels; `workspace` may be reused once they are
+// float16 and bfloat16 on sm_90; head_dim = head_dim_v, 64 or 128, or (without skipping) head_dim 192 and head_dim_v 128;
+// tiles and blocks of 128 tokens; skipping and token masks not together; q, k and v aligned to 16 bytes in base and strides. Three kernels; `workspace` may be reused once they are
 // done.
 cudaError_t attention(const AttentionParams& params, void* workspace, cudaStream_t stream);
 

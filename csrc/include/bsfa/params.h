@@ -224,6 +224,14 @@ struct AttentionParams {
   const void* k_means = nullptr;  // [B, ceil(kv.max_seqlen / block_n), Hkv, D] contiguous, dtype of q
   const void* v_means = nullptr;  // [B, ceil(kv.max_seqlen / block_n), Hkv, Dv]
   SkipParams skip;                // not with means or window_left
+  // Token mask, shared by all heads: bit j % 32 of word j / 32 of a query row says whether it may see key position j of
+  // its sequence, in addition to everything else that decides that. Rows lie as those of q do: row i of sequence b at
+  // b * token_batch_stride + i * token_row_stride, or packed row r at r * token_row_stride. The words of a row are
+  // contiguous, at least ceil(kv.max_seqlen / 32) of them; bits past its keys are zero. Base and strides are multiples of
+  // 16 bytes (4 words), and a row may be read up to the next multiple of 4 words.
+  const int32_t* token_words = nullptr;  // null: none; not with means, window_left or skip
+  int64_t token_batch_stride = 0;        // words; packed: unused
+  int64_t token_row_stride = 0;          // words
 };
 
 // The quantity that SkipParams compares with its threshold, for whole tiles of block_m rows (kSkipRows for what
