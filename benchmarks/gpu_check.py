@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import importlib.util
 import json
 import os
 import re
@@ -32,6 +33,7 @@ from report import ROOT, SANITIZER_TOOLS, TREES, problems, tree_hash, write_json
 # Python's module of that name from everything that runs in this folder.
 SUITES = {"pool": "pool", "attention": "attention", "select": "selection", "skip": "skip", "calib": "calibrating"}
 BUILD_TIMEOUT_S, TEST_TIMEOUT_S, SANITIZER_TIMEOUT_S, SUITE_TIMEOUT_S = 900, 600, 300, 420
+TEST_PROCESSES = 8
 STEPS = ("tests", "sanitizer", *SUITES)
 PACKAGE = ROOT / "python" / "bsfa"
 RESULT = ROOT / "benchmarks" / "results" / "h200.json"
@@ -114,6 +116,8 @@ def run_tests(scratch: Path) -> tuple[dict[str, int], list[str]]:
     """pytest over tests/gpu: the counts, and the names of what failed."""
     xml = scratch / "tests.xml"
     args = [sys.executable, "-m", "pytest", "tests/gpu", "-q", "-p", "no:cacheprovider", f"--junitxml={xml}"]
+    if importlib.util.find_spec("xdist") is not None:  # the tests wait for Python more than for the device
+        args += ["-n", str(min(TEST_PROCESSES, os.cpu_count() or 1)), "--dist", "worksteal"]
     done = command("tests", args, TEST_TIMEOUT_S)
     if not xml.is_file():
         raise Failed(f"pytest wrote no result (exit status {done.returncode})")

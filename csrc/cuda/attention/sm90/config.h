@@ -61,9 +61,9 @@ struct Config {
   // its product: V gets a third one where there is room.
   static constexpr int kKeySlots = kHeadDim == 64 ? 5 : 2;
   static constexpr int kValueSlots = kHeadDim == 64 ? 5 : kHeadDim == 128 ? 3 : 2;
-  // Query tiles in shared memory. Where there are two, the output of a tile is staged in its query slot; one alone is
-  // given to the next tile as soon as the last scores are made, and outputs are stored from registers.
-  static constexpr int kQuerySlots = kHeadDim <= 128 ? 2 : 1;
+  // Query tiles in shared memory, two where there is room for them. Then the output of a tile is staged in its query slot.
+  // One alone is given to the next tile as soon as the last scores are made, and outputs are stored from registers.
+  static constexpr int kQuerySlots = kHeadDim == 64 || (kHeadDim == 128 && !kTokens) ? 2 : 1;
   static constexpr bool kStaged = kQuerySlots == 2;
   // What the consumers know of a tile is wanted until it is stored, beside the next tile's first step, which may be that
   // tile's last one and give its queries back.
