@@ -19,9 +19,10 @@ from torch import Tensor
 from bsfa.block_mask import BlockMask, MaskGeometry
 from bsfa.errors import UnsupportedError
 from bsfa.layout import Layout
+from bsfa.measuring import block_mass, tile_max
 from bsfa.policies import ExactSkip, ScoredPolicy, Selection, StaticPattern, ThresholdPolicy
 from bsfa.policies.exact_skip import SKIP_ROWS
-from bsfa.stages import block_mass, select_for, tile_max
+from bsfa.stages import select_for
 
 CHUNK = 1 << 22  # (tile, head, block) triples per histogram
 FINEST = 24  # strictest threshold of the grid besides keep-all: 2^-24 from the keep-all end
