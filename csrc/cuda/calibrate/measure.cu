@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <numeric>
 
+#include "../common/scan.h"
 #include "../common/schedule.h"
-#include "../common/warp.h"
 #include "bsfa/cuda.h"
 #include "sm90/config.h"
 #include "sm90/launch.h"
@@ -24,21 +24,20 @@ __global__ void __launch_bounds__(kPrepareThreads)
                    int32_t* first_rows) {
   const int64_t step = int64_t{gridDim.x} * kPrepareThreads;
   for (int64_t i = int64_t{blockIdx.x} * kPrepareThreads + threadIdx.x; i < count; i += step) out[i] = fill;
-  if (first_rows == nullptr || blockIdx.x > 0 || threadIdx.x >= 32) return;
-  const int32_t lane = threadIdx.x;
+  if (first_rows == nullptr || blockIdx.x > 0) return;
+  __shared__ int32_t scratch[kPrepareThreads / 32];
+  __shared__ int32_t total;
   int32_t before = 0;  // tiles of the sequences of all trips so far
-  for (int32_t first = 0; first < problem.batch; first += 32) {
-    const int32_t sequence = first + lane;
+  for (int32_t first = 0; first < problem.batch; first += kPrepareThreads) {
+    const int32_t sequence = first + static_cast<int32_t>(threadIdx.x);
     SequenceGeometry geometry;
     if (sequence < problem.batch) geometry = sequence_geometry(problem, sequence);
     const int32_t tiles = sequence < problem.batch ? geometry.num_tiles() : 0;
-    int32_t end = before + tiles;
-    for (int d = 1; d < 32; d *= 2) {
-      const int32_t below = __shfl_up_sync(kAllLanes, end - before, d);
-      if (lane >= d) end += below;
-    }
+    const int32_t end = before + inclusive_sum<kPrepareThreads>(tiles, scratch);
     if (sequence < problem.batch) first_rows[sequence] = end - tiles - geometry.first_tile();
-    before = __shfl_sync(kAllLanes, end, 31);
+    if (threadIdx.x == kPrepareThreads - 1) total = end;
+    __syncthreads();
+    before = total;  // written again behind the barriers of the next sum
   }
 }
 
