@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import bsfa.ops  # noqa: F401  fake kernels
-from bsfa.block_mask import BlockMask
+from bsfa.block_mask import BlockMask, MaskGeometry
 from bsfa.errors import UnsupportedError
 from bsfa.layout import (
     Layout,
@@ -344,7 +344,7 @@ def block_sparse_attention(
         raise ValueError(
             f"skip has blocks of {skip.block_m} x {skip.block_n}, but the mask has {blocks[0]} x {blocks[1]}"
         )
-    check_attention_kernel(q, k, v, (skip.block_m, skip.block_n), "skip_attention")
+    check_skip_kernels(q, k, v, skip)
     result = attend_skipping(q, k, v, mask, layout, scale, softcap, skip, out)
     return result if return_skips else result[:2]
 
@@ -411,6 +411,16 @@ def check_attention_kernel(
             f"{v.shape[-1]} of v: its kernels need one. Pad with zeros, or move the tensors to the CPU."
         )
     check_tma(op, q=q, k=k, v=v)
+
+
+def check_skip_kernels(q: Tensor, k: Tensor, v: Tensor, skip: ExactSkip) -> None:
+    """Raise ``UnsupportedError`` unless kernels of q's device can run ``skip`` in its passes."""
+    blocks = (skip.block_m, skip.block_n)
+    if skip.passes == 1:
+        check_attention_kernel(q, k, v, blocks, "skip_attention")
+        return
+    check_limits("skip_mask", q.device, q.dtype, q.shape[-1], blocks)
+    check_attention_kernel(q, k, v, blocks)
 
 
 def check_mask_heads(mask: BlockMask, q: Tensor, k: Tensor) -> None:
@@ -482,9 +492,9 @@ def attend_skipping(
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`attend` that skips, on inputs that have been checked: also the counts int64 [Hq, 2] of what was."""
-    # Positions end with the keys, without causality with the queries. A column more than tiles: there is always one.
-    positions = layout.max_seqlen_k if layout.causal else layout.max_seqlen_q
-    tiles = positions // skip.block_m + 1
+    if skip.passes == 2:
+        kept, skips = mask_by_logits(q, k, mask, layout, softmax_scale, softcap, skip)
+        return (*attend(q, k, v, kept, layout, softmax_scale, softcap, None, out), skips)
     arguments = (
         q,
         k,
@@ -502,7 +512,7 @@ def attend_skipping(
         layout.causal,
         softmax_scale,
         softcap,
-        skip.cuts(q.shape[-2], tiles, q.device),
+        skip_cuts(q, layout, skip),
         skip.form,
         skip.sink_blocks,
         skip.window_blocks,
@@ -513,6 +523,42 @@ def attend_skipping(
         return _copied(result, out), lse, skips
     lse, skips = torch.ops.bsfa.skip_attention_out(out, *arguments)
     return _written(out), lse, skips
+
+
+def skip_cuts(q: Tensor, layout: Layout, skip: ExactSkip) -> Tensor:
+    """The cuts of a policy for the tiles of a call."""
+    # Positions end with the keys, without causality with the queries. A column more than tiles: there is always one.
+    positions = layout.max_seqlen_k if layout.causal else layout.max_seqlen_q
+    return skip.cuts(q.shape[-2], positions // skip.block_m + 1, q.device)
+
+
+def mask_by_logits(
+    q: Tensor, k: Tensor, mask: BlockMask | None, layout: Layout, softmax_scale: float, softcap: float, skip: ExactSkip
+) -> tuple[BlockMask, Tensor]:
+    """The first of two passes of ``skip``: what attention is left to do of ``mask``, and the counts int64 [Hq, 2]."""
+    words, counts, skips = torch.ops.bsfa.skip_mask(
+        q,
+        k,
+        layout.cu_seqlens_q,
+        layout.cu_seqlens_k,
+        layout.block_table,
+        layout.seqlens_k,
+        layout.max_seqlen_q,
+        layout.max_seqlen_k,
+        layout.num_mask_rows(skip.block_m),
+        None if mask is None else mask.words,
+        skip.block_m,
+        skip.block_n,
+        layout.causal,
+        softmax_scale,
+        softcap,
+        skip_cuts(q, layout, skip),
+        skip.form,
+        skip.sink_blocks,
+        skip.window_blocks,
+    )
+    geometry = MaskGeometry.of(layout, skip.block_m, skip.block_n, q.device) if mask is None else mask.geometry
+    return BlockMask(words, counts, geometry), skips
 
 
 def _copies(out: Tensor | None) -> bool:

@@ -98,6 +98,11 @@ def check_calibratable(policy: ThresholdPolicy, causal: bool = True) -> None:
 
 
 def _check_skip(policy: ExactSkip, causal: bool) -> None:
+    if policy.passes != 1:
+        raise UnsupportedError(
+            "ExactSkip in two passes cannot be calibrated: what a group of rows keeps there hangs on the others of its "
+            "tile. Calibrate with passes=1; in two passes the same thresholds keep at least as much"
+        )
     if policy.within is not None:
         raise UnsupportedError(
             "ExactSkip within another policy cannot be calibrated: what it sees depends on that policy. Calibrate "
