@@ -58,6 +58,33 @@ def run_oracle(
     )
 
 
+def first_pass(
+    inputs: Inputs, policy: ExactSkip, masks: list[np.ndarray] | None = None
+) -> tuple[list[np.ndarray], np.ndarray, float]:
+    """What oracle_skip.two_passes finds: the mask of each sequence, the counts of all, the least margin."""
+    case = inputs.case
+    thresholds = policy.cuts(case.hq, columns(inputs), torch.device("cpu")).double().numpy()
+    words, counts, margin = [], np.zeros((case.hq, 2), dtype=np.int64), np.inf
+    for b in range(len(inputs)):
+        q, k, _ = inputs.arrays(b)
+        found = oracle_skip.two_passes(
+            q,
+            k,
+            **inputs.oracle_maths,
+            thresholds=thresholds,
+            form=policy.form,
+            mask=None if masks is None else masks[b],
+            block_m=case.block_m,
+            block_n=case.block_n,
+            sink_blocks=policy.sink_blocks,
+            window_blocks=policy.window_blocks,
+        )
+        words.append(found[0])
+        counts += found[1]
+        margin = min(margin, found[2])
+    return words, counts, margin
+
+
 def compared_values(inputs: Inputs, policy: ExactSkip, masks: list[np.ndarray] | None) -> list[np.ndarray]:
     """Per query head, what the rule compares with its threshold as long as nothing is skipped: sorted, finite."""
     found: list[list[float]] = [[] for _ in range(inputs.case.hq)]

@@ -20,6 +20,7 @@ OPERATIONS = {
     "pattern_mask",
     "attention",
     "skip_attention",
+    "skip_mask",
     "block_mass",
     "tile_max",
 }

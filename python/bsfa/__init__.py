@@ -16,8 +16,9 @@ from bsfa.doctor import doctor
 from bsfa.errors import DenseFallbackWarning, ThresholdMismatchError, UnsupportedError
 from bsfa.importing import import_bsfa
 from bsfa.info import AttentionInfo
+from bsfa.measuring import block_mass, tile_max
 from bsfa.plotting import plot_mask
-from bsfa.stages import block_mass, block_sparse_attention, pool_blocks, select_blocks, tile_max
+from bsfa.stages import block_sparse_attention, pool_blocks, select_blocks
 from bsfa.summary import BlockSummary
 from bsfa.thresholds import ThresholdTable
 

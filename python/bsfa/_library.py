@@ -29,6 +29,7 @@ OPERATORS = (
     "pattern_mask",
     "attention",
     "skip_attention",
+    "skip_mask",
     "block_mass",
     "tile_max",
 )

@@ -18,6 +18,7 @@ from bsfa.stages import (
     check_mask_heads,
     check_policy,
     check_skip,
+    check_skip_kernels,
     make_selection,
     resolve_layout,
     resolve_scale,
@@ -59,8 +60,10 @@ def _run(
         else:
             selects = policy
     skip = selects if isinstance(selects, ExactSkip) else None
-    op = "attention" if skip is None else "skip_attention"
-    check_attention_kernel(q, k, v, None if selects is None else (selects.block_m, selects.block_n), op)
+    if skip is None:
+        check_attention_kernel(q, k, v, None if selects is None else (selects.block_m, selects.block_n))
+    else:
+        check_skip_kernels(q, k, v, skip)
     if kept is not None:
         pools = selects if selects is not None and selects.needs_summary else None
         kept.check_use(k, v, None if pools is None else pools.block_n, None if pools is None else pools.summary_pooling)

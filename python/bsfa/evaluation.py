@@ -27,11 +27,12 @@ from bsfa.calibration.collect import Progress, dense_model, prefill_work, text_c
 from bsfa.calibration.curves import call_geometry, row_queries
 from bsfa.calibration.forward import logits_at, prefill, synchronize
 from bsfa.errors import UnsupportedError
+from bsfa.measuring import block_mass, tile_max
 from bsfa.placement import input_device, model_devices
 from bsfa.policies import ExactSkip, PerLayer, Policy, StaticPattern
 from bsfa.policies.exact_skip import SKIP_ROWS
 from bsfa.prompts import Prompt, TokenizedPrompt, length_bucket, length_name, tokenize
-from bsfa.stages import block_mass, select_for, tile_max
+from bsfa.stages import select_for
 from bsfa.thresholds import ThresholdTable
 
 if TYPE_CHECKING:

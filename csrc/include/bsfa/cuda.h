@@ -70,4 +70,11 @@ int64_t measure_workspace_bytes(const Problem& problem, int64_t query_tokens);
 cudaError_t block_mass(const BlockMassParams& params, void* workspace, cudaStream_t stream);
 cudaError_t tile_max(const TileMaxParams& params, void* workspace, cudaStream_t stream);
 
+// Whether skip_mask() has a kernel for this: as measure_supports(), with tiles of 128 rows alone.
+bool skip_mask_supports(const Problem& problem);
+
+// Also clears the counters. Workspace and conditions of tile_max(); the queries that a tile has are multiplied with the
+// blocks of attention.words alone. Three memsets, three kernels.
+cudaError_t skip_mask(const SkipMaskParams& params, void* workspace, cudaStream_t stream);
+
 }  // namespace bsfa::cuda
