@@ -31,7 +31,14 @@ from report import ROOT, SANITIZER_TOOLS, TREES, problems, tree_hash, write_json
 
 # Modules of this folder with a run() that returns measurements. The suite 'select' is not select.py, which would hide
 # Python's module of that name from everything that runs in this folder.
-SUITES = {"pool": "pool", "attention": "attention", "select": "selection", "skip": "skip", "calib": "calibrating"}
+SUITES = {
+    "pool": "pool",
+    "attention": "attention",
+    "select": "selection",
+    "skip": "skip",
+    "calib": "calibrating",
+    "ttft": "ttft",
+}
 BUILD_TIMEOUT_S, TEST_TIMEOUT_S, SANITIZER_TIMEOUT_S, SUITE_TIMEOUT_S = 900, 600, 300, 420
 TEST_PROCESSES = 8
 STEPS = ("tests", "sanitizer", *SUITES)

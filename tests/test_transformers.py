@@ -22,6 +22,7 @@ from bsfa.policies import Policy, RelativeMax, StaticPattern
 transformers = pytest.importorskip("transformers")
 hf = pytest.importorskip("bsfa.integrations.transformers")
 
+set_policy = partial(hf.set_policy, min_seqlen=0)  # at every length: the prompts here are short
 pytestmark = pytest.mark.filterwarnings("ignore:bsfa ran dense attention")
 
 S, WINDOW, BLOCK = 70, 21, 16
@@ -111,7 +112,7 @@ def test_prefill(model: Any, kind: str, request: pytest.FixtureRequest) -> None:
         return
     want = logits(model, "eager", ids, attention_mask=mask)
     for policy in (None, KEEP_ALL):
-        hf.set_policy(model, policy)
+        set_policy(model, policy)
         got = logits(model, "bsfa", ids, attention_mask=mask)
         close(got[seen(mask)], want[seen(mask)])
         assert got.isfinite().all()
@@ -135,7 +136,7 @@ def test_cached_chunks_and_decode(model: Any, kind: str, cache: str) -> None:
     ids, mask = tokens(), padding(kind)
     want = logits(model, "eager", ids, attention_mask=mask)
     model.set_attn_implementation("bsfa")
-    hf.set_policy(model, KEEP_ALL)
+    set_policy(model, KEEP_ALL)
     dynamic, static = transformers.DynamicCache, partial(transformers.StaticCache, max_cache_len=S + 9)
     past = (dynamic if cache == "dynamic" else static)(config=model.config)
     parts, start = [], 0
@@ -412,7 +413,7 @@ def test_policy_against_a_token_mask(model: Any, per_layer: bool) -> None:
     for hook in hooks:
         hook.remove()
 
-    hf.set_policy(model, [None, STATIC] if per_layer else STATIC, record=True)
+    set_policy(model, [None, STATIC] if per_layer else STATIC, record=True)
     got = logits(model, "bsfa", ids, attention_mask=mask)
     close(got[mask.bool()], want[mask.bool()])
     density = {index: float(d) for index, d in hf.density(model).items()}
@@ -437,14 +438,14 @@ class Table:
 def test_policies_belong_to_their_model(model: Any) -> None:
     ids, other = tokens(), build("llama")
     dense = logits(model, "bsfa", ids)
-    hf.set_policy(model, Table(model, STATIC), record=True)
+    set_policy(model, Table(model, STATIC), record=True)
     sparse = logits(model, "bsfa", ids)
     assert (sparse - dense).abs().max() > 0.1
     assert {i: bool(d < 1) for i, d in hf.density(model).items()} == {0: False, 1: True}
 
     close(logits(other, "bsfa", ids), dense)
     with pytest.raises(bsfa.ThresholdMismatchError):
-        hf.set_policy(other, Table(model, STATIC))
+        set_policy(other, Table(model, STATIC))
     close(logits(other, "bsfa", ids), dense)
 
     twin = copy.deepcopy(model)
@@ -468,19 +469,61 @@ def test_refused_policies_and_models(model: Any) -> None:
     ]
     for target, policy, error, message in bad:
         with pytest.raises(error, match=message):
-            hf.set_policy(target, policy)
+            set_policy(target, policy)
+
+
+@pytest.mark.parametrize("kind", ["none", "left"])
+def test_minimum_length(model: Any, kind: str) -> None:
+    """Calls over fewer keys are dense and say why; padding and the empty part of a static cache are no keys."""
+    ids, mask = tokens(), padding(kind)
+    longest = S if kind == "none" else S - 13  # without the row that has no padding
+    if mask is not None:
+        ids, mask = ids[1:], mask[1:]
+    dense = logits(model, "bsfa", ids, attention_mask=mask)
+    calls: list[Any] = []
+    with hf.observe(model, calls.append):
+        for minimum in (longest, longest + 1):
+            set_policy(model, STATIC, min_seqlen=minimum, record=True)
+            past = transformers.StaticCache(config=model.config, max_cache_len=S + 9)
+            for cache in ({}, {"use_cache": True, "past_key_values": past}):
+                got = logits(model, "bsfa", ids, attention_mask=mask, **cache)
+                short = minimum > longest
+                assert torch.equal(got, dense) == short
+                assert [float(d) < 1 for d in hf.density(model).values()] == [not short] * 2
+                reasons = {c.info.dense_reason for c in calls}
+                assert reasons == ({"fewer keys than min_seqlen"} if short else {None})
+                assert all(c.info.policy is STATIC for c in calls)
+                calls.clear()
+    past = transformers.DynamicCache(config=model.config)
+    set_policy(model, STATIC, min_seqlen=S)
+    with hf.observe(model, calls.append):
+        for part in tokens().split((40, 30), 1):  # the second chunk sees enough
+            model(part, past_key_values=past)
+    assert [c.info.dense_reason is None for c in calls] == [False, False, True, True]
+
+
+def test_default_minimum_length(model: Any) -> None:
+    calls: list[Any] = []
+    hf.set_policy(model, STATIC)
+    with warnings.catch_warnings(), hf.observe(model, calls.append):
+        warnings.simplefilter("error", bsfa.DenseFallbackWarning)  # by design, so without a warning
+        model(tokens())
+    assert model.model.layers[0].self_attn._bsfa_state.min_seqlen == hf.DEFAULT_MIN_SEQLEN > S
+    assert [c.info.dense_reason for c in calls] == ["fewer keys than min_seqlen"] * 2
+    with pytest.raises(ValueError, match="min_seqlen"):
+        hf.set_policy(model, STATIC, min_seqlen=-1)
 
 
 def test_warnings(model: Any, shared: dict[str, Any]) -> None:
     """Decode is dense without a word; a sliding-window layer says once that the policy is not applied."""
     ids = tokens()
-    hf.set_policy(model, STATIC)
+    set_policy(model, STATIC)
     with warnings.catch_warnings():
         warnings.simplefilter("error", bsfa.DenseFallbackWarning)
         model.generate(ids, attention_mask=padding("left"), max_new_tokens=3)
         logits(model, "bsfa", ids[:, :2], attention_mask=torch.tensor([[1, 0]] * 3))
     mistral = shared["mistral"]
-    hf.set_policy(mistral, STATIC)
+    set_policy(mistral, STATIC)
     with pytest.warns(bsfa.DenseFallbackWarning, match="sliding-window") as caught:
         logits(mistral, "bsfa", ids)
         logits(mistral, "bsfa", ids)
@@ -490,10 +533,10 @@ def test_warnings(model: Any, shared: dict[str, Any]) -> None:
 
 def test_density_needs_recording(model: Any) -> None:
     for policy in (None, STATIC):
-        hf.set_policy(model, policy)
+        set_policy(model, policy)
         with pytest.raises(ValueError, match="record=True"):
             hf.density(model)
-    hf.set_policy(model, STATIC, record=True)
+    set_policy(model, STATIC, record=True)
     assert hf.density(model) == {}
     logits(model, "bsfa", tokens())
     first = hf.density(model)
@@ -536,7 +579,7 @@ def test_observe(model: Any, kind: str) -> None:
 
 def test_observe_reports_the_policy(shared: dict[str, Any]) -> None:
     model, calls = shared["gemma2"], []
-    hf.set_policy(model, STATIC)
+    set_policy(model, STATIC)
     with pytest.warns(bsfa.DenseFallbackWarning), hf.observe(model, calls.append):
         model(tokens())
     hf.clear_policy(model)
@@ -562,7 +605,7 @@ def test_observers_nest_and_leave(model: Any) -> None:
 
 def test_from_pretrained(model: Any, tmp_path: Path) -> None:
     ids = tokens()
-    hf.set_policy(model, STATIC)  # leaves no trace in the files
+    set_policy(model, STATIC)  # leaves no trace in the files
     model.save_pretrained(tmp_path)
     hf.register()
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="bsfa").eval()
@@ -572,7 +615,7 @@ def test_from_pretrained(model: Any, tmp_path: Path) -> None:
 
 def test_compiled_decode(model: Any) -> None:
     """A decode step over a static cache traces into one graph, with a policy set."""
-    hf.set_policy(model, STATIC)
+    set_policy(model, STATIC)
     ids = tokens()
     past = transformers.StaticCache(config=model.config, max_cache_len=S + 4)
     model(ids, past_key_values=past)

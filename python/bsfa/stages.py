@@ -22,7 +22,6 @@ from torch import Tensor
 
 import bsfa.ops  # noqa: F401  fake kernels
 from bsfa.block_mask import BlockMask, MaskGeometry
-from bsfa.errors import UnsupportedError
 from bsfa.layout import (
     Layout,
     batched_layout,

@@ -7,8 +7,9 @@
     model.generate(**inputs)
 
 Importing this module registers "bsfa" for every model that uses transformers' attention interface. Without a policy it
-computes dense, exact attention. A policy acts on prefill (more than one query token) of layers without a sliding
-window; sliding-window layers are dense inside their window, which a warning says once. Decode steps (one query token)
+computes dense, exact attention. A policy acts on prefill (more than one query token) over at least ``min_seqlen`` keys,
+in layers without a sliding window; sliding-window layers are dense inside their window, which a warning says once.
+Shorter prompts are dense by design, since choosing blocks would cost more than it saves. Decode steps (one query token)
 are dense by design and run on ``torch.nn.functional.scaled_dot_product_attention``.
 
 Padded batches, packed sequences, chunked prefill, static caches, GQA and softcaps are honoured. What cannot be
@@ -50,12 +51,14 @@ from bsfa.attention import attention, attention_varlen
 from bsfa.errors import UnsupportedError, warn_dense
 from bsfa.info import AttentionInfo
 from bsfa.integrations._hf_masks import KeyMask, MaskFacts, Packing, bsfa_mask, padding_facts
+from bsfa.integrations.min_seqlen import DEFAULT_MIN_SEQLEN, SHORT_REASON, check_min_seqlen
 from bsfa.placement import module_device
 from bsfa.policies import Policy
 from bsfa.policies.composed import PerLayer, on_device
 from bsfa.stages import check_skip
 
 __all__ = [
+    "DEFAULT_MIN_SEQLEN",
     "AttentionCall",
     "LayerPolicies",
     "attention_implementations",
@@ -108,6 +111,7 @@ class AttentionCall:
     what is to outlive the callback.
 
     ``window_left``: as in :func:`bsfa.attention`; ``softmax_scale``: the scale in use; ``softcap``: 0 is off.
+    ``info.dense_reason``: why the layer's policy was not applied; ``SHORT_REASON`` for less than ``min_seqlen`` keys.
     """
 
     layer: int
@@ -138,6 +142,7 @@ class _LayerState:
     record: bool
     density: Tensor | None = None
     mean_correction: bool = False
+    min_seqlen: int = 0
 
 
 _observers: WeakKeyDictionary[nn.Module, list[Callback]] = WeakKeyDictionary()
@@ -259,6 +264,9 @@ def _prefill(
         warn_dense(reason)
     elif policy is not None and packing is not None and packing.max_seqlen_q <= 1:
         reason = DECODE_REASON
+    elif policy is not None and state is not None:
+        longest = facts.kv_length if packing is None else packing.max_seqlen_k
+        reason = SHORT_REASON if longest < state.min_seqlen else None
     window_left = None if facts.window is None else facts.window - 1
     options: dict[str, Any] = {
         "policy": None if reason else policy,
@@ -430,6 +438,7 @@ def set_policy(
     model: nn.Module,
     policy: Policy | Sequence[Policy | None] | LayerPolicies | None,
     *,
+    min_seqlen: int = DEFAULT_MIN_SEQLEN,
     record: bool = False,
     mean_correction: bool = False,
 ) -> None:
@@ -440,6 +449,9 @@ def set_policy(
     ``check_model(model)`` such as a ``bsfa.ThresholdTable``, which refuses a model that it was not made for. Policies
     belong to this model (and to deep copies made afterwards), replace earlier ones, and act on its causal attention
     layers.
+    min_seqlen: tokens; a prefill call over fewer keys (the longest sequence of its batch counts, with cached tokens and
+    without padding) is dense, and :class:`AttentionCall` says so. The default is where sparse attention starts to be
+    faster; 0 applies the policy at every length. Each chunk of a chunked prefill is a call of its own.
     record: keep the density of each layer's last prefill call for :func:`density`.
     mean_correction: as in :func:`bsfa.attention`, for every layer with a policy; none of them may be ``ExactSkip``.
 
@@ -448,6 +460,7 @@ def set_policy(
     """
     if not isinstance(mean_correction, bool):
         raise TypeError(f"mean_correction must be a bool, got {type(mean_correction).__name__}")
+    check_min_seqlen(min_seqlen)
     layers = attention_layers(model)
     chosen = _per_layer(model, policy, layers)
     for p in chosen.values():
@@ -455,7 +468,8 @@ def set_policy(
     _use_bsfa(model)
     for index, modules in layers.items():
         for module in modules:
-            state: Any = _LayerState(_beside(module, chosen[index]), record, mean_correction=mean_correction)
+            beside = _beside(module, chosen[index])
+            state: Any = _LayerState(beside, record, mean_correction=mean_correction, min_seqlen=min_seqlen)
             module._bsfa_state = state
 
 
