@@ -273,6 +273,21 @@ std::tuple<Tensor, Tensor> pattern_mask(const Tensor& base, const Tensor& query_
   return {words, counts};
 }
 
+TokenMaskTensors token_mask(const Tensor& indices, const OptionalTensor& cu_seqlens_q,
+                            const OptionalTensor& cu_seqlens_k, const OptionalTensor& seqlens_k, int64_t max_seqlen_q,
+                            int64_t max_seqlen_k, int64_t num_rows, int64_t block_m, int64_t block_n, bool causal) {
+  TokenMaskParams p = token_mask_params(indices, cu_seqlens_q, cu_seqlens_k, seqlens_k, max_seqlen_q, max_seqlen_k,
+                                        num_rows, block_m, block_n, causal);
+  for (int32_t b = 0; b < p.problem.batch; ++b) {
+    const int32_t len = seqlen_k(p.problem.kv, b);
+    STD_TORCH_CHECK(len >= 0 && len <= p.problem.kv.max_seqlen, "KV length ", len, " is not in 0 .. max_seqlen_k");
+  }
+  check_problem_values(p.problem, indices, num_rows);
+  TokenMaskTensors made = new_token_mask(p, indices);
+  cpu::token_mask(p, executor());
+  return made;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(bsfa, m) {
@@ -285,6 +300,7 @@ STABLE_TORCH_LIBRARY_IMPL(bsfa, CPU, m) {
   m.impl("pool_blocks", TORCH_BOX(&pool_blocks));
   m.impl("score_blocks", TORCH_BOX(&score_blocks));
   m.impl("select_blocks", TORCH_BOX(&select_blocks));
+  m.impl("token_mask", TORCH_BOX(&token_mask));
   m.impl("attention", TORCH_BOX(&attention));
   m.impl("attention_out", TORCH_BOX(&attention_out));
   m.impl("skip_attention", TORCH_BOX(&skip_attention));

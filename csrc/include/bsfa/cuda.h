@@ -47,6 +47,12 @@ cudaError_t probe_attention(const ProbeParams& params, void* workspace, cudaStre
 // Any block sizes.
 cudaError_t pattern_mask(const PatternParams& params, cudaStream_t stream);
 
+// Longest row of token_mask(): 16.7 million keys.
+constexpr int32_t kMaxTokenBlocks = 131072;
+
+// Tiles and blocks of 128 tokens. Reads the indices at 16 bytes a time where their rows start at multiples of that.
+cudaError_t token_mask(const TokenMaskParams& params, cudaStream_t stream);
+
 // Scratch memory of attention(), on the device: 32 bytes per mask row and 12 per mask row and query head.
 int64_t attention_workspace_bytes(const AttentionParams& params);
 
