@@ -256,13 +256,19 @@ def test_skip_suite_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
             "skip.sparse10.x_sparse",
             "skip.relative.70.ms",
             "skip.apart.70.x_dense",
-            "skip.two_pass.90.x_dense",
+            *(f"skip.two_pass.{percent}.x_dense" for percent in suite.PERCENTS),
+            "skip.two_pass.apart.70.ms",
         } <= set(by_id)
+
+        for name in ("90", "apart.70"):
+            one, two = (by_id[f"skip.{prefix}{name}.x_dense"] for prefix in ("", "two_pass."))
+            assert one["peers"]["two_pass_x_dense"] == two["value"] and "two_pass_ms" not in two["peers"]
+            assert two["peers"]["skipped"] <= one["peers"]["skipped"]
 
         with monkeypatch.context() as patch:
             readme = importlib.import_module("readme")
             patch.setattr(readme, "_load", lambda name, by_id=by_id: (GOOD, by_id))
-            assert readme.skip().count("\n| ") == 1 + 9 and "On a random mask" in readme.skip()
+            assert readme.skip().count("\n| ") == 1 + 12 and "On a random mask" in readme.skip()
 
         plant = suite.planted(512, 70)
         with pytest.raises(AssertionError, match="planted"):

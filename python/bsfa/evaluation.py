@@ -118,8 +118,9 @@ def unskipped(
     tiles = -(-q.shape[1] // policy.block_m)
     units = policy.block_m // unit
     padded = torch.nn.functional.pad(maxima, (0, 0, 0, 0, 0, tiles * units - len(maxima)), value=-math.inf)
-    # Units of a group decide together: by the largest of their values, NaN if one is.
-    groups = padded.unflatten(0, (tiles, units)).split(SKIP_ROWS // unit, dim=1)
+    # Units of a group, or of a tile in two passes, decide together: by the largest of their values, NaN if one is.
+    together = SKIP_ROWS // unit if policy.passes == 1 else units
+    groups = padded.unflatten(0, (tiles, units)).split(together, dim=1)
     top = torch.cat([g.amax(1, keepdim=True).expand_as(g) for g in groups], dim=1)  # [tiles, units, Hq, blocks]
     cuts = policy.cuts(q.shape[2], tiles, q.device).T[:, None, :, None]
     always = StaticPattern(
@@ -354,7 +355,7 @@ def describe(entry: Entry) -> str:
 def _name(policy: Policy | None) -> str:
     if isinstance(policy, ExactSkip):
         within = "" if policy.within is None else f" within {policy.within.name}"
-        return f"{policy.name} {policy.form}{within}"
+        return f"{policy.name} {policy.form}{' in two passes' if policy.passes == 2 else ''}{within}"
     return DENSE if policy is None else policy.name
 
 
