@@ -228,6 +228,7 @@ def call(**kwargs: Any) -> Tensor:
     "kwargs, message",
     [
         ({"s_aux": torch.zeros(3)}, r"shape \(4,\), and got s_aux of shape \(3,\)"),
+        ({"q": torch.randn(2, 4, 8, 257)}, "head_dim beyond 256"),
         ({"sinks": torch.zeros(2, 4, 8, 1)}, "vary with the query"),
         ({"position_bias": torch.zeros(1, 4, 8, 8)}, "position bias"),
         ({"output_attentions": True}, "output_attentions"),
@@ -347,8 +348,11 @@ def test_refused_patterns(function: Callable[..., Any], message: str) -> None:
 def test_mask_function() -> None:
     causal = MASKING.causal_mask_function
     chunked = MASKING.chunked_causal_mask_function(S, torch.zeros(2))
-    assert mask_of(causal) is None and mask_of(chunked) is None
-    assert mask_of(causal, attention_mask=torch.ones(2, S + 3)) is None
+    for plain in (mask_of(causal), mask_of(chunked), mask_of(causal, attention_mask=torch.ones(2, S + 3))):
+        assert plain is not None and plain.shape == (2, 1, 1, S) and bool(plain.all())
+        assert (plain.facts.causal, plain.facts.window, plain.facts.packing) == (True, None, None)
+    with pytest.raises(bsfa.UnsupportedError, match="appends"):
+        torch.cat([plain, plain], dim=-1)
     with pytest.raises(ValueError, match="must cover the cached tokens"):
         mask_of(causal, attention_mask=torch.ones(2, S - 1))
     with pytest.raises(bsfa.UnsupportedError, match="needs a full mask"):

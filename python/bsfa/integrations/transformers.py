@@ -56,6 +56,7 @@ from bsfa.errors import UnsupportedError, warn_dense
 from bsfa.info import AttentionInfo
 from bsfa.integrations._hf_masks import KeyMask, MaskFacts, Packing, bsfa_mask, padding_facts
 from bsfa.integrations.min_seqlen import DEFAULT_MIN_SEQLEN, SHORT_REASON, check_min_seqlen
+from bsfa.layout import MAX_HEAD_DIM
 from bsfa.placement import module_device
 from bsfa.policies import Policy
 from bsfa.policies.composed import PerLayer, on_device
@@ -369,6 +370,11 @@ def bsfa_attention(
     cap = 0.0 if softcap is None else float(softcap)
     if query.shape[2] == 1:
         return _decode(query, key, value, attention_mask, scale, cap, sliding_window, sinks), None
+    if max(query.shape[-1], value.shape[-1]) > MAX_HEAD_DIM:
+        raise UnsupportedError(
+            f"attn_implementation='bsfa' has no head_dim beyond {MAX_HEAD_DIM} (got {query.shape[-1]} and "
+            f"{value.shape[-1]}): use 'sdpa'"
+        )
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     facts = _mask_facts(query, key, attention_mask, causal, sliding_window, kwargs)
     return _prefill(module, query, key, value, facts, scale, cap, sinks), None
