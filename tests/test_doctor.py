@@ -21,6 +21,7 @@ OPERATIONS = {
     "token_mask",
     "attention",
     "skip_attention",
+    "skip_mask",
     "block_mass",
     "tile_max",
 }

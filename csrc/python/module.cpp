@@ -28,7 +28,7 @@ py::dict build_info() {
 py::list kernels() {
   py::list rows;
   for (const char* op : {"pool_blocks", "score_blocks", "select_blocks", "probe_attention", "pattern_mask",
-                         "token_mask", "attention", "skip_attention", "block_mass", "tile_max"}) {
+                         "token_mask", "attention", "skip_attention", "skip_mask", "block_mass", "tile_max"}) {
     py::dict row;
     row["op"] = op;
     row["device"] = "cpu";

@@ -299,6 +299,26 @@ inline void set_skip(AttentionParams& p, const Tensor& q, const Tensor& threshol
   p.skip.counts = static_cast<int64_t*>(skips.data_ptr());
 }
 
+// Operator skip_mask up to its outputs. Values of index tensors are not read.
+inline SkipMaskParams skip_mask_params(const Tensor& q, const Tensor& k, const OptionalTensor& cu_seqlens_q,
+                                       const OptionalTensor& cu_seqlens_k, const OptionalTensor& block_table,
+                                       const OptionalTensor& seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
+                                       int64_t num_rows, const OptionalTensor& mask_words, int64_t block_m,
+                                       int64_t block_n, bool causal, double softmax_scale, double softcap,
+                                       const Tensor& thresholds, const std::string& form, int64_t sink_blocks,
+                                       int64_t window_blocks, const Tensor& skips) {
+  SkipMaskParams p;
+  p.attention = attention_params(q, k, k, cu_seqlens_q, cu_seqlens_k, block_table, seqlens_k, max_seqlen_q,
+                                 max_seqlen_k, mask_words, std::nullopt, std::nullopt, std::nullopt, block_m, block_n,
+                                 causal, softmax_scale, softcap, -1);
+  set_skip(p.attention, q, thresholds, form, sink_blocks, window_blocks, false, skips);
+  STD_TORCH_CHECK(!mask_words.has_value() || p.attention.num_rows == num_rows, "mask_words has ", p.attention.num_rows,
+                  " rows, not num_rows = ", num_rows);
+  p.attention.num_rows = num_rows;
+  p.num_words = ceil_div(ceil_div(p.attention.problem.kv.max_seqlen, p.attention.problem.block_n), 32);
+  return p;
+}
+
 // Operator tile_max up to its output. Values of index tensors are not read.
 inline TileMaxParams tile_max_params(const Tensor& q, const Tensor& k, const OptionalTensor& cu_seqlens_q,
                                      const OptionalTensor& cu_seqlens_k, const OptionalTensor& block_table,

@@ -184,6 +184,28 @@ std::tuple<Tensor, Tensor, Tensor> skip_attention(
   return {out, lse, skips};
 }
 
+std::tuple<Tensor, Tensor, Tensor> skip_mask(const Tensor& q, const Tensor& k, const OptionalTensor& cu_seqlens_q,
+                                             const OptionalTensor& cu_seqlens_k, const OptionalTensor& block_table,
+                                             const OptionalTensor& seqlens_k, int64_t max_seqlen_q,
+                                             int64_t max_seqlen_k, int64_t num_rows, const OptionalTensor& mask_words,
+                                             int64_t block_m, int64_t block_n, bool causal, double softmax_scale,
+                                             double softcap, const Tensor& thresholds, std::string form,
+                                             int64_t sink_blocks, int64_t window_blocks) {
+  Tensor skips = new_tensor(q, {q.size(q.dim() - 2), 2}, ScalarType::Long);
+  torch::stable::zero_(skips);
+  SkipMaskParams p = skip_mask_params(q, k, cu_seqlens_q, cu_seqlens_k, block_table, seqlens_k, max_seqlen_q,
+                                      max_seqlen_k, num_rows, mask_words, block_m, block_n, causal, softmax_scale,
+                                      softcap, thresholds, form, sink_blocks, window_blocks, skips);
+  check_kv_values(p.attention.problem.kv, k, p.attention.problem.batch);
+  check_problem_values(p.attention.problem, q, num_rows);
+  Tensor words = new_tensor(q, {num_rows, p.attention.problem.num_q_heads, p.num_words}, ScalarType::Int);
+  Tensor counts = new_tensor(q, {num_rows, p.attention.problem.num_q_heads}, ScalarType::Int);
+  p.words = static_cast<int32_t*>(words.data_ptr());
+  p.counts = static_cast<int32_t*>(counts.data_ptr());
+  if (counts.numel() > 0) cpu::skip_mask(p, executor());
+  return {words, counts, skips};
+}
+
 Tensor tile_max(const Tensor& q, const Tensor& k, const OptionalTensor& cu_seqlens_q,
                 const OptionalTensor& cu_seqlens_k, const OptionalTensor& block_table, const OptionalTensor& seqlens_k,
                 int64_t max_seqlen_q, int64_t max_seqlen_k, int64_t num_rows, int64_t block_m, int64_t block_n,
@@ -283,6 +305,7 @@ STABLE_TORCH_LIBRARY_IMPL(bsfa, CPU, m) {
   m.impl("attention_out", TORCH_BOX(&attention_out));
   m.impl("skip_attention", TORCH_BOX(&skip_attention));
   m.impl("skip_attention_out", TORCH_BOX(&skip_attention_out));
+  m.impl("skip_mask", TORCH_BOX(&skip_mask));
   m.impl("tile_max", TORCH_BOX(&tile_max));
   m.impl("block_mass", TORCH_BOX(&block_mass));
   m.impl("probe_attention", TORCH_BOX(&probe_attention));

@@ -12,6 +12,7 @@
 //            (TokenMaskParams)
 //   out      q's shape with v's head_dim, dtype of q. attention_out writes into a given one: any strides, last one 1.
 // skip_attention: thresholds float32 [Hq, columns], skips int64 [Hq, 2] (SkipParams); tile_max [R, Hq, N] float32.
+// skip_mask (SkipMaskParams): the mask for the second pass, words [R, Hq, ceil(N / 32)]; R = num_rows, also of mask_words.
 // The enumerations of params.h go by name: form "absolute", "relative"; pooling "mean", "maxabs", "center"; rule "relative_max", "pooled", "flat64",
 // "antidiagonal"; sharing "none", "union", "group".
 #pragma once
@@ -57,6 +58,10 @@
       "Tensor? block_table, Tensor? seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? mask_words, "         \
       "Tensor? mask_counts, int block_m, int block_n, bool causal, float softmax_scale, float softcap, "               \
       "Tensor thresholds, str form, int sink_blocks, int window_blocks, bool counted) -> (Tensor lse, Tensor skips)")  \
+  DEF("skip_mask(Tensor q, Tensor k, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? block_table, "                \
+      "Tensor? seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, SymInt num_rows, Tensor? mask_words, "             \
+      "int block_m, int block_n, bool causal, float softmax_scale, float softcap, Tensor thresholds, str form, "       \
+      "int sink_blocks, int window_blocks) -> (Tensor words, Tensor counts, Tensor skips)")                            \
   DEF("tile_max(Tensor q, Tensor k, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? block_table, "                 \
       "Tensor? seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, SymInt num_rows, int block_m, int block_n, "       \
       "bool causal, float softmax_scale, float softcap, str form) -> Tensor")                                          \

@@ -17,8 +17,9 @@ from bsfa.errors import DenseFallbackWarning, ThresholdMismatchError, Unsupporte
 from bsfa.importing import import_bsfa
 from bsfa.info import AttentionInfo
 from bsfa.masked_mha import masked_mha, merge_attention
+from bsfa.measuring import block_mass, tile_max
 from bsfa.plotting import plot_mask
-from bsfa.stages import block_mass, block_sparse_attention, pool_blocks, select_blocks, tile_max
+from bsfa.stages import block_sparse_attention, pool_blocks, select_blocks
 from bsfa.summary import BlockSummary
 from bsfa.thresholds import ThresholdTable
 from bsfa.token_mask import TokenMask

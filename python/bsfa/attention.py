@@ -18,6 +18,7 @@ from bsfa.stages import (
     check_mask_heads,
     check_policy,
     check_skip,
+    check_skip_kernels,
     check_tokens,
     make_selection,
     resolve_layout,
@@ -63,13 +64,14 @@ def _run(
         else:
             selects = policy
     skip = selects if isinstance(selects, ExactSkip) else None
-    op = "attention" if skip is None else "skip_attention"
     tokens: TokenMask | None = None
     if isinstance(selects, TokenTopK):
         tokens = selects.token_mask(layout)
         check_tokens(tokens, layout, q, mean_correction, None, window_left)
-    blocks = None if selects is None else (selects.block_m, selects.block_n)
-    check_attention_kernel(q, k, v, blocks, op, tokens is not None)
+    if skip is None:
+        check_attention_kernel(q, k, v, None if selects is None else (selects.block_m, selects.block_n))
+    else:
+        check_skip_kernels(q, k, v, skip)
     if kept is not None:
         pools = selects if selects is not None and selects.needs_summary else None
         kept.check_use(k, v, None if pools is None else pools.block_n, None if pools is None else pools.summary_pooling)

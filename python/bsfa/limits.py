@@ -18,6 +18,7 @@ from bsfa._library import kernel_table, require_kernel
 from bsfa.errors import UnsupportedError
 
 Range = tuple[int, int]  # first and last
+HeadDims = tuple[int, int, int | None]  # first and last of q and k; that of v where it differs
 Blocks = tuple[int, int]  # block_m, block_n
 
 #: Kernels that read through TMA descriptors need addresses and strides of this many bytes.
@@ -31,14 +32,12 @@ class Limits:
     arch: str
     capabilities: Range  #: first and last compute capability that runs ``arch``, as 10 * major + minor
     dtypes: tuple[torch.dtype, ...]
-    head_dims: tuple[Range, ...] | None
+    head_dims: tuple[HeadDims, ...] | None
     blocks: tuple[Blocks, ...] | None
     rules: tuple[str, ...] | None = None  #: score rules, of operations that have them
     strides: tuple[Range, ...] | None = None  #: of the rule antidiagonal
     sharings: tuple[str, ...] | None = None  #: how the heads of a KV head share, of operations with rules
     max_blocks: int | None = None  #: KV blocks of a mask row
-    head_dims_v: tuple[Range, ...] | None = None  #: of v, beside head_dims; None: as q and k
-    tokens: bool = False  #: attention: whether it takes token masks
 
 
 def _capabilities(arch: str) -> Range:
@@ -56,6 +55,14 @@ def _ranges(text: str) -> tuple[Range, ...] | None:
         return None
     ends = [part.split("..") for part in text.split(",")]
     return tuple((int(e[0]), int(e[-1])) for e in ends)
+
+
+def _head_dims(text: str) -> tuple[HeadDims, ...] | None:
+    """Like :func:`_ranges`, and ``192/128``: 192 of q and k with 128 of v."""
+    if text == "any":
+        return None
+    parts = [part.strip().partition("/") for part in text.split(",")]
+    return tuple((*_ranges(k)[0], int(v) if v else None) for k, _, v in parts)  # type: ignore[index]
 
 
 def _blocks(text: str) -> tuple[Blocks, ...] | None:
@@ -81,14 +88,12 @@ def parse(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str], tuple[Limits,
             row["arch"],
             _capabilities(row["arch"]),
             tuple(getattr(torch, name.strip()) for name in row["dtypes"].split(",")),
-            _ranges(row["head_dim"]),
+            _head_dims(row["head_dim"]),
             _blocks(row.get("blocks", "any")),
             _names(row.get("rule")),
             _ranges(row.get("stride", "any")),
             _names(row.get("sharing")),
             row.get("max_blocks"),
-            _ranges(row["head_dim_v"]) if "head_dim_v" in row else None,
-            row.get("tokens", False),
         )
         key = (row["op"], row["device"])
         table[key] = (*table.get(key, ()), limits)
@@ -113,12 +118,14 @@ def _in_ranges(value: int, ranges: Iterable[Range] | None) -> bool:
     return ranges is None or any(first <= value <= last for first, last in ranges)
 
 
-def _takes_values(limits: Limits, head_dim: int, head_dim_v: int) -> bool:
-    return head_dim_v == head_dim if limits.head_dims_v is None else _in_ranges(head_dim_v, limits.head_dims_v)
-
-
 def _numbers(ranges: Iterable[Range]) -> str:
     return ", ".join(str(first) if first == last else f"{first}..{last}" for first, last in ranges)
+
+
+def _takes_dims(head_dim: int, head_dim_v: int, dims: Iterable[HeadDims] | None) -> bool:
+    return dims is None or any(
+        first <= head_dim <= last and head_dim_v == (head_dim if v is None else v) for first, last, v in dims
+    )
 
 
 def check_limits(
@@ -132,14 +139,13 @@ def check_limits(
     sharing: str | None = None,
     num_blocks: int | None = None,
     head_dim_v: int | None = None,
-    tokens: bool = False,
 ) -> None:
     """Raise :class:`UnsupportedError` unless a kernel of ``op`` can run this on ``device``.
 
+    head_dim: of q and k; head_dim_v: of v, None where there is none, or the same.
     blocks: block_m and block_n of the mask; None where there is none. For a selection, rule: its score rule; stride:
     that of the rule's groups of tokens, None where it has no such groups; sharing: how the query heads of a KV head
-    share scores or masks; num_blocks: KV blocks of the longest sequence. For attention, head_dim_v: that of v; tokens:
-    whether there is a token mask.
+    share scores or masks; num_blocks: KV blocks of the longest sequence.
     """
     require_kernel(op, device)
     rows = LIMITS.get((op, device.type))
@@ -166,32 +172,22 @@ def check_limits(
             f"{cannot} in {str(dtype).removeprefix('torch.')}: its kernels take {takes}. Convert the tensors, or move "
             "them to the CPU."
         )
-    rows, fit = tuple(fit), [r for r in fit if _in_ranges(head_dim, r.head_dims)]
+    dim_v = head_dim if head_dim_v is None else head_dim_v
+    rows, fit = tuple(fit), [r for r in fit if _takes_dims(head_dim, dim_v, r.head_dims)]
     if not fit:
-        takes = _numbers(x for r in rows for x in r.head_dims or ())
+        dims = [x for r in rows for x in r.head_dims or ()]
+        takes = ", ".join(_numbers([x[:2]]) + (f" (v: {x[2]})" if x[2] else "") for x in dims)
+        given = f"head_dim {head_dim}" + ("" if dim_v == head_dim else f" of q and k and {dim_v} of v")
         raise UnsupportedError(
-            f"{cannot} with head_dim {head_dim}: its kernels take {takes}. Pad the head_dim with zeros (and keep the "
+            f"{cannot} with {given}: its kernels take {takes}. Pad the head_dim with zeros (and keep the "
             "softmax_scale of the true one), or move the tensors to the CPU."
-        )
-    if head_dim_v is not None:
-        rows, fit = tuple(fit), [r for r in fit if _takes_values(r, head_dim, head_dim_v)]
-        if not fit:
-            takes = ", ".join(_numbers(r.head_dims_v or ((head_dim, head_dim),)) for r in rows)
-            raise UnsupportedError(
-                f"{cannot} with head_dim {head_dim} of q and k and {head_dim_v} of v: its kernels take {takes} of v. "
-                "Pad with zeros, or move the tensors to the CPU."
-            )
-    rows, fit = tuple(fit), [r for r in fit if r.tokens or not tokens]
-    if not fit:
-        raise UnsupportedError(
-            f"{cannot} with a token mask at head_dim {head_dim}: its kernels take none. Move the tensors to the CPU."
         )
     rows, fit = tuple(fit), [r for r in fit if stride is None or _in_ranges(stride, r.strides)]
     if not fit:
         takes = _numbers(x for r in rows for x in r.strides or ())
         raise UnsupportedError(
             f"{cannot} with a stride of {stride}: its kernels take {takes}. Give the policy such a stride, or move the "
-            "the tensors to the CPU."
+            "tensors to the CPU."
         )
     rows, fit = tuple(fit), [r for r in fit if sharing is None or r.sharings is None or sharing in r.sharings]
     if not fit:

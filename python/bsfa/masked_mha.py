@@ -105,7 +105,7 @@ def masked_mha(
     reason = None
     if dense:
         reason, tokens = f"{longest} keys are at most max_dense_seqlen = {max_dense_seqlen}: all are chosen", None
-    check_attention_kernel(q, k, v, None if tokens is None else (128, 128), tokens=tokens is not None)
+    check_attention_kernel(q, k, v, None if tokens is None else (128, 128))
     mask = None if tokens is None else tokens.blocks_for(layout)
     result, lse = attend(q, k, v, mask, layout, scale, softcap, None, out, None, tokens)
     if not return_lse and not return_info:

@@ -287,6 +287,36 @@ def _skip_attention_out(
     return _new_lse(q), q.new_empty((q.shape[-2], 2), dtype=torch.int64)
 
 
+@torch.library.register_fake("bsfa::skip_mask")
+def _skip_mask(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    block_table: Tensor | None,
+    seqlens_k: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    num_rows: int,
+    mask_words: Tensor | None,
+    block_m: int,
+    block_n: int,
+    causal: bool,
+    softmax_scale: float,
+    softcap: float,
+    thresholds: Tensor,
+    form: str,
+    sink_blocks: int,
+    window_blocks: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    heads, words = q.shape[-2], (_blocks(max_seqlen_k, block_n) + 31) // 32
+    return (
+        q.new_empty((num_rows, heads, words), dtype=torch.int32),
+        q.new_empty((num_rows, heads), dtype=torch.int32),
+        q.new_empty((heads, 2), dtype=torch.int64),
+    )
+
+
 @torch.library.register_fake("bsfa::tile_max")
 def _tile_max(
     q: Tensor,

@@ -20,6 +20,7 @@ void select_blocks(const SelectParams& params, const Executor& executor);
 void attention(const AttentionParams& params, const Executor& executor);
 void block_mass(const BlockMassParams& params, const Executor& executor);
 void tile_max(const TileMaxParams& params, const Executor& executor);
+void skip_mask(const SkipMaskParams& params, const Executor& executor);
 void probe_attention(const ProbeParams& params, const Executor& executor);
 void pattern_mask(const PatternParams& params, const Executor& executor);
 void token_mask(const TokenMaskParams& params, const Executor& executor);

@@ -255,6 +255,17 @@ struct AttentionParams {
   int64_t token_row_stride = 0;          // words
 };
 
+// Skipping in two passes: the mask with which attention() without skipping is the second. Of the blocks that
+// attention.words keeps, a tile drops those that all of its groups would skip (SkipParams), were running maxima over all
+// blocks met, skipped or not. With thresholds of at most 0, and in the absolute form, these are the groups' own decisions
+// in one pass, and a tile keeps what one of its groups keeps.
+struct SkipMaskParams {
+  AttentionParams attention;  // with `skip`, not counted, and num_rows; v, out, lse and window_left have no say
+  int32_t num_words = 0;      // of a row and head of the result; with attention.words its num_words
+  int32_t* words = nullptr;   // [num_rows, Hq, num_words]
+  int32_t* counts = nullptr;  // [num_rows, Hq] set bits
+};
+
 // The quantity that SkipParams compares with its threshold, for whole tiles of block_m rows (kSkipRows for what
 // attention decides), every visible block being met and kept:
 //   kAbsolute  maxima[row, h, j] = largest logit of the tile's rows over the visible keys of block j
