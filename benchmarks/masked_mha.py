@@ -145,7 +145,7 @@ def gather_call(length: int, heads: int, indices: Tensor) -> Call:
     q = torch.randn(length, heads, dim, dtype=torch.bfloat16, device=DEVICE)
     latent = torch.randn(length, dim, dtype=torch.bfloat16, device=DEVICE)
     hidden = indices[0] < 0
-    rows = indices[0].clamp(min=0)
+    rows = indices[0].clamp(min=0).long()
     out = torch.empty(length, heads, LATENT, dtype=torch.bfloat16, device=DEVICE)
 
     def call() -> Tensor:
@@ -217,8 +217,10 @@ def masked() -> list[Row]:
                 call = peers[f"{kind}masked"] = masked_call(inputs, mask)
                 verify(f"{named}{kind}", call(), inputs, mask)  # type: ignore[arg-type]
             if kilo == 8 and heads == HEADS[-1]:
-                peers["sdpa_mask"] = sdpa_call(inputs, mask=masks[""].to_bool()[0])
-                shares["sdpa_mask"] = 8.0  # long enough for one call a turn
+                call = sdpa_call(inputs, mask=masks[""].to_bool()[0])
+                if runs("SDPA with a bool mask", call):
+                    peers["sdpa_mask"] = call
+                    shares["sdpa_mask"] = 8.0  # long enough for one call a turn
             turns = take_turns(length, peers, shares)
             ms = turns.ms
             for kind in masks:
