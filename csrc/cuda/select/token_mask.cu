@@ -1,12 +1,12 @@
 // token_mask: the bits of the keys that each query row may see, and of the 128 x 128 blocks that hold one.
 //
 // Tile      one CTA per mask row (query tile), whose sequence and tile it finds first (place.h).
-// Threads   one warp per query row at a time. It reads the row's indices, 16 bytes a lane and four loads in flight, sets
-//           bits in its own piece of shared memory, and writes the row once, 16 bytes a lane. Those 16 bytes are a KV
-//           block, so a ballot over what the lanes write gives a word of the block mask.
+// Threads   one warp per query row at a time. It reads the row's indices, 16 bytes a lane and four loads in flight,
+//           sets bits in its own piece of shared memory, and writes the row once, 16 bytes a lane. Those 16 bytes are a
+//           KV block, so a ballot over what the lanes write gives a word of the block mask.
 // Order     bits are set by atomicOr, invalid indices counted by integer atomics: no order changes a result.
-// Memory    4 KiB of shared memory per warp, 32K keys; longer rows take several passes over their indices, which stay in
-//           L2. Indices are read and words written once: 16K rows of 2048 indices are 128 MB and 32 MB.
+// Memory    4 KiB of shared memory per warp, 32K keys; longer rows take several passes over their indices, which stay
+//           in L2. Indices are read and words written once: 16K rows of 2048 indices are 128 MB and 32 MB.
 // Waits     for nothing but its own loads.
 #include <cuda_runtime.h>
 
