@@ -36,7 +36,7 @@ POLICIES: list[ThresholdPolicy] = [
     ),
     Antidiagonal(stride=32, block_n=64),
     ExactSkip(form="absolute", counted=True, sink_blocks=2),
-    ExactSkip(form="relative", window_blocks=3),
+    ExactSkip(form="relative", window_blocks=3, passes=2),
 ]
 POSITIONS = (0, 128, 1000)
 
