@@ -301,6 +301,19 @@ def test_unsound_exact_skip_content_is_refused(case: str, path: Path) -> None:
     assert str(path) in str(caught.value)
 
 
+def test_files_from_before_two_passes(path: Path) -> None:
+    make_table(POLICIES[-1]).save(path)
+    assert ThresholdTable.load(path).policy.passes == 2  # type: ignore[attr-defined]
+    metadata, tensors = read(path)
+    del metadata["policy"]["parameters"]["passes"]
+    write(path, metadata, tensors)
+    assert ThresholdTable.load(path).policy.passes == 1  # type: ignore[attr-defined]
+    metadata["policy"]["parameters"]["passes"] = 3
+    write(path, metadata, tensors)
+    with pytest.raises(ValueError, match="passes must be 1 or 2"):
+        ThresholdTable.load(path)
+
+
 def test_version_1_cannot_hold_what_version_2_says(path: Path) -> None:
     make_table().save(path)
     metadata, tensors = read(path)
