@@ -308,7 +308,7 @@ def mean_density(model: Any, prompts: Sequence[Tensor], entry: Entry) -> float:
     """Density over layers, heads and prompts (token ids), as the runs of evaluate report it."""
     total = 0.0
     with dense_model(model):
-        set_policy(model, entry, record=True)
+        set_policy(model, entry, min_seqlen=0, record=True)
         for ids in prompts:
             prefill(model, ids)
             total += float(torch.stack(list(density(model).values())).mean())

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import bsfa
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 reports = importlib.import_module("report")
@@ -309,6 +311,85 @@ def test_calib_suite_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert by_id["calib.8b.64k.s"]["n"] == 2 * 5
 
 
+def test_ttft_suite_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As above for the suite 'ttft': a tiny model, and every variant's attention is seen and restored."""
+    suite = importlib.import_module("ttft")
+    selection, base = importlib.import_module("selection"), importlib.import_module("attention")
+    timing = importlib.import_module("timing")
+    slow: set[int] = set()
+
+    def interleaved(peers, rounds=15, warmup=3):
+        for work in peers.values():
+            work.body()
+        times = {name: 1.0 if "sparse" in name or "graph" in name else 0.5 for name in peers}
+        factor = 1.0 if len(measured) in slow else 3.0
+        measured.append(peers)
+        return {
+            name: timing.Timing(us * (factor if "dense" in name else 1.0), [1.0] * rounds) for name, us in times.items()
+        }, None
+
+    measured: list[object] = []
+    small = {
+        "num_hidden_layers": 5,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "vocab_size": 256,
+        "initializer_range": 0.2,
+    }
+    for module, values in (
+        (base, {"DEVICE": "cpu", "K": 16, "BLOCK": 16, "HEADS_Q": 4, "HEADS_KV": 2}),
+        (selection, {"interleaved": interleaved, "capturable": lambda call: True}),
+        (suite, {"DEVICE": "cpu", "DTYPE": torch.float32, "SHAPE": {**suite.SHAPE, **small}, "DENSITY": 0.3}),
+    ):
+        for name, value in values.items():
+            assert hasattr(module, name)
+            monkeypatch.setattr(module, name, value)
+    before = dict(suite.ALL_ATTENTION_FUNCTIONS)
+    rows = suite.run()
+    assert dict(suite.ALL_ATTENTION_FUNCTIONS) == before
+    assert reports.problems({**GOOD, "measurements": rows}) == []
+    by_id = {row["id"]: row for row in rows}
+    assert set(suite.DEMANDED) <= set(by_id)
+    assert {f"ttft.8b.{n}k.{name}.x_sdpa" for n in (16, 64, 128) for name in ("dense", "calibrated")} <= set(by_id)
+    for id_, row in by_id.items():
+        if not id_.startswith("ttft"):
+            continue
+        peers = row["peers"]
+        assert row["value"] == pytest.approx(peers["sdpa_ttft_ms"] / peers["ttft_ms"], rel=1e-3)
+        assert 0 < peers["attention_share"] < 1 and 0 < peers["sdpa_attention_share"] < 1
+        assert (peers["density"] < 0.9) == ("calibrated" in id_)
+    assert by_id["ttft.8b.128k.calibrated.x_sdpa"]["peers"]["density"] == pytest.approx(0.3, abs=0.01)
+
+    assert len(measured) == 5 and by_id["crossover.relmax.tokens"]["value"] == 1024
+    assert by_id["crossover.relmax.tokens"]["peers"]["x_dense_2k"] == 1.5
+    measured.clear()
+    slow.add(2)  # at 4K dense attention is faster: sparse attention wins from 8K on
+    assert suite.crossover()[0]["value"] == 8192
+    measured.clear()
+    slow.add(4)
+    with pytest.raises(AssertionError, match="not faster"):
+        suite.crossover()
+
+
+def test_searched_density() -> None:
+    """The thresholds keep at most the density that was asked for, and a step less would keep more."""
+    suite = importlib.import_module("ttft")
+    torch.manual_seed(0)
+    q, k = torch.randn(1, 2048, 4, 16) * 3, torch.randn(1, 2048, 2, 16)
+    search = suite.SearchDensity(density=0.4, block_m=32, block_n=32)
+    _, info = bsfa.attention(q, k, k, policy=search, return_info=True)  # type: ignore[misc]
+    (alpha,) = search.found
+    kept = info.mask.density(per_head=True)
+    assert bool((kept <= 0.4).all()) and bool((kept > 0.39).all()) and len(set(alpha.tolist())) == 4
+    _, again = bsfa.attention(q, k, k, policy=search.at(alpha), return_info=True)  # type: ignore[misc]
+    assert torch.equal(again.mask.words, info.mask.words)
+    _, more = bsfa.attention(q, k, k, policy=search.at(alpha - 1e-5), return_info=True)  # type: ignore[misc]
+    assert bool((more.mask.density(per_head=True) > 0.4).all())
+
+
 def test_ids_as_text() -> None:
     suite = importlib.import_module("calibrating")
     text = "5 107 3"
@@ -323,7 +404,7 @@ def test_no_benchmark_hides_a_standard_module() -> None:
     assert not names & set(sys.stdlib_module_names)
 
 
-@pytest.mark.parametrize("name", ["attention", "selection", "skip", "calibrating"])
+@pytest.mark.parametrize("name", ["attention", "selection", "skip", "calibrating", "ttft"])
 def test_missed_demands_are_named(name: str) -> None:
     suite = importlib.import_module(name)
     exact = [reports.measurement(id_, limit, "x", 10, None) for id_, (_, limit) in suite.DEMANDED.items()]

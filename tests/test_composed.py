@@ -255,7 +255,7 @@ def test_a_model_takes_policies_per_layer() -> None:
     chosen: list[Policy | None] = [None] * (layers - 1) + [Union(strict, PATTERN)]
     outs = []
     for policy in (chosen, PerLayer(chosen)):
-        hf.set_policy(model, policy, record=True)
+        hf.set_policy(model, policy, min_seqlen=0, record=True)
         with torch.no_grad():
             outs.append(model(ids).logits)
         densities = hf.density(model)

@@ -18,6 +18,7 @@ OPERATIONS = {
     "select_blocks",
     "probe_attention",
     "pattern_mask",
+    "token_mask",
     "attention",
     "skip_attention",
     "skip_mask",

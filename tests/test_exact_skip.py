@@ -451,12 +451,12 @@ def test_a_model_skips_by_layer() -> None:
     with torch.no_grad():
         hf.set_policy(model, None)
         dense = model(ids).logits
-        hf.set_policy(model, ExactSkip(ratio=0.0, **sizes), record=True)
+        hf.set_policy(model, ExactSkip(ratio=0.0, **sizes), min_seqlen=0, record=True)
         torch.testing.assert_close(model(ids).logits, dense, rtol=1e-4, atol=1e-4)
         assert [float(d) for d in hf.density(model).values()] == [1.0, 1.0]
 
         policy = ExactSkip(ratio=0.5, **sizes)
-        hf.set_policy(model, PerLayer([None, policy]), record=True)
+        hf.set_policy(model, PerLayer([None, policy]), min_seqlen=0, record=True)
         seen: list[hf.AttentionCall] = []
         with hf.observe(model, seen.append):
             got = model(ids).logits

@@ -143,7 +143,8 @@ static void take_chunk(const SkipPass& pass, int32_t index, int32_t first_key, i
   if (pass.visibility.upper && subtile.min_position < first_key + count - 1) {
     if (*finite < 0) *finite = all_finite(values, int64_t{packed} * dim_v);
     if (*finite == 0) {
-      return add_visible_values(pass.visibility, subtile, first_key, values, dim_v, count, s, scratch.rescale, o);
+      return add_visible_values(pass.visibility, nullptr, subtile, first_key, values, dim_v, count, s, scratch.rescale,
+                                o);
     }
   }
   add_values(subtile.vectors, values, dim_v, count, s, scratch.rescale, o);

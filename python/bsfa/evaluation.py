@@ -407,13 +407,13 @@ def evaluate(
     with dense_model(model):
         if not on_gpu:
             for name, policy in policies.items():
-                set_policy(model, policy, mean_correction=name in corrected)
+                set_policy(model, policy, min_seqlen=0, mean_correction=name in corrected)
                 prefill(model, tokenized[0].ids[:WARM_UP])
         for t, s, bucket in zip(tokenized, scored, buckets, strict=True):
             for name, policy in policies.items():
                 if progress is not None:
                     progress(done, work, f"{name}, {len(t)} tokens")
-                set_policy(model, policy, mean_correction=name in corrected)
+                set_policy(model, policy, min_seqlen=0, mean_correction=name in corrected)
                 observer = _DenseObserver(tables) if name == DENSE else _SparseObserver(name)
                 with observe(model, observer):
                     logits, seconds = _timed_logits(model, t, s, devices)

@@ -22,7 +22,6 @@ from torch import Tensor
 
 import bsfa.ops  # noqa: F401  fake kernels
 from bsfa.block_mask import BlockMask, MaskGeometry
-from bsfa.errors import UnsupportedError
 from bsfa.layout import (
     Layout,
     batched_layout,
@@ -41,6 +40,7 @@ from bsfa.limits import check_limits, check_tma
 from bsfa.policies import Composed, ExactSkip, Policy, ScoredPolicy, Selection
 from bsfa.policies.fixed import check_geometry
 from bsfa.pooling import check_pooling, pool
+from bsfa.token_mask import TokenMask
 
 
 def resolve_scale(softmax_scale: float | None, head_dim: int, softcap: float) -> float:
@@ -293,6 +293,7 @@ def block_sparse_attention(
     v_means: Tensor | None = None,
     skip: ExactSkip | None = None,
     return_skips: bool = False,
+    tokens: TokenMask | None = None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Exact softmax attention over the kept blocks (None: all of them).
@@ -314,6 +315,10 @@ def block_sparse_attention(
     be the mask's, and it has no ``within`` (that is the mask's part); not with means or ``window_left``
     (``ValueError``). ``return_skips`` (needs ``skip``): also return ``skips`` int64 [Hq, 2], how many pairs (group of
     64 query rows, kept block that one of them sees) were met, and how many of them skipped.
+
+    tokens: a :class:`bsfa.TokenMask` for this call; a query sees the keys that it has there and nothing else, of the
+    blocks that ``mask`` keeps (None: of ``tokens.blocks``, all that hold any). Not with means, ``skip`` or
+    ``window_left`` (``ValueError``).
     """
     layout = resolve_layout(
         q, k, v, causal, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table, seqlens_k
@@ -326,13 +331,16 @@ def block_sparse_attention(
         check_mask_heads(mask, q, k)
     if out is not None:
         check_out(out, q, k, v)
+    if tokens is not None:
+        check_tokens(tokens, layout, q, k_means is not None or v_means is not None, skip, window_left)
+        mask = tokens.blocks_for(layout) if mask is None else mask
     blocks = None if mask is None else (mask.block_m, mask.block_n)
     if skip is None:
         if return_skips:
             raise ValueError("return_skips needs skip")
         means = check_means(k_means, v_means, q, k, v, mask, layout, window_left)
         check_attention_kernel(q, k, v, blocks)
-        return attend(q, k, v, mask, layout, scale, softcap, window_left, out, means)
+        return attend(q, k, v, mask, layout, scale, softcap, window_left, out, means, tokens)
     if not isinstance(skip, ExactSkip):
         raise TypeError(f"skip must be a bsfa.policies.ExactSkip or None, got {type(skip).__name__}")
     if skip.within is not None:
@@ -347,6 +355,22 @@ def block_sparse_attention(
     check_skip_kernels(q, k, v, skip)
     result = attend_skipping(q, k, v, mask, layout, scale, softcap, skip, out)
     return result if return_skips else result[:2]
+
+
+def check_tokens(
+    tokens: TokenMask, layout: Layout, q: Tensor, corrects: bool, skip: ExactSkip | None, window_left: int | None
+) -> None:
+    """Raise unless ``tokens`` is a token mask for this call, and nothing is asked for that does not go with one."""
+    if not isinstance(tokens, TokenMask):
+        raise TypeError(f"tokens must be a bsfa.TokenMask or None, got {type(tokens).__name__}")
+    tokens.check_call(layout, q.device)
+    for name, given in (
+        ("mean correction", corrects),
+        ("ExactSkip", skip is not None),
+        ("window_left", window_left is not None),
+    ):
+        if given:
+            raise ValueError(f"a token mask cannot be combined with {name}")
 
 
 def check_skip(policy: Policy | None, mean_correction: bool) -> None:
@@ -396,21 +420,19 @@ def check_correction(mean_correction: bool, window_left: int | None) -> None:
 
 
 def check_attention_kernel(
-    q: Tensor, k: Tensor, v: Tensor, blocks: tuple[int, int] | None, op: str = "attention"
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: tuple[int, int] | None,
+    op: str = "attention",
 ) -> None:
     """Raise ``UnsupportedError`` unless the attention kernel of q's device can run this; blocks: those of the mask.
 
     op: "attention" or "skip_attention".
     """
-    check_limits(op, q.device, q.dtype, q.shape[-1], blocks)
-    if q.device.type == "cpu":
-        return
-    if v.shape[-1] != q.shape[-1]:
-        raise UnsupportedError(
-            f"bsfa operation '{op}' cannot run on {q.device} with head_dim {q.shape[-1]} of q and k and "
-            f"{v.shape[-1]} of v: its kernels need one. Pad with zeros, or move the tensors to the CPU."
-        )
-    check_tma(op, q=q, k=k, v=v)
+    check_limits(op, q.device, q.dtype, q.shape[-1], blocks, head_dim_v=v.shape[-1])
+    if q.device.type != "cpu":
+        check_tma(op, q=q, k=k, v=v)
 
 
 def check_skip_kernels(q: Tensor, k: Tensor, v: Tensor, skip: ExactSkip) -> None:
@@ -442,10 +464,12 @@ def attend(
     window_left: int | None,
     out: Tensor | None = None,
     means: tuple[Tensor, Tensor] | None = None,
+    tokens: TokenMask | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run the attention operator on inputs that have been checked; ``out``: where to write, None for a new tensor.
 
-    means: of k and v, for the correction of what the mask drops; only with a mask.
+    means: of k and v, for the correction of what the mask drops; only with a mask. tokens: keys of single queries, in
+    addition to the mask; neither with means nor with window_left.
     """
     if window_left is not None:
         if not isinstance(window_left, int) or isinstance(window_left, bool):
@@ -472,6 +496,7 @@ def attend(
         softmax_scale,
         softcap,
         -1 if window_left is None else window_left,
+        None if tokens is None else tokens.words,
     )
     if _copies(out):
         result, lse = torch.ops.bsfa.attention(*arguments)

@@ -84,11 +84,22 @@ class KeyMask(Tensor):
     """bool ``[B, 1, 1, kv_length]``, True at visible keys, with the :class:`MaskFacts` of the call attached.
 
     It has four dimensions so that transformers passes it on untouched. Only ``to`` keeps the facts; the result of any
-    other operation is a plain tensor, which the attention function refuses rather than guesses about.
+    other operation is a plain tensor, which the attention function refuses rather than guesses about. Nothing can be
+    appended to it: that needs a full mask.
     """
 
     facts: MaskFacts
-    __torch_function__: Any = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (torch.cat, torch.concat, torch.concatenate):
+            raise UnsupportedError(
+                "this model appends to the attention mask, which needs a full mask; bsfa makes none. Use "
+                "attn_implementation='sdpa'"
+            )
+        return torch._C._disabled_torch_function_impl(func, types, args, kwargs or {})
 
     @staticmethod
     def make(valid: Tensor, facts: MaskFacts) -> KeyMask:
@@ -226,10 +237,10 @@ def bsfa_mask(
 ) -> Tensor | None:
     """The mask function that transformers calls once per forward pass and kind of layer.
 
-    Returns None where the queries are the last of exactly the keys, causal and nothing else, in a model that has no
-    sliding window; for a single query (decode) the exact bool mask ``[B, 1, 1, kv_length]`` or None, as "sdpa" does;
-    else a :class:`KeyMask`. Raises :class:`bsfa.UnsupportedError` for patterns that bsfa cannot run, ``ValueError``
-    for a padding mask that does not cover the tokens.
+    Returns a :class:`KeyMask`, also where all is plainly causal: not every decoder layer of transformers says so itself
+    (``is_causal``), and without a mask such a layer would see the future. For a single query (decode) the exact bool
+    mask ``[B, 1, 1, kv_length]`` or None, as "sdpa" does. Raises :class:`bsfa.UnsupportedError` for patterns that bsfa
+    cannot run, ``ValueError`` for a padding mask that does not cover the tokens.
     """
     if q_length == 1:
         sdpa_mask: Callable[..., Tensor | None] = masking_utils.sdpa_mask
@@ -296,9 +307,6 @@ def bsfa_mask(
             raise UnsupportedError("bsfa cannot run packed sequences together with cached tokens")
         packing = _packed_sequences(pattern.segments.to(device), batch_size)
 
-    plain = pattern.causal and packing is None and pattern.window is None and visible == kv_length
-    if plain and getattr(config, "sliding_window", None) is None:
-        return None
     if valid is None:
         valid = torch.ones((batch_size, visible), dtype=torch.bool, device=device)
     return KeyMask.make(valid, MaskFacts(pattern.causal, pattern.window, q_length, visible, packing))

@@ -7,15 +7,20 @@
     model.generate(**inputs)
 
 Importing this module registers "bsfa" for every model that uses transformers' attention interface. Without a policy it
-computes dense, exact attention. A policy acts on prefill (more than one query token) of layers without a sliding
-window; sliding-window layers are dense inside their window, which a warning says once. Decode steps (one query token)
+computes dense, exact attention. A policy acts on prefill (more than one query token) over at least ``min_seqlen`` keys,
+in layers without a sliding window; sliding-window layers are dense inside their window, which a warning says once.
+Shorter prompts are dense by design, since choosing blocks would cost more than it saves. Decode steps (one query token)
 are dense by design and run on ``torch.nn.functional.scaled_dot_product_attention``.
 
-Padded batches, packed sequences, chunked prefill, static caches, GQA and softcaps are honoured. What cannot be
-honoured raises :class:`bsfa.UnsupportedError`: custom 4-D masks in prefill, chunked attention beyond one chunk,
-attention sinks, position biases, dropout, attention weights as output. Outputs at padded positions are zeros. Each
-chunk of a chunked prefill counts as the end of the prompt for ``last_tiles`` of a policy, because transformers does
-not say how long the whole prompt is.
+Padded batches, packed sequences, chunked prefill, static caches, GQA, softcaps and attention sinks are honoured. What
+cannot be honoured raises :class:`bsfa.UnsupportedError`: custom 4-D masks in prefill, chunked attention beyond one
+chunk, position biases, dropout, attention weights as output. Outputs at padded positions are zeros. Each chunk of a
+chunked prefill counts as the end of the prompt for ``last_tiles`` of a policy, because transformers does not say how
+long the whole prompt is.
+
+An attention sink (GPT-OSS) is one more logit ``a`` per head that takes its share of the softmax and has no value, so it
+only scales the output: ``out * sigmoid(lse - a)``. That is exact for dense attention; with a policy it is the softmax
+over the kept blocks and the sink. Policies choose blocks without regard to the sink.
 """
 
 from __future__ import annotations
@@ -50,12 +55,15 @@ from bsfa.attention import attention, attention_varlen
 from bsfa.errors import UnsupportedError, warn_dense
 from bsfa.info import AttentionInfo
 from bsfa.integrations._hf_masks import KeyMask, MaskFacts, Packing, bsfa_mask, padding_facts
+from bsfa.integrations.min_seqlen import DEFAULT_MIN_SEQLEN, SHORT_REASON, check_min_seqlen
+from bsfa.layout import MAX_HEAD_DIM
 from bsfa.placement import module_device
 from bsfa.policies import Policy
 from bsfa.policies.composed import PerLayer, on_device
 from bsfa.stages import check_skip
 
 __all__ = [
+    "DEFAULT_MIN_SEQLEN",
     "AttentionCall",
     "LayerPolicies",
     "attention_implementations",
@@ -75,8 +83,7 @@ DECODE_REASON = "one query token per sequence is dense by design"
 
 #: Arguments of an attention function that change its result and that bsfa cannot honour.
 REFUSED = {
-    "s_aux": "attention sinks (s_aux)",
-    "sinks": "attention sinks (sinks)",
+    "sinks": "attention sinks that vary with the query (sinks)",
     "position_bias": "a position bias",
     "indices": "token indices of a sparse-attention indexer",
     "block_indices": "block indices of a sparse-attention indexer",
@@ -107,7 +114,9 @@ class AttentionCall:
     their own number of heads, and no keys beyond those that the queries may see. The tensors are the layer's own: clone
     what is to outlive the callback.
 
+    ``out`` and ``lse`` are without ``sinks``, the model's sink logits float32 [Hq], which scale the output afterwards.
     ``window_left``: as in :func:`bsfa.attention`; ``softmax_scale``: the scale in use; ``softcap``: 0 is off.
+    ``info.dense_reason``: why the layer's policy was not applied; ``SHORT_REASON`` for less than ``min_seqlen`` keys.
     """
 
     layer: int
@@ -125,6 +134,7 @@ class AttentionCall:
     cu_seqlens_k: Tensor | None = None
     max_seqlen_q: int | None = None
     max_seqlen_k: int | None = None
+    sinks: Tensor | None = None
 
 
 Callback = Callable[[AttentionCall], None]
@@ -138,6 +148,7 @@ class _LayerState:
     record: bool
     density: Tensor | None = None
     mean_correction: bool = False
+    min_seqlen: int = 0
 
 
 _observers: WeakKeyDictionary[nn.Module, list[Callback]] = WeakKeyDictionary()
@@ -162,8 +173,27 @@ def _refuse(query: Tensor, key: Tensor, value: Tensor, dropout: float, kwargs: d
         )
 
 
+def _sink_logits(s_aux: Any, query: Tensor) -> Tensor | None:
+    """The sinks of a layer as float32 [Hq]; None: it has none."""
+    if s_aux is None:
+        return None
+    if not isinstance(s_aux, Tensor) or s_aux.shape != (query.shape[1],):
+        raise UnsupportedError(
+            f"bsfa knows attention sinks of one logit per query head, shape ({query.shape[1]},), and got s_aux of "
+            f"shape {tuple(getattr(s_aux, 'shape', ()))}: use attn_implementation='eager'"
+        )
+    return s_aux.detach().to(device=query.device, dtype=torch.float32)
+
+
 def _decode(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, softcap: float, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float,
+    window: int | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     """Dense attention of one query token: ``[B, Hq, 1, D]`` over ``[B, Hkv, K, D]`` to ``[B, 1, Hq, Dv]``.
 
@@ -184,13 +214,18 @@ def _decode(
     elif window is not None:
         key, value = key[:, :, -window:], value[:, :, -window:]
     grouped = query.squeeze(2).unflatten(1, groups)
-    if not softcap:
+    if not softcap and sinks is None:
         out = nn.functional.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scale)
     else:
-        logits = softcap * torch.tanh((grouped.float() @ key.float().transpose(2, 3)) * (scale / softcap))
+        logits = (grouped.float() @ key.float().transpose(2, 3)) * scale
+        if softcap:
+            logits = softcap * torch.tanh(logits / softcap)
         if mask is not None:
             logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
-        out = (logits.softmax(-1) @ value.float()).to(query.dtype)
+        weighted = logits.softmax(-1) @ value.float()
+        if sinks is not None:
+            weighted = weighted * torch.sigmoid(logits.logsumexp(-1) - sinks.view(groups)).unsqueeze(-1)
+        out = weighted.to(query.dtype)
     return out.reshape(batch, 1, heads, value.shape[-1])
 
 
@@ -244,7 +279,14 @@ def _mask_facts(
 
 
 def _prefill(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, facts: MaskFacts, scale: float, softcap: float
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    facts: MaskFacts,
+    scale: float,
+    softcap: float,
+    sinks: Tensor | None,
 ) -> Tensor:
     """``[B, Hq, Lq, D]`` over ``[B, Hkv, Lk, D]`` to ``[B, Lq, Hq, Dv]``, by the layer's policy."""
     state: _LayerState | None = module.__dict__.get("_bsfa_state")
@@ -259,6 +301,9 @@ def _prefill(
         warn_dense(reason)
     elif policy is not None and packing is not None and packing.max_seqlen_q <= 1:
         reason = DECODE_REASON
+    elif policy is not None and state is not None:
+        longest = facts.kv_length if packing is None else packing.max_seqlen_k
+        reason = SHORT_REASON if longest < state.min_seqlen else None
     window_left = None if facts.window is None else facts.window - 1
     options: dict[str, Any] = {
         "policy": None if reason else policy,
@@ -293,9 +338,13 @@ def _prefill(
         if reason:
             info = replace(info, policy=policy, dense_reason=reason)
         index = cast(int, module.layer_idx)
-        call = AttentionCall(index, q, k, v, out, lse, facts.causal, scale, softcap, window_left, info, **sequences)
+        call = AttentionCall(
+            index, q, k, v, out, lse, facts.causal, scale, softcap, window_left, info, **sequences, sinks=sinks
+        )
         for callback in list(callbacks):
             callback(call)
+    if sinks is not None:
+        out.mul_(torch.sigmoid(lse - sinks[:, None]).transpose(-1, -2).unsqueeze(-1))
     return out if packing is None else packing.unpack(out, query.shape[0], query.shape[2])
 
 
@@ -318,13 +367,19 @@ def bsfa_attention(
     refuses.
     """
     _refuse(query, key, value, dropout, kwargs)
+    sinks = _sink_logits(kwargs.get("s_aux"), query)
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     cap = 0.0 if softcap is None else float(softcap)
     if query.shape[2] == 1:
-        return _decode(query, key, value, attention_mask, scale, cap, sliding_window), None
+        return _decode(query, key, value, attention_mask, scale, cap, sliding_window, sinks), None
+    if max(query.shape[-1], value.shape[-1]) > MAX_HEAD_DIM:
+        raise UnsupportedError(
+            f"attn_implementation='bsfa' has no head_dim beyond {MAX_HEAD_DIM} (got {query.shape[-1]} and "
+            f"{value.shape[-1]}): use 'sdpa'"
+        )
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     facts = _mask_facts(query, key, attention_mask, causal, sliding_window, kwargs)
-    return _prefill(module, query, key, value, facts, scale, cap), None
+    return _prefill(module, query, key, value, facts, scale, cap, sinks), None
 
 
 # ---- models ---------------------------------------------------------------------------------------------------------
@@ -430,6 +485,7 @@ def set_policy(
     model: nn.Module,
     policy: Policy | Sequence[Policy | None] | LayerPolicies | None,
     *,
+    min_seqlen: int = DEFAULT_MIN_SEQLEN,
     record: bool = False,
     mean_correction: bool = False,
 ) -> None:
@@ -440,6 +496,9 @@ def set_policy(
     ``check_model(model)`` such as a ``bsfa.ThresholdTable``, which refuses a model that it was not made for. Policies
     belong to this model (and to deep copies made afterwards), replace earlier ones, and act on its causal attention
     layers.
+    min_seqlen: tokens; a prefill call over fewer keys (the longest sequence of its batch counts, with cached tokens and
+    without padding) is dense, and :class:`AttentionCall` says so. The default is where sparse attention starts to be
+    faster; 0 applies the policy at every length. Each chunk of a chunked prefill is a call of its own.
     record: keep the density of each layer's last prefill call for :func:`density`.
     mean_correction: as in :func:`bsfa.attention`, for every layer with a policy; none of them may be ``ExactSkip``.
 
@@ -448,6 +507,7 @@ def set_policy(
     """
     if not isinstance(mean_correction, bool):
         raise TypeError(f"mean_correction must be a bool, got {type(mean_correction).__name__}")
+    check_min_seqlen(min_seqlen)
     layers = attention_layers(model)
     chosen = _per_layer(model, policy, layers)
     for p in chosen.values():
@@ -455,7 +515,8 @@ def set_policy(
     _use_bsfa(model)
     for index, modules in layers.items():
         for module in modules:
-            state: Any = _LayerState(_beside(module, chosen[index]), record, mean_correction=mean_correction)
+            beside = _beside(module, chosen[index])
+            state: Any = _LayerState(beside, record, mean_correction=mean_correction, min_seqlen=min_seqlen)
             module._bsfa_state = state
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from bsfa.block_mask import BlockMask
 from bsfa.errors import UnsupportedError
 from bsfa.policies.base import Policy, Selection, Threshold, ThresholdPolicy, check_count, check_flag
+from bsfa.policies.token_topk import TokenTopK
 
 FORMS = ("absolute", "relative")
 
@@ -96,6 +97,8 @@ class ExactSkip(ThresholdPolicy):
                 raise TypeError(f"ExactSkip.within must be a policy or None, got {type(self.within).__name__}")
             if isinstance(self.within, ExactSkip):
                 raise ValueError("ExactSkip.within cannot be another ExactSkip")
+            if isinstance(self.within, TokenTopK):
+                raise ValueError("ExactSkip.within cannot be a TokenTopK: skipping knows no keys of single queries")
             if (self.within.block_m, self.within.block_n) != (self.block_m, self.block_n):
                 raise ValueError(
                     f"ExactSkip has blocks of {self.block_m} x {self.block_n}, but within has {self.within.block_m} x "

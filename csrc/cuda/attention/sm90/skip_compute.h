@@ -40,7 +40,7 @@ class SkipConsumer {
     const auto value_part = get<2>(parts);
 
     auto s = partition_fragment_C(score_mma, Shape<Int<kTileRows>, Int<kBlockKeys>>{});
-    auto o = partition_fragment_C(output_mma, Shape<Int<kTileRows>, Int<Config::kHeadDim>>{});
+    auto o = partition_fragment_C(output_mma, Shape<Int<kTileRows>, Int<Config::kHeadDimV>>{});
     auto probabilities = make_probabilities<Element>();
 
     Step step{0, 0};
@@ -267,7 +267,7 @@ class SkipConsumer {
   const int warp_;
   const int lane_;
   const Ballot<Config> ballot_;
-  RingPosition<kQuerySlots> query_;
+  RingPosition<Config::kQuerySlots> query_;
   RingPosition<Config::kKeySlots> key_;
   StepCount<kRing> step_;
   SoftmaxRows rows_{};
