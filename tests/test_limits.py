@@ -37,8 +37,9 @@ def test_parse() -> None:
     half = (torch.bfloat16, torch.float16)
     assert table["pool_blocks", "cuda"] == (limits.Limits("sm_90a", (90, 90), half, None, None),)
     first, second = table["attention", "cuda"]
-    assert first == limits.Limits("sm_90a", (90, 90), half, ((64, 64), (128, 128)), ((128, 128),))
-    assert second == limits.Limits("sm_80", (80, 89), (torch.float16,), ((1, 96), (128, 128)), ((128, 64), (64, 64)))
+    assert first == limits.Limits("sm_90a", (90, 90), half, ((64, 64, None), (128, 128, None)), ((128, 128),))
+    dims = ((1, 96, None), (128, 128, None))
+    assert second == limits.Limits("sm_80", (80, 89), (torch.float16,), dims, ((128, 64), (64, 64)))
 
 
 def test_rules() -> None:
