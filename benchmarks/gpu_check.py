@@ -36,6 +36,7 @@ SUITES = {
     "attention": "attention",
     "select": "selection",
     "skip": "skip",
+    "mmha": "masked_mha",
     "calib": "calibrating",
     "ttft": "ttft",
 }

@@ -73,10 +73,8 @@ def key_sets(inputs: Inputs, indices: list[np.ndarray]) -> list[np.ndarray]:
     found = []
     for (seqlen_q, seqlen_k), rows in zip(inputs.case.lengths, indices, strict=True):
         named = np.zeros((seqlen_q, seqlen_k), dtype=bool)
-        for i in range(seqlen_q):
-            for key in rows[i]:
-                if 0 <= key < seqlen_k:
-                    named[i, key] = True
+        valid = (rows >= 0) & (rows < seqlen_k)
+        named[np.nonzero(valid)[0], rows[valid]] = True
         found.append(named)
     return found
 

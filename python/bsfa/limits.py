@@ -205,9 +205,10 @@ def check_limits(
         )
     if num_blocks is not None and not any(r.max_blocks is None or num_blocks <= r.max_blocks for r in fit):
         most = max(r.max_blocks or 0 for r in fit)
+        of_rule, remedy = ("", "Move") if rule is None else ("for this score rule ", "Choose another policy, or move")
         raise UnsupportedError(
-            f"{cannot} with {num_blocks} KV blocks in a sequence: its kernels for this score rule take at most {most}. "
-            "Choose another policy, or move the tensors to the CPU."
+            f"{cannot} with {num_blocks} KV blocks in a sequence: its kernels {of_rule}take at most {most}. {remedy} "
+            "the tensors to the CPU."
         )
 
 

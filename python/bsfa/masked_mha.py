@@ -66,8 +66,8 @@ def masked_mha(
     * beyond, gathering the chosen keys (absorbed MLA over the latent cache, which bsfa does not have) costs less:
       ``beyond="error"`` raises :class:`bsfa.UnsupportedError`, ``beyond="masked"`` masks all the same.
 
-    Where it pays to stop masking depends on the heads per GPU; benchmarks/results/masked_mha_crossover_h200.csv, where
-    it is there, has what was measured.
+    Where it pays to stop masking depends on the heads per GPU: see docs/masked_mha.md, and what the measurements
+    ``mmha.cross.*`` of benchmarks/README.md say.
 
     Returns ``out`` (q's shape with v's head_dim); with ``return_lse`` also lse, with ``return_info`` also an
     :class:`bsfa.AttentionInfo`, as :func:`bsfa.attention`. A query without keys gives out = 0, lse = -inf.
