@@ -3,7 +3,7 @@
 
     python examples/hf_generate.py [--tokens N] [--thresholds FILE] [--min-seqlen N] [--device cuda]
 
-The shipped model answers the last needle question of one of its evaluation prompts. Prints what each way answers, how
+The shipped model answers a needle question of one of its evaluation prompts. Prints what each way answers, how
 long all of it took, and the share of the blocks that prefill kept.
 """
 
@@ -29,13 +29,10 @@ TASK = "single"
 
 
 def question(tokenizer: Any, tokens: int) -> tuple[Tensor, str]:
-    """The longest shipped prompt that fits, int64 ids [1, n] up to the answer of its last needle; and that answer."""
-    found = []
-    for prompt in load_prompts(TINY_LM / "prompts" / "evaluation.jsonl.gz"):
-        tokenized = tokenize(prompt, tokenizer)
-        asked = [positions for task, positions in tokenized.answers if task == TASK]
-        if asked and int(asked[-1][0]) <= tokens:
-            found.append((tokenized.ids, asked[-1]))
+    """The longest beginning of a shipped prompt that ends in a needle question, int64 ids [1, n]; and the answer."""
+    prompts = [tokenize(p, tokenizer) for p in load_prompts(TINY_LM / "prompts" / "evaluation.jsonl.gz")]
+    asked = [(p.ids, positions) for p in prompts for task, positions in p.answers if task == TASK]
+    found = [(ids, answer) for ids, answer in asked if int(answer[0]) <= tokens]
     if not found:
         raise SystemExit(f"no shipped prompt asks within {tokens} tokens")
     ids, answer = max(found, key=lambda pair: int(pair[1][0]))
