@@ -92,7 +92,16 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "afmoe": ("afmoe", {}),
     "apertus": ("apertus", {}),
     "arcee": ("arcee", {}),
-    "bamba": ("bamba", {"attn_layer_indices": [1, 3]}),
+    "bamba": (
+        "bamba",
+        {
+            "attn_layer_indices": [1, 3],
+            "mamba_n_heads": 4,
+            "mamba_d_head": 32,
+            "mamba_d_state": 16,
+            "mamba_chunk_size": 32,
+        },
+    ),
     "beam": ("beam", {}),
     "bigbird-pegasus": ("bigbird_pegasus", {"decoder_layers": 4, "decoder_attention_heads": 4, "decoder_ffn_dim": 96}),
     "biogpt": ("biogpt", {}),
