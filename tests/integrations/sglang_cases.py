@@ -421,8 +421,8 @@ def case_layers_of_one_pass_share_a_plan() -> None:
     plans = []
     make = server.backend._make_plan
     server.backend._make_plan = lambda *a: plans.append(1) or make(*a)
-    first, second = Request(0, 100, 9), Request(0, 120, 10)
-    for r in (first, second):
+    first, second, third = Request(0, 100, 9), Request(0, 120, 10), Request(0, 120, 26)
+    for r in (first, second, third):
         server.place(r)
     batch = server.batch([first], ForwardMode.EXTEND)
     for index in range(LAYERS):
@@ -430,11 +430,12 @@ def case_layers_of_one_pass_share_a_plan() -> None:
         close(out, reference(first, sparse=True))
     assert len(plans) == 1
     # The same object with another batch in it, and no hook called: prefill graphs may do so.
-    for name, value in vars(server.batch([second], ForwardMode.EXTEND)).items():
-        setattr(batch, name, value)
-    (out,) = server.run([second], batch=batch, metadata=False)
-    close(out, reference(second, sparse=True))
-    assert len(plans) == 2
+    for request, index in ((first, 0), (second, 1), (third, 0)):
+        for name, value in vars(server.batch([request], ForwardMode.EXTEND)).items():
+            setattr(batch, name, value)
+        (out,) = server.run([request], layer=make_layer(index), batch=batch, metadata=False)
+        close(out, reference(request, sparse=True))
+    assert len(plans) == 4
 
 
 def case_planning_waits_for_no_device() -> None:

@@ -172,10 +172,13 @@ class _Layers:
         hf_config = runner.model_config.hf_config
         config.check_model(hf_config)
         text = hf_config.get_text_config() if hasattr(hf_config, "get_text_config") else hf_config
-        # All of them now: a table that does not divide among the ranks is to stop the server, not the first prompt.
+        heads, kv_heads = (getattr(text, f"num_{kind}_heads", None) for kind in ("attention", "key_value"))
+        # All of them now: a table that does not fit this rank's heads is to stop the server, not the first prompt.
         self.policies: dict[int, Policy | None] = {}
         for index in range(int(getattr(text, "num_hidden_layers", 0))):
             self.policy(index)
+            if isinstance(heads, int) and isinstance(kv_heads, int):
+                config.check_heads(index, heads // self.size, max(kv_heads // self.size, 1), self.rank, self.size)
         self._reasons: dict[tuple[Any, ...], str | None] = {}
 
     def policy(self, index: int) -> Policy | None:
