@@ -21,6 +21,9 @@ from zipfile import ZipFile
 import pytest
 from fetch_wheels import Unavailable, cache_folder, fetch_packages
 
+from bsfa.integrations.serving import ServingConfig
+from bsfa.policies import RelativeMax
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -149,6 +152,20 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     assert done.returncode == 0 and done.stdout, f"SGLang {VERSION} cannot be imported:\n{done.stderr[-6000:]}"
     answers: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return answers
+
+
+def test_the_entry_point_needs_no_sglang() -> None:
+    """SGLang is imported when the entry point is called."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    module, _, function = project["entry-points"][GROUP]["bsfa"].partition(":")
+    command = f"import sys, {module} as m; assert callable(m.{function}); assert 'sglang' not in sys.modules"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "python")}
+    subprocess.run([sys.executable, "-c", command], check=True, timeout=120, env=environment)
+
+
+def test_the_example_configuration_loads() -> None:
+    config = ServingConfig.load(ROOT / "examples" / "serve_sglang" / "bsfa.toml")
+    assert isinstance(config.policy, RelativeMax) and config.dense_layers == {0, 1} and config.min_seqlen == 8192
 
 
 @pytest.mark.parametrize("case", case_names())
