@@ -33,6 +33,7 @@ from sglang.srt.layers.attention.hybrid_attn_backend import HybridAttnBackend
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
+from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
 from sglang.srt.model_executor.model_runner_components.attention_backend_setup import build_attention_backends
 from sglang.srt.runtime_context import get_context, get_parallel
@@ -151,8 +152,9 @@ class Request:
         self.prefix, self.new, self.row = prefix * UNIT, new * UNIT if new > 1 else 1, -1
         total = self.prefix + self.new
         shapes = ((total, heads, DIM), (total, kv_heads, DIM), (total, kv_heads, DIM))
-        q, k, v = (torch.randn(shape, generator=generator).to(DEVICE, DTYPE) for shape in shapes)
-        self.q, self.k, self.v = 3 * q, k, v
+        q, k, v = (torch.randn(shape, generator=generator) for shape in shapes)
+        k += torch.randn(-(-total // BLOCK), 1, DIM, generator=generator).repeat_interleave(BLOCK, 0)[:total] / 2
+        self.q, self.k, self.v = (t.to(DEVICE, DTYPE) for t in (3 * q, k, v))  # blocks of keys that differ
         self.slots = torch.empty(0, dtype=torch.int64)
 
 
@@ -407,7 +409,7 @@ def case_calibrated_kind_of_policy() -> None:
         expected, info = bsfa.attention(q, k, v, policy=policy, softmax_scale=SCALE, return_info=True)
         close(out, expected[0])
         if r.prefix == 0 and policy is not None and r.new > 48 * UNIT:
-            assert 0.1 < float(info.density()) < 0.9
+            assert 0.1 < float(info.density()) < 0.9, info.density()
 
 
 def case_chunks_equal_the_whole() -> None:
@@ -605,6 +607,29 @@ def case_layers_it_does_not_compute() -> None:
     server.place(request)
     (out,) = server.run([request], layer=make_layer(sliding_window_size=24))
     far(out, reference(request, sparse=False))  # the window was honoured, by torch_native
+
+
+def case_a_pool_of_full_and_window_layers() -> None:
+    """Models that alternate the two keep them in one pool of two: full layers by bsfa, the others by the dense one."""
+    size = 2048 * UNIT
+    common = {"head_num": KV_HEADS, "head_dim": DIM, "device": DEVICE, "dtype": DTYPE, "page_size": 16}
+    pool = SWAKVPool(size=size, size_swa=size, full_attention_layer_ids=[0], swa_attention_layer_ids=[1], **common)
+    pool.register_mapping(torch.arange(size + 17, device=DEVICE))
+    with published():
+        server = Server(16, token_to_kv_pool=pool)
+    request = Request(0, 100, 27)
+    server.place(request)
+    batch = server.batch([request], ForwardMode.EXTEND)
+    (out,) = server.run([request], layer=make_layer(0), batch=batch)
+    close(out, reference(request, sparse=True))
+    window = make_layer(1, sliding_window_size=BLOCK - 1)
+    (out,) = server.run([request], layer=window, batch=batch, metadata=False)
+    last = request.new - 1
+    seen = slice(last - window.sliding_window_size, last + 1)
+    q, k, v = (getattr(request, name).float().cpu() for name in ("q", "k", "v"))
+    weights = torch.softmax(k[seen, 0] @ q[last, 1] * SCALE, 0)
+    close(out[last, 1], weights @ v[seen, 0])
+    assert server.backend.served == 1 and server.backend.reasons.total() == 1
 
 
 def case_optional_arguments() -> None:

@@ -13,6 +13,8 @@ import sys
 import types
 from typing import Any
 
+import torch
+
 NAMES = ("triton", "torchvision", "torchaudio")
 
 
@@ -78,7 +80,12 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def install() -> None:
-    """Put the stand-ins in place, before anything of SGLang is imported."""
+    """Put the stand-ins in place, before anything of SGLang is imported.
+
+    On a machine with a GPU SGLang is told that there is none: it would import its own compiled kernels. Tensors and
+    kernels on the GPU work all the same.
+    """
+    torch.cuda.is_available = lambda: False
     from transformers.utils import import_utils
 
     for name in NAMES:  # transformers remembers the answer, and does without what is not there
