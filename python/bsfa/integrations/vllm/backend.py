@@ -161,6 +161,7 @@ class BsfaMetadataBuilder(FlashAttentionMetadataBuilder):
             _note(reason)
             return None
         count = common.num_reqs
+        assert lengths is not None
         starts: list[int] = common.query_start_loc_cpu[: count + 1].tolist()
         lengths_k: list[int] = lengths[:count].tolist()
         first = next(
