@@ -205,6 +205,31 @@ def test_contradicting_lengths_are_refused() -> None:
         run_prefill(plan, torch.zeros(4, HQ, D), cache, cache, policy=None, out=torch.zeros(4, HQ, D))
 
 
+def test_padding_requests_are_left_out() -> None:
+    """Servers pad a batch with requests of no tokens, whose pages and lengths are left over from another."""
+    requests = [(64, 128), (40, 40), (128, 128)]
+    batch = Batch(requests)
+    starts = [*batch.starts, batch.starts[-1], batch.starts[-1]]
+    lengths = [*batch.lengths, 10**6, 10**6]
+    table = torch.cat([batch.table, torch.full((2, batch.table.shape[1]), -1, dtype=torch.int32)])
+    where = (table, torch.tensor(starts, dtype=torch.int32), torch.tensor(lengths, dtype=torch.int32), starts, lengths)
+    for policy in (SPARSE, None):
+        out = torch.full((len(batch.q), HQ, D), NAN)
+        plan = plan_prefill(*where, 100)
+        assert plan.everything.max_seqlen_k == 128
+        run_prefill(plan, batch.q, batch.k, batch.v, policy=policy, out=out)
+        assert torch.equal(out[: starts[-1]], batch.run(policy, 100))
+
+
+def test_requests_of_a_few_tokens_may_be_decode_steps() -> None:
+    """Those that verify drafts."""
+    batch = Batch([(4, 300), (5, 300)])
+    where = (batch.table, torch.tensor(batch.starts, dtype=torch.int32), torch.tensor(batch.lengths, dtype=torch.int32))
+    plan = plan_prefill(*where, batch.starts, batch.lengths, 100, 4)
+    assert plan.dense is not None and plan.dense.rows == slice(0, 4)
+    assert plan.sparse is not None and plan.sparse.rows == slice(4, 9)
+
+
 def test_a_policy_begins_at_the_minimum_length() -> None:
     for length, sparse in ((DEFAULT_MIN_SEQLEN - 1, False), (DEFAULT_MIN_SEQLEN, True)):
         lengths = torch.tensor([length], dtype=torch.int32)

@@ -364,6 +364,11 @@ def make_cache(pages: int, page_size: int, heads_first: bool) -> Tensor:
     return memory.to(BF16) if heads_first else memory.to(BF16).transpose(1, 2)
 
 
+def split_of(metadata: Any) -> Any:
+    """What the layers look for."""
+    return getattr(metadata, "bsfa", None)
+
+
 class Batch:
     """Requests ``(query tokens, KV tokens)`` over one cache, filled by vLLM's own do_kv_cache_update."""
 
@@ -477,10 +482,10 @@ def test_batches_without_a_long_prompt_are_vllms() -> None:
     batch, builder = Batch([(1, 300), (1, 20), (40, 90)]), make_builder()
     for only in (None, 0, 2):
         metadata = builder.build(0, batch.common(only))
-        assert metadata.bsfa is None
+        assert split_of(metadata) is None
         batch.run(make_impl(), metadata, only=only)
     assert len(calls) == 3
-    assert builder.build_for_cudagraph_capture(batch.common(0)).bsfa is None
+    assert split_of(builder.build_for_cudagraph_capture(batch.common(0))) is None
 
 
 def test_a_batch_of_long_prompts_alone_needs_no_flash_attention() -> None:
@@ -491,6 +496,31 @@ def test_a_batch_of_long_prompts_alone_needs_no_flash_attention() -> None:
     assert calls == []
     for i in (0, 1):
         assert torch.equal(out[batch.rows(i)], batch.by_bsfa(i, SPARSE))
+
+
+class OnDevice(Tensor):
+    """A tensor whose values must not be read on the host."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in ("tolist", "item", "cpu", "numpy", "__bool__", "__int__", "__index__"):
+            raise AssertionError(f"{func.__name__} waits for the device")
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_a_batch_is_described_without_waiting_for_the_device() -> None:
+    batch = Batch(MIXED)
+    plain = batch.common()
+    names = ("query_start_loc", "seq_lens", "block_table_tensor", "slot_mapping")
+    on_device = {name: getattr(plain, name).as_subclass(OnDevice) for name in names}
+    with pytest.raises(AssertionError, match="tolist waits"):
+        on_device["seq_lens"].tolist()
+    split = split_of(make_builder().build(0, batch.common(**on_device)))
+    want = split_of(make_builder().build(0, plain))
+    assert isinstance(split.plan.sparse.seqlens_k, OnDevice)
+    for got, expected in ((split.plan.sparse, want.plan.sparse), (split.plan.dense, want.plan.dense)):
+        for name in ("cu_seqlens_q", "seqlens_k", "block_table"):
+            assert torch.equal(getattr(got, name).as_subclass(Tensor), getattr(expected, name))
 
 
 def test_profiling_has_no_metadata() -> None:
@@ -508,7 +538,7 @@ def test_without_a_configuration_all_is_vllms(monkeypatch: pytest.MonkeyPatch, t
     builder = make_builder()
     assert builder.reorder_batch_threshold is None
     metadata = builder.build(0, batch.common())
-    assert metadata.bsfa is None
+    assert split_of(metadata) is None
     batch.run(make_impl(), metadata)
     assert [c["rows"] for c in calls] == [len(batch.q)]
 
@@ -594,12 +624,12 @@ def test_batches_that_stay_with_vllm(log: Any) -> None:
             cases["PrefixLM" if name.startswith("mm") else "reference sliding"] = {name: change}
     for number, (reason, change) in enumerate(cases.items(), 1):
         for _ in range(2):
-            assert builder.build(0, batch.common(**change)).bsfa is None
+            assert split_of(builder.build(0, batch.common(**change))) is None
         assert len(messages(log)) == number and reason in messages(log)[-1]
     if "use_cascade" in flash_attn.FlashAttentionMetadata.__dataclass_fields__:
-        assert builder.build(16, batch.common()).bsfa is None and "cascade" in messages(log)[-1]
+        assert split_of(builder.build(16, batch.common())) is None and "cascade" in messages(log)[-1]
         assert builder.use_cascade_attention() is False
-    assert builder.build(0, batch.common()).bsfa is not None
+    assert split_of(builder.build(0, batch.common())) is not None
 
 
 def test_draft_verification_counts_as_decode() -> None:
@@ -608,7 +638,7 @@ def test_draft_verification_counts_as_decode() -> None:
     assert builder.reorder_batch_threshold == 4
     batch = Batch([(4, 300), (3, 200), (160, 160)])
     assert builder.build(0, batch.common()).bsfa.first == 2
-    assert builder.build(0, batch.common(only=0)).bsfa is None
+    assert split_of(builder.build(0, batch.common(only=0))) is None
 
 
 def test_a_cache_of_another_dtype_stays_with_vllm(log: Any) -> None:
