@@ -439,3 +439,18 @@ def test_what_kernels_cannot_run_is_known_before(monkeypatch: pytest.MonkeyPatch
         asked[0][0] == "skip_attention" and asked[-1][-1] == 32 and asked[-1][-4:-1] == ("relative_max", None, "none")
     )
     assert shared.unsupported_reason(StaticPattern(), cpu, F32, 80) is None
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "examples").glob("serve_*/*.toml")), ids=str)
+def test_the_examples_files_are_good(path: Path) -> None:
+    assert not ServingConfig.load(path).dense
+
+
+def test_the_documented_file_is_good(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs/integrations.md").read_text()
+    config = ServingConfig.load(write(tmp_path, page.split("```toml\n")[1].split("```")[0]))
+    assert (config.min_seqlen, config.dense_layers) == (8192, {0, 1})
+    for name in shared._KEYS:
+        assert f"`{name}`" in page or f"`[{name}]`" in page
+    for name in shared._POLICIES:
+        assert f"`{name}`" in page
