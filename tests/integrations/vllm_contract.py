@@ -9,6 +9,8 @@ from __future__ import annotations
 import inspect
 import logging
 import os
+import pickle
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -181,6 +183,21 @@ def test_selected_by_name(registry: Any) -> None:
     plugin.register()
     for name in ("CUSTOM", *(["BSFA"] if NAMED else [])):
         assert AttentionConfig(backend=name).backend is registry[name]
+
+
+@pytest.mark.skipif(not NAMED, reason="this vLLM takes no new names")
+def test_a_spawned_process_knows_the_name(registry: Any) -> None:
+    """It unpickles its configuration before it loads plug-ins."""
+    plugin.register()
+    data = pickle.dumps(registry["BSFA"])
+    code = (
+        "import blank, sys, pickle; blank.install(sys.argv[2].split()); "
+        "member = pickle.loads(bytes.fromhex(sys.argv[1])); "
+        "print(member.name, member.get_path(), pickle.loads(pickle.dumps(member)) is member)"
+    )
+    command = [sys.executable, "-c", code, data.hex(), UNUSED]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.split()[-3:] == ["BSFA", "bsfa.integrations.vllm.backend.BsfaBackend", "True"]
 
 
 # ---- signatures -----------------------------------------------------------------------------------------------------
