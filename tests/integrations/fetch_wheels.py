@@ -20,12 +20,11 @@ import urllib.error
 import urllib.request
 import zlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile, ZipInfo
 
 INDEX = "https://pypi.org/simple"
-TIMEOUT = 60  # seconds for one request
+TIMEOUT = 20  # seconds without an answer
 GAP = 1 << 16  # bytes not wanted that are fetched rather than asking again
 TAIL = 1 << 16  # bytes at the end of a wheel that are asked for first
 

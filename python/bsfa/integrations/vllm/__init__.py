@@ -7,6 +7,7 @@ processes. docs/integrations_vllm.md is the manual.
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 #: The backend's own name, where vLLM takes new names; elsewhere it is CUSTOM only.
 NAME = "BSFA"
@@ -29,6 +30,9 @@ def register() -> None:
     if named:
         path = f"{_BACKENDS}.BsfaBackend"
         registry.register_backend(backends[NAME] if NAME in backends.__members__ else NAME, path)
+        # Members are pickled by value, which a process that vLLM spawns does not know before it has loaded plug-ins;
+        # but it gets its configuration first.
+        backends[NAME].__reduce_ex__ = lambda protocol: (_named_backend, ())
     custom = f"{_BACKENDS}.CustomBackend"
     other = backends.CUSTOM.get_path() if backends.CUSTOM.is_overridden() else custom
     if other == custom:
@@ -36,3 +40,11 @@ def register() -> None:
     else:
         remedy = f"select bsfa by --attention-backend {NAME}" if named else "leave that plug-in out with VLLM_PLUGINS"
         logger.warning("bsfa: the backend CUSTOM is %s already: %s", other, remedy)
+
+
+def _named_backend() -> Any:
+    """The member BSFA of vLLM's backends, in a process that may not know it yet."""
+    from vllm.v1.attention.backends import registry
+
+    register()
+    return registry.AttentionBackendEnum[NAME]

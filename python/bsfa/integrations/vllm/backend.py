@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import Tensor
@@ -25,6 +25,7 @@ from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionBackend,
     FlashAttentionImpl,
+    FlashAttentionMetadata,
     FlashAttentionMetadataBuilder,
 )
 
@@ -104,8 +105,15 @@ class Split:
     replan: Callable[[Tensor], PrefillPlan]
 
 
+@dataclass
+class BsfaMetadata(FlashAttentionMetadata):
+    """FlashAttention's metadata of a batch with something for a policy. A field: vLLM copies metadata by fields."""
+
+    bsfa: Split | None = None
+
+
 class BsfaMetadataBuilder(FlashAttentionMetadataBuilder):
-    """FlashAttention's metadata, and where there is something for a policy, a :class:`Split` in its field ``bsfa``."""
+    """FlashAttention's metadata, and :class:`BsfaMetadata` for batches with something for a policy."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -134,8 +142,10 @@ class BsfaMetadataBuilder(FlashAttentionMetadataBuilder):
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
         """vLLM's metadata of the whole batch, for layers without a policy, with the split for the others."""
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
-        metadata.bsfa = self._split(common_prefix_len, common_attn_metadata)
-        return metadata
+        split = self._split(common_prefix_len, common_attn_metadata)
+        if split is None:
+            return metadata
+        return BsfaMetadata(**{f.name: getattr(metadata, f.name) for f in fields(metadata)}, bsfa=split)
 
     def update_block_table(self, metadata: Any, blk_table: Tensor, slot_mapping: Tensor) -> Any:
         """The same batch in another group of layers: its pages, in the split too."""
@@ -161,6 +171,7 @@ class BsfaMetadataBuilder(FlashAttentionMetadataBuilder):
             _note(reason)
             return None
         count = common.num_reqs
+        assert lengths is not None
         starts: list[int] = common.query_start_loc_cpu[: count + 1].tolist()
         lengths_k: list[int] = lengths[:count].tolist()
         first = next(
