@@ -34,9 +34,10 @@ from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBack
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
+from sglang.srt.model_executor.cuda_graph_config import Phase, default_cuda_graph_config, with_phase
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
 from sglang.srt.model_executor.model_runner_components.attention_backend_setup import build_attention_backends
-from sglang.srt.runtime_context import get_context, get_parallel
+from sglang.srt.runtime_context import get_context, get_exec, get_parallel
 from sglang.srt.server_args import ServerArgs
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -783,11 +784,14 @@ def case_no_configuration_is_dense() -> None:
 def case_what_it_refuses_to_start_with() -> None:
     with published():
         raises(bsfa.UnsupportedError, "MLA", Server, use_mla_backend=True)
-        graphs = SimpleNamespace(cuda_graph_config=SimpleNamespace(prefill=SimpleNamespace(backend="full")))
-        raises(bsfa.UnsupportedError, "--cuda-graph-backend-prefill", Server, server_args=graphs)
+        for backend in ("full", "breakable", "disabled"):
+            graphs = with_phase(default_cuda_graph_config(), Phase.PREFILL, backend=backend)
+            with get_exec().graph.override(cuda_graph_config=graphs):
+                if backend == "full":
+                    raises(bsfa.UnsupportedError, "--cuda-graph-backend-prefill", Server)
+                else:
+                    Server()
         raises(ValueError, "no attention backend 'nonsense'", Server, decode_attention_backend_str="nonsense")
-        graphs.cuda_graph_config.prefill.backend = "breakable"
-        Server(server_args=graphs)
 
 
 def case_thresholds_of_another_model() -> None:

@@ -104,6 +104,12 @@ def _dense_name(runner: Any) -> str:
 def _records_prefill(runner: Any) -> bool:
     """Whether whole prefill forwards are recorded in CUDA graphs, attention included."""
     graphs = getattr(getattr(runner, "server_args", None), "cuda_graph_config", None)
+    try:
+        from sglang.srt.runtime_context import get_exec
+
+        graphs = get_exec().graph.cuda_graph_config  # what SGLang made of the arguments
+    except (ImportError, AttributeError):  # releases before the runtime context
+        pass
     backend = getattr(getattr(graphs, "prefill", None), "backend", None)
     return str(getattr(backend, "value", backend)).lower() == "full"
 
