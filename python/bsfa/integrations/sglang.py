@@ -40,6 +40,7 @@ from bsfa.integrations.serving import (
     serving_config,
     unsupported_reason,
 )
+from bsfa.limits import check_tma
 from bsfa.policies import Policy
 
 #: The backend's name on SGLang's command line.
@@ -262,6 +263,11 @@ def _accepts(function: Callable[..., Any]) -> frozenset[str] | None:
     return frozenset(parameters)
 
 
+def _heads(q: Tensor, layer: Any) -> Tensor:
+    """Queries ``[tokens, Hq, D]``; a view, unless rows lie apart in a way that has none."""
+    return q.reshape(-1, layer.tp_q_head_num, layer.head_dim)
+
+
 def _asks(value: Any) -> bool:
     """Whether an optional argument asks for anything."""
     return value is not None and value is not False
@@ -429,6 +435,11 @@ def backend_class() -> type[Any]:
             if keys.dtype != q.dtype or values.dtype != q.dtype:
                 kind = str(keys.dtype).removeprefix("torch.")
                 return f"the KV cache is {kind}, queries are {str(q.dtype).removeprefix('torch.')}"
+            if q.device.type != "cpu":
+                try:
+                    check_tma("attention", q=_heads(q, layer), k=keys, v=values)
+                except UnsupportedError as error:
+                    return str(error)
             return None
 
         def _pages(self, layer: Any) -> tuple[Tensor | None, Tensor | None]:
@@ -482,7 +493,7 @@ def backend_class() -> type[Any]:
                 self.token_to_kv_pool.set_kv_buffer(layer, location, k, v, layer.k_scale, layer.v_scale)
             keys, values = self._pages(layer)
             assert keys is not None and values is not None and self._layers is not None
-            queries = q.reshape(-1, layer.tp_q_head_num, layer.head_dim)
+            queries = _heads(q, layer)
             shape = (queries.shape[0], layer.tp_q_head_num, layer.v_head_dim)
             out = getattr(batch, "_attn_output", None)  # SGLang's own, if it has one already
             if out is None or out.dtype != q.dtype or out.numel() != shape[0] * shape[1] * shape[2]:
