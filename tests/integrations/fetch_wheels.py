@@ -19,7 +19,7 @@ import tempfile
 import urllib.error
 import urllib.request
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile, ZipInfo
 
@@ -174,15 +174,15 @@ def _settle(temporary: Path, target: Path) -> None:
             raise
 
 
-def fetch_packages(name: str, requirements: list[str]) -> Path:
-    """A folder with these packages (pinned), without their dependencies, by pip."""
+def fetch_packages(name: str, requirements: list[str], options: Sequence[str] = ()) -> Path:
+    """A folder with these packages (pinned), without their dependencies, by pip with ``options``."""
     target = cache_folder() / f"{name}-packages"
     stamp = target / "requirements.json"
     if stamp.is_file() and json.loads(stamp.read_text()) == requirements:
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(temporary)]
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(temporary), *options]
     try:
         done = subprocess.run([*command, *requirements], capture_output=True, text=True, timeout=600, check=False)
         if done.returncode:

@@ -34,6 +34,23 @@ PACKAGES = [
 HERE = Path(__file__).resolve().parent
 
 
+def contract(version: str, folders: list[Path], **more: str) -> tuple[list[str], dict[str, str]]:
+    """The command that runs vllm_contract.py over the packages in ``folders``, and its environment."""
+    here = [str(HERE), str(HERE.parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, [*map(str, folders), *here])),
+        "VLLM_CONTRACT_VERSION": version,
+        "VLLM_TARGET_DEVICE": "cpu",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_CACHE_ROOT": str(cache_folder() / "vllm-runtime"),
+        **more,
+    }
+    environment.pop("BSFA_CONFIG", None)
+    options = ["-q", "-o", "addopts=", "-p", "no:cacheprovider"]
+    return [sys.executable, "-m", "pytest", *options, str(HERE / "vllm_contract.py")], environment
+
+
 @pytest.fixture(scope="module")
 def packages() -> Path:
     try:
@@ -42,6 +59,7 @@ def packages() -> Path:
         pytest.skip(f"what vLLM imports cannot be downloaded: {error}")
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="vLLM needs Python 3.11")
 @pytest.mark.parametrize("version", VERSIONS)
 def test_contract(version: str, packages: Path) -> None:
     try:
@@ -51,19 +69,7 @@ def test_contract(version: str, packages: Path) -> None:
     except Unavailable as error:
         pytest.skip(f"vLLM {version} cannot be downloaded: {error}")
     print(f"vLLM {version}: {fetched / 1e6:.1f} MB downloaded")
-    here = [str(HERE), str(HERE.parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-    path = os.pathsep.join(filter(None, [str(vllm), str(packages), *here]))
-    environment = {
-        **os.environ,
-        "PYTHONPATH": path,
-        "VLLM_CONTRACT_VERSION": version,
-        "VLLM_TARGET_DEVICE": "cpu",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_CACHE_ROOT": str(cache_folder() / "vllm-runtime"),
-    }
-    environment.pop("BSFA_CONFIG", None)
-    options = ["-q", "-o", "addopts=", "-p", "no:cacheprovider"]
-    command = [sys.executable, "-m", "pytest", *options, str(HERE / "vllm_contract.py")]
+    command, environment = contract(version, [vllm, packages])
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     print(done.stdout)
     assert done.returncode == 0, f"vLLM {version}\n{done.stdout}\n{done.stderr}"

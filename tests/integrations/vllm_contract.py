@@ -2,6 +2,7 @@
 
 vLLM's own registry, abstract classes and FlashAttention classes are imported from the Python files of its wheel. Only
 what is compiled in vLLM is replaced: its attention kernel by the plain one below, and the one that fills the cache.
+``VLLM_CONTRACT_DEVICE=cuda`` has the same tensors on a GPU, and bsfa's kernels for it.
 """
 
 from __future__ import annotations
@@ -29,6 +30,12 @@ UNUSED = """
 """
 blank.install(UNUSED.split())
 
+import vllm.platforms  # noqa: E402
+
+# No platform, even beside a GPU: for one, vLLM imports what is compiled in it.
+vllm.platforms.builtin_platform_plugins.clear()
+
+
 from transformers import LlamaConfig  # noqa: E402
 from vllm.config.attention import AttentionConfig  # noqa: E402
 from vllm.platforms.interface import DeviceCapability  # noqa: E402
@@ -51,19 +58,29 @@ OLD_LAYOUT = hasattr(abstract.AttentionBackend, "get_kv_cache_shape")
 NAMED = hasattr(AttentionBackendEnum, "register")
 HQ, HKV, D, LAYERS = 4, 2, 64, 2
 BF16 = torch.bfloat16
-TOML = """
-min_seqlen = 100
+DEVICE = torch.device(os.environ.get("VLLM_CONTRACT_DEVICE", "cpu"))
+BF16_THERE: Any = {"dtype": BF16, "device": DEVICE}
+#: Tokens of a block, and what lengths below are multiplied by: GPU kernels have blocks of 128.
+BLOCK, SCALE = (32, 1) if DEVICE.type == "cpu" else (128, 4)
+LENGTH = 100 * SCALE
+SPARSE = RelativeMax(alpha=0.95, block_m=BLOCK, block_n=BLOCK, sink_blocks=1, window_blocks=1, last_tiles=0)
+TOML = f"""
+min_seqlen = {LENGTH}
 dense_layers = [1]
 [policy]
 name = "RelativeMax"
 alpha = 0.95
-block_m = 32
-block_n = 32
+block_m = {BLOCK}
+block_n = {BLOCK}
 sink_blocks = 1
 window_blocks = 1
 last_tiles = 0
 """
-SPARSE = RelativeMax(alpha=0.95, block_m=32, block_n=32, sink_blocks=1, window_blocks=1, last_tiles=0)
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """The same bits; on a GPU, where the order of sums may depend on the batch, the same numbers."""
+    return torch.equal(a, b) if DEVICE.type == "cpu" else torch.allclose(a.float(), b.float(), atol=0.02, rtol=0.02)
 
 
 # ---- vLLM's kernels -------------------------------------------------------------------------------------------------
@@ -85,7 +102,7 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, **o: Any) -> Tensor:
         pages = table[i, : -(-length // k.shape[1])].long()
         keys, values = (t[pages].flatten(0, 1)[:length].float().repeat_interleave(HQ // HKV, 1) for t in (k, v))
         logits = torch.einsum("qhd,khd->hqk", q[rows].float(), keys) * o["softmax_scale"]
-        behind = (length - count + torch.arange(count))[:, None] - torch.arange(length)
+        behind = (length - count + torch.arange(count))[:, None].to(q.device) - torch.arange(length, device=q.device)
         unseen = behind < 0 if o["causal"] else torch.zeros_like(behind, dtype=torch.bool)
         if window[0] >= 0:
             unseen |= behind > window[0]
@@ -347,13 +364,11 @@ def vllm_config(**changes: Any) -> Any:
 
 def make_builder(page_size: int = 16, **changes: Any) -> Any:
     config = vllm_config(**changes)
-    return ours.BsfaMetadataBuilder(
-        make_spec(page_size), ["model.layers.0.self_attn.attn"], config, torch.device("cpu")
-    )
+    return ours.BsfaMetadataBuilder(make_spec(page_size), ["model.layers.0.self_attn.attn"], config, DEVICE)
 
 
 def make_layer(index: int = 0) -> Any:
-    one = torch.ones(1)
+    one = torch.ones(1, device=DEVICE)
     return SimpleNamespace(layer_name=f"model.layers.{index}.self_attn.attn", _q_scale=one, _k_scale=one, _v_scale=one)
 
 
@@ -375,10 +390,11 @@ def make_cache(pages: int, page_size: int, heads_first: bool) -> Tensor:
     if OLD_LAYOUT:
         shape = ours.BsfaBackend.get_kv_cache_shape(pages, page_size, HKV, D)
         assert shape == (2, pages, page_size, HKV, D)
-        memory = torch.full((2, pages, HKV, page_size, D) if heads_first else shape, torch.nan, dtype=BF16)
+        memory = torch.full((2, pages, HKV, page_size, D) if heads_first else shape, torch.nan, **BF16_THERE)
         return memory.transpose(2, 3) if heads_first else memory
-    memory = torch.full((pages, HKV, page_size, 2 * D) if heads_first else (pages, page_size, HKV, 2 * D), torch.nan)
-    return memory.to(BF16) if heads_first else memory.to(BF16).transpose(1, 2)
+    shape = (pages, HKV, page_size, 2 * D) if heads_first else (pages, page_size, HKV, 2 * D)
+    memory = torch.full(shape, torch.nan, **BF16_THERE)
+    return memory if heads_first else memory.transpose(1, 2)
 
 
 def split_of(metadata: Any) -> Any:
@@ -393,6 +409,7 @@ class Batch:
         self, requests: list[tuple[int, int]], page_size: int = 16, heads_first: bool = False, seed: int = 3
     ) -> None:
         rng = torch.Generator().manual_seed(seed)
+        requests = [(n if n < 5 else n * SCALE, k * SCALE) for n, k in requests]  # decode steps stay what they are
         self.requests, self.page_size = requests, page_size
         count = sum(-(-k // page_size) for _, k in requests)
         free = torch.randperm(count + 2, generator=rng).tolist()
@@ -400,10 +417,10 @@ class Batch:
         self.cache = make_cache(count + 2, page_size, heads_first)
         for pages, (_, length) in zip(self.pages, requests, strict=True):
             slots = torch.tensor([pages[t // page_size] * page_size + t % page_size for t in range(length)])
-            key, value = (torch.randn(length, HKV, D, generator=rng).to(BF16) for _ in "kv")
+            key, value = (torch.randn(length, HKV, D, generator=rng).to(**BF16_THERE) for _ in "kv")
             make_impl().do_kv_cache_update(make_layer(), key, value, self.cache, slots)
         self.starts = [sum(n for n, _ in requests[:i]) for i in range(len(requests) + 1)]
-        self.q = torch.randn(self.starts[-1], HQ, D, generator=rng).to(BF16)
+        self.q = torch.randn(self.starts[-1], HQ, D, generator=rng).to(**BF16_THERE)
 
     def common(self, only: int | None = None, pad: int = 0, **changes: Any) -> Any:
         """vLLM's description of the batch, or of one request; ``pad`` requests without tokens behind."""
@@ -419,15 +436,15 @@ class Batch:
         names = {f.name for f in abstract.CommonAttentionMetadata.__dataclass_fields__.values()}
         host = "seq_lens_cpu_upper_bound" if "seq_lens_cpu_upper_bound" in names else "_seq_lens_cpu"
         fields: dict[str, Any] = {
-            "query_start_loc": starts,
+            "query_start_loc": starts.to(DEVICE),
             "query_start_loc_cpu": starts.clone(),
-            "seq_lens": seq_lens,
+            "seq_lens": seq_lens.to(DEVICE),
             "num_reqs": len(lengths_q),
             "num_actual_tokens": int(starts[-1]),
             "max_query_len": max(lengths_q),
             "max_seq_len": max(lengths_k),
-            "block_table_tensor": table,
-            "slot_mapping": torch.zeros(int(starts[-1]), dtype=torch.int64),
+            "block_table_tensor": table.to(DEVICE),
+            "slot_mapping": torch.zeros(int(starts[-1]), dtype=torch.int64, device=DEVICE),
             host: seq_lens.clone(),
         }
         return abstract.CommonAttentionMetadata(**{**fields, **changes})
@@ -437,7 +454,7 @@ class Batch:
 
     def run(self, impl: Any, metadata: Any, layer: int = 0, only: int | None = None) -> Tensor:
         q = self.q if only is None else self.q[self.rows(only)]
-        padded = torch.cat([q, torch.full((3, HQ, D), torch.nan, dtype=BF16)])  # vLLM pads for its graphs
+        padded = torch.cat([q, torch.full((3, HQ, D), torch.nan, **BF16_THERE)])  # vLLM pads for its graphs
         output = torch.full_like(padded, torch.nan)
         kv = padded[:, :HKV]
         assert impl.forward(make_layer(layer), padded, kv, kv, self.cache, metadata, output) is output
@@ -447,8 +464,8 @@ class Batch:
     def by_bsfa(self, i: int, policy: Any) -> Tensor:
         """Request i by itself, through bsfa's public call."""
         k, v = ours.cache_views(self.cache, D)
-        table = torch.tensor([self.pages[i]], dtype=torch.int32)
-        length = torch.tensor([self.requests[i][1]], dtype=torch.int32)
+        table = torch.tensor([self.pages[i]], dtype=torch.int32, device=DEVICE)
+        length = torch.tensor([self.requests[i][1]], dtype=torch.int32, device=DEVICE)
         q = self.q[self.rows(i)].unsqueeze(0)
         out = bsfa.attention_paged(q, k, v, table, length, policy=policy, softmax_scale=0.2)
         assert isinstance(out, Tensor)
@@ -468,19 +485,20 @@ LONG = (3, 5, 6)
 def test_a_mixed_batch_is_each_request_alone(page_size: int, heads_first: bool) -> None:
     batch, builder, impl = Batch(MIXED, page_size, heads_first), make_builder(page_size), make_impl()
     metadata = builder.build(0, batch.common())
-    assert metadata.bsfa.first == 3 and metadata.bsfa.tokens == 32
+    assert metadata.bsfa.first == 3 and metadata.bsfa.tokens == batch.starts[3]
     out = batch.run(impl, metadata)
     (front,) = calls
-    assert front["rows"] == 32 and front["max_seqlen_q"] == 30 and front["max_seqlen_k"] == 300
+    assert front["rows"] == batch.starts[3]
+    assert (front["max_seqlen_q"], front["max_seqlen_k"]) == (30 * SCALE, 300 * SCALE)
     for i in range(len(MIXED)):
         alone = batch.run(impl, builder.build(0, batch.common(only=i)), only=i)
         if i == 4:  # by vLLM when alone, by bsfa, dense, between two long ones
             torch.testing.assert_close(out[batch.rows(i)], alone, atol=0.02, rtol=0.02)
-            assert torch.equal(out[batch.rows(i)], batch.by_bsfa(i, None))
+            assert same(out[batch.rows(i)], batch.by_bsfa(i, None))
         else:
-            assert torch.equal(out[batch.rows(i)], alone), f"request {i}"
+            assert same(out[batch.rows(i)], alone), f"request {i}"
         if i in LONG:
-            assert torch.equal(alone, batch.by_bsfa(i, SPARSE))
+            assert same(alone, batch.by_bsfa(i, SPARSE))
             assert not torch.equal(alone, batch.by_bsfa(i, None))
 
 
@@ -512,7 +530,7 @@ def test_a_batch_of_long_prompts_alone_needs_no_flash_attention() -> None:
     out = batch.run(make_impl(), metadata)
     assert calls == []
     for i in (0, 1):
-        assert torch.equal(out[batch.rows(i)], batch.by_bsfa(i, SPARSE))
+        assert same(out[batch.rows(i)], batch.by_bsfa(i, SPARSE))
 
 
 class OnDevice(Tensor):
@@ -541,7 +559,7 @@ def test_a_batch_is_described_without_waiting_for_the_device() -> None:
 
 
 def test_profiling_has_no_metadata() -> None:
-    q = torch.randn(8, HQ, D).to(BF16)
+    q = torch.randn(8, HQ, D).to(**BF16_THERE)
     output = torch.full_like(q, torch.nan)
     impl = make_impl()
     empty = torch.empty(0)
@@ -570,14 +588,14 @@ def test_another_groups_block_table() -> None:
         builder.build(0, batch.common()), other.common().block_table_tensor, batch.common().slot_mapping
     )
     want = other.run(impl, builder.build(0, other.common()))
-    assert torch.equal(other.run(impl, metadata), want)
+    assert same(other.run(impl, metadata), want)
     assert not torch.equal(batch.run(impl, builder.build(0, batch.common())), want)
 
 
 def test_heads_of_a_rank(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     table = replace(make_table(SPARSE), model=ModelIdentity("this", config_fields(HF)))
     table.save(tmp_path / "t")
-    configure(monkeypatch, tmp_path, 'thresholds = "t"\nmin_seqlen = 100')
+    configure(monkeypatch, tmp_path, f'thresholds = "t"\nmin_seqlen = {LENGTH}')
     batch = Batch([(200, 200)])
     whole = batch.run(make_impl(), make_builder().build(0, batch.common()))
     monkeypatch.setattr(ours, "_rank", lambda: (1, 2))
@@ -586,7 +604,7 @@ def test_heads_of_a_rank(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     q, output = batch.q[:, 2:].contiguous(), torch.empty_like(batch.q[:, 2:])
     cache = batch.cache[:, :, :, 1:] if OLD_LAYOUT else batch.cache[:, 1:]
     impl.forward(make_layer(), q, q, q, cache, metadata, output)
-    assert torch.equal(output, whole[:, 2:])
+    assert same(output, whole[:, 2:])
     with pytest.raises(ValueError, match="has 2 values for this rank, the layer has 4 query heads"):
         make_impl().forward(make_layer(), batch.q, batch.q, batch.q, batch.cache, metadata, torch.empty_like(batch.q))
 
@@ -618,9 +636,9 @@ def log(caplog: pytest.LogCaptureFixture) -> Any:
 def test_layers_that_stay_with_vllm(changes: dict[str, Any], reason: str, log: Any) -> None:
     impl = make_impl(**changes)
     for _ in range(2):
-        impl._resolve(make_layer(), torch.zeros(1, HQ, D, dtype=BF16))
+        impl._resolve(make_layer(), torch.zeros(1, HQ, D, **BF16_THERE))
         assert impl._bsfa_policy is None
-    make_impl(**changes)._resolve(make_layer(), torch.zeros(1, HQ, D, dtype=BF16))
+    make_impl(**changes)._resolve(make_layer(), torch.zeros(1, HQ, D, **BF16_THERE))
     (message,) = messages(log)
     assert message.endswith(f"dense, for {reason}")
 
@@ -667,7 +685,7 @@ def test_a_cache_of_another_dtype_stays_with_vllm(log: Any) -> None:
 
 def test_a_layer_whose_number_is_not_clear(log: Any) -> None:
     impl = make_impl()
-    impl._resolve(SimpleNamespace(layer_name="model.attn"), torch.zeros(1, HQ, D, dtype=BF16))
+    impl._resolve(SimpleNamespace(layer_name="model.attn"), torch.zeros(1, HQ, D, **BF16_THERE))
     assert impl._bsfa_policy is None and "'model.attn', whose number is not clear" in messages(log)[0]
     assert ours.layer_index("language_model.model.layers.17.self_attn.attn") == 17
     assert ours.layer_index("model.layers.3.mixer.0.attn") == 3
@@ -677,7 +695,7 @@ def test_a_layer_whose_number_is_not_clear(log: Any) -> None:
 def test_kernels_that_cannot_run_are_said_at_start(log: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ours, "unsupported_reason", lambda *args: "no kernel for it")
     impl = make_impl()
-    impl._resolve(make_layer(), torch.zeros(1, HQ, D, dtype=BF16))
+    impl._resolve(make_layer(), torch.zeros(1, HQ, D, **BF16_THERE))
     assert impl._bsfa_policy is None and "head_size 64 in torch.bfloat16: no kernel for it" in messages(log)[0]
 
 
