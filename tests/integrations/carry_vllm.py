@@ -1,6 +1,6 @@
 """The vLLM contract on a GPU machine that has no network: pack here, carry the file, run there.
 
-    python tests/integrations/carry_vllm.py pack build/vllm.tar.gz --python 3.12    # 25 MB
+    python tests/integrations/carry_vllm.py pack build/vllm.tar.gz --python 3.12    # 20 MB
     python tests/integrations/carry_vllm.py run build/vllm.tar.gz                   # there
 
 ``run`` needs bsfa with its CUDA library, and the torch, transformers and pytest of that machine.

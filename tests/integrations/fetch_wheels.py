@@ -30,7 +30,7 @@ TAIL = 1 << 16  # bytes at the end of a wheel that are asked for first
 
 
 class Unavailable(Exception):
-    """The network, the index or a package cannot be had: a reason to skip."""
+    """The index cannot be reached: a reason to skip. Anything else that goes wrong is an error."""
 
 
 def cache_folder() -> Path:
@@ -45,17 +45,24 @@ def _get(url: str, first: int | None = None, last: int | None = None, **headers:
     try:
         with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT) as answer:
             if last is not None and answer.status != 206:
-                raise Unavailable(f"{url}: the server does not answer range requests")
+                raise RuntimeError(f"{url}: the server does not answer range requests")
             data: bytes = answer.read()
             return data
-    except (OSError, urllib.error.URLError) as error:
-        raise Unavailable(f"{url}: {error}") from None
+    except OSError as error:
+        raise _reason(url, error) from None
+
+
+def _reason(url: str, error: OSError) -> Exception:
+    """What an error of urllib means: no network or an index in trouble, or a page that is not there."""
+    gone = isinstance(error, urllib.error.HTTPError) and error.code < 500
+    return RuntimeError(f"{url}: {error}") if gone else Unavailable(f"{url}: {error}")
 
 
 def versions(package: str) -> list[str]:
     """Final releases of ``package`` on the index, oldest first."""
     page = _get(f"{INDEX}/{package}/").decode()
-    found = set(re.findall(rf">{package.replace('-', '[-_]')}-(\d+(?:\.\d+)*)[-.][^<]*</a>", page))
+    stem = package.replace("-", "[-_]")
+    found = set(re.findall(rf">{stem}-(\d+(?:\.\d+)*)(?:-[^<]*\.whl|\.tar\.gz)</a>", page))
     return sorted(found, key=lambda v: [int(x) for x in v.split(".")])
 
 
@@ -66,7 +73,7 @@ def wheel_url(package: str, version: str) -> str:
     stem = f"/{package.replace('-', '_')}-{version}-"
     mine = [u for u in urls if stem in u]
     if not mine:
-        raise Unavailable(f"{package} {version} has no wheel on {INDEX}")
+        raise RuntimeError(f"{package} {version} has no wheel on {INDEX}")
     return min(mine, key=lambda u: ("none-any" not in u, "x86_64" not in u))
 
 
@@ -92,12 +99,12 @@ def _directory(url: str) -> list[ZipInfo]:
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
             size = int(answer.headers["Content-Length"])
-    except (OSError, urllib.error.URLError) as error:
-        raise Unavailable(f"{url}: {error}") from None
+    except OSError as error:
+        raise _reason(url, error) from None
     tail = _get(url, None, min(TAIL, size))
     end = tail.rfind(b"PK\x05\x06")
     if end < 0:
-        raise Unavailable(f"{url}: no zip directory at its end")
+        raise RuntimeError(f"{url}: no zip directory at its end")
     length, start = struct.unpack("<II", tail[end + 12 : end + 20])
     tail = _get(url, None, size - start) if length and size - start > len(tail) else tail
     with ZipFile(_Tail(tail, size)) as archive:
@@ -153,10 +160,10 @@ def fetch_python(package: str, version: str, wanted: Callable[[str], bool]) -> t
             for m in run:
                 content = _member(data[m.header_offset - first :])[: m.file_size]
                 if zlib.crc32(content) != m.CRC:
-                    raise Unavailable(f"{url}: {m.filename} arrived damaged")
+                    raise RuntimeError(f"{url}: {m.filename} arrived damaged")
                 path = temporary / m.filename
                 if not path.resolve().is_relative_to(temporary.resolve()):
-                    raise Unavailable(f"{url}: {m.filename} leaves its folder")
+                    raise RuntimeError(f"{url}: {m.filename} leaves its folder")
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(content)
         _settle(temporary, target)
@@ -180,13 +187,15 @@ def fetch_packages(name: str, requirements: list[str], options: Sequence[str] = 
     stamp = target / "requirements.json"
     if stamp.is_file() and json.loads(stamp.read_text()) == requirements:
         return target
+    _get(f"{INDEX}/{requirements[0].split('==')[0]}/")  # without a network pip would try for long
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(temporary), *options]
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile", *options]
+    command += ["--target", str(temporary)]
     try:
         done = subprocess.run([*command, *requirements], capture_output=True, text=True, timeout=600, check=False)
         if done.returncode:
-            raise Unavailable(f"pip could not install {name}'s packages: {done.stderr.strip()[-500:]}")
+            raise RuntimeError(f"pip could not install {name}'s packages: {done.stderr.strip()[-500:]}")
         (temporary / stamp.name).write_text(json.dumps(requirements))
         shutil.rmtree(target, ignore_errors=True)
         _settle(temporary, target)

@@ -558,6 +558,18 @@ def test_a_batch_is_described_without_waiting_for_the_device() -> None:
             assert torch.equal(getattr(got, name).as_subclass(Tensor), getattr(expected, name))
 
 
+def test_decode_steps_before_long_prompts_alone() -> None:
+    """What is behind the cut is one group then, whose row offsets come from vLLM's tensor."""
+    batch = Batch([(1, 300), (1, 40), (160, 160), (130, 330)])
+    out = batch.run(make_impl(), make_builder().build(0, batch.common(pad=1)))
+    assert [c["rows"] for c in calls] == [2] and calls[0]["max_seqlen_q"] == 1
+    for i in (2, 3):
+        assert same(out[batch.rows(i)], batch.by_bsfa(i, SPARSE))
+    out = batch.run(make_impl(), make_builder().build(0, batch.common()))
+    for i in (2, 3):
+        assert same(out[batch.rows(i)], batch.by_bsfa(i, SPARSE))
+
+
 def test_profiling_has_no_metadata() -> None:
     q = torch.randn(8, HQ, D).to(**BF16_THERE)
     output = torch.full_like(q, torch.nan)
