@@ -230,8 +230,8 @@ def skip() -> str:
         "relative.70": "relative",
         "counted.70": "absolute, counted in the LSE",
         "apart.70": "absolute, both groups of a tile on their own",
-        "two_pass.50": "in two passes: `tile_max`, a mask, attention",
-        "two_pass.90": "in two passes: `tile_max`, a mask, attention",
+        **{f"two_pass.{percent}": "absolute, in two passes" for percent in (0, 50, 70, 90)},
+        "two_pass.apart.70": "in two passes, both groups of a tile on their own",
     }
     lines = [
         f"## Exact skip on one {report['device']['name']}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 from typing import Any
@@ -265,12 +266,14 @@ def patterns() -> None:
 
 
 def exact_skip() -> None:
-    """Attention that skips some, all it may, and nothing; both forms; masks; every layout."""
+    """Attention that skips some, all it may, and nothing; both forms, in one pass and in two; masks; every layout."""
     heads_q, heads_kv = 4, 2
     ratios = torch.tensor([0.0, 0.5, 0.9, 1.0], device=DEVICE)
     policies = [bsfa.policies.ExactSkip(ratio=ratios, counted=counted) for counted in (False, True)]
     cuts = torch.tensor([-math.inf, 1.0, 2.0, 1e4])
     policies.append(bsfa.policies.ExactSkip.absolute(cuts).to(torch.device(DEVICE)))
+    if has("skip_mask"):
+        policies += [dataclasses.replace(p, passes=2) for p in policies if not p.counted]
     for dtype, dim in ((torch.bfloat16, 64), (torch.float16, 128)):
 
         def data(*shape: int, dtype: torch.dtype = dtype, dim: int = dim) -> torch.Tensor:
@@ -297,6 +300,57 @@ def exact_skip() -> None:
                 table, pages = random_pages(lengths, page_size)
                 q, k, v = data(4, 100, heads_q), data(pages, page_size, heads_kv), data(pages, page_size, heads_kv)
                 attend(q, k, v, None, block_table=table, seqlens_k=int32(lengths), max_seqlen_k=500)
+
+
+def token_masks() -> None:
+    """Sets of keys into masks: rows on 16 bytes and not, invalid indices, no keys, several passes; every layout."""
+    for topk in (1, 36, 50):
+        for seqlen_q, seqlen_k in ((1, 1), (130, 130), (64, 400), (300, 200), (3, 0), (9, 40_000)):
+            rows = torch.randint(-2, seqlen_k + 2, (2, seqlen_q, topk), dtype=torch.int32).to(DEVICE)
+            bsfa.TokenMask.from_indices(rows, seqlen_k=seqlen_k, causal=topk != 36, check=False)
+            bsfa.TokenMask.from_indices(rows[..., 1:], seqlen_k=seqlen_k, check=False)
+        cu_q, lengths = int32([0, 0, 129, 130, 330, 330, 340]), int32([7, 129, 1, 263, 0, 0])
+        rows = torch.randint(-1, 263, (340, topk), dtype=torch.int32).to(DEVICE)
+        packed: dict[str, Any] = {"cu_seqlens_q": cu_q, "max_seqlen_q": 200, "seqlens_k": lengths, "max_seqlen_k": 263}
+        bsfa.TokenMask.from_indices(rows, check=False, **packed)
+
+
+def masked_mha() -> None:
+    """Attention over token masks at its head dims: batched, packed, paged; rows and tiles without a key; MLA dense."""
+    heads = 2
+    for dtype, dim, dim_v in ((torch.bfloat16, 192, 128), (torch.float16, 128, 128), (torch.bfloat16, 64, 64)):
+
+        def qkv(
+            q_shape: tuple[int, ...],
+            k_shape: tuple[int, ...],
+            dtype: torch.dtype = dtype,
+            dim: int = dim,
+            dim_v: int = dim_v,
+        ) -> tuple[torch.Tensor, ...]:
+            shapes = ((*q_shape, heads, dim), (*k_shape, heads, dim), (*k_shape, heads, dim_v))
+            return tuple(torch.randn(*shape).to(DEVICE, dtype) for shape in shapes)
+
+        def attend(*tensors: torch.Tensor, longest: int, **options: Any) -> None:
+            rows = torch.randint(0, max(longest, 1), (*tensors[0].shape[:-2], 20), dtype=torch.int32)
+            rows[..., ::3, :] = -1
+            bsfa.masked_mha(*tensors, rows.to(DEVICE), max_dense_seqlen=0, check=False, **options)
+
+        for causal in (True, False):
+            for seqlen_q, seqlen_k in ((1, 1), (130, 130), (64, 400), (300, 200), (257, 650)):
+                tensors = qkv((2, seqlen_q), (2, seqlen_k))
+                attend(*tensors, longest=seqlen_k, causal=causal)
+                if dim != dim_v:
+                    bsfa.attention(*tensors, causal=causal)  # type: ignore[arg-type]
+            cu_q, cu_k = int32([0, 0, 129, 130, 330, 330, 340]), int32([0, 7, 136, 137, 400, 400, 400])
+            packed: dict[str, Any] = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k}
+            packed |= {"max_seqlen_q": 200, "max_seqlen_k": 263}
+            attend(*qkv((340,), (400,)), longest=263, causal=causal, **packed)
+        attend(*qkv((1, 64), (1, 4200)), longest=4200, softcap=20.0)  # two words of blocks
+        for page_size in (1, 16, 128):
+            lengths = [129, 0, 1, 500]
+            table, pages = random_pages(lengths, page_size)
+            cache: dict[str, Any] = {"block_table": table, "seqlens_k": int32(lengths), "max_seqlen_k": 500}
+            attend(*qkv((4, 100), (pages, page_size)), longest=500, **cache)
 
 
 def measurements() -> None:
@@ -329,6 +383,10 @@ if __name__ == "__main__":
             means_of_dropped_blocks()
             if has("skip_attention"):
                 exact_skip()
+    if has("token_mask"):
+        token_masks()
+        if not RACES:
+            masked_mha()
     if has("select_blocks"):
         select_blocks()
     if has("probe_attention"):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -53,6 +53,11 @@ class Plant:
     def share(self) -> float:
         """Skippable / visible pairs."""
         return float(self.low.sum() / (self.visible.sum() * self.low.shape[1]))
+
+    def low_tiles(self) -> Tensor:
+        """``low`` where all groups of a tile decide together."""
+        together = self.low.unflatten(0, (-1, groups_per_tile())).all(1)
+        return together.repeat_interleave(groups_per_tile(), dim=0)
 
     def kept(self) -> bsfa.BlockMask:
         """The blocks that a group of the tile cannot skip."""
@@ -130,7 +135,7 @@ def checked(what: str, plant: Plant, p: ExactSkip) -> float:
     """The share skipped by a call of attention, after checking its output and counts."""
     out, info = bsfa.attention(*plant.inputs, policy=p, return_info=True)
     base.verify(what, out, *plant.inputs, plant.kept())
-    return check_counts(what, info.skips, plant.visible, plant.low)
+    return check_counts(what, info.skips, plant.visible, plant.low if p.passes == 1 else plant.low_tiles())
 
 
 def rows_of(turns: base.Turns, name: str, over: str, **facts: float) -> list[Row]:
@@ -145,31 +150,46 @@ def rows_of(turns: base.Turns, name: str, over: str, **facts: float) -> list[Row
 # --- sections ---------------------------------------------------------------------------------------------------------
 
 
+def compared(length: int, plant: Plant, forms: dict[str, ExactSkip]) -> list[Row]:
+    """Policies by name against dense attention over the same inputs, and beside each that takes one pass, where it can
+    be, the same policy in two.
+    """
+    twice = {name: replace(p, passes=2) for name, p in forms.items() if not p.counted and two_passes()}
+    both = {**forms, **{f"two_pass.{name}": p for name, p in twice.items()}}
+    shares = {name: checked(f"skip, {name}", plant, p) for name, p in both.items()}
+    peers = {"dense": [base.dense_call(*plant.inputs)], **{name: [skip_call(plant, p)] for name, p in both.items()}}
+    turns = base.take_turns(length, peers)
+    rows = []
+    for name, share in shares.items():
+        facts = {"skipped": share}
+        if name in twice:
+            ms = turns.ms[f"two_pass.{name}"]
+            facts |= {"two_pass_ms": ms, "two_pass_x_dense": turns.ms["dense"] / ms}
+        rows += rows_of(turns, name, "dense", **facts)
+    return rows
+
+
+def two_passes() -> bool:
+    """Whether the device has the first of two passes."""
+    return "skip_mask" in KERNELS.get(base.DEVICE, frozenset())
+
+
 def against_dense() -> list[Row]:
-    """Both forms, and tiles whose groups differ, against dense attention over the same inputs."""
+    """Both forms, in one pass and in two, against dense attention over the same inputs."""
     length, rows = 64 * base.K, []
     for percent in PERCENTS:
-        plant = planted(length, percent)
         forms = {f"{percent}": policy()}
         if percent == 70:
             forms[f"relative.{percent}"] = policy("relative")
             forms[f"counted.{percent}"] = policy(counted=True)
-        shares = {name: checked(f"skip, {name}", plant, p) for name, p in forms.items()}
-        peers = {"dense": [base.dense_call(*plant.inputs)]}
-        peers |= {name: [skip_call(plant, p)] for name, p in forms.items()}
-        turns = base.take_turns(length, peers)
-        for name, share in shares.items():
-            rows += rows_of(turns, name, "dense", skipped=share)
+        rows += compared(length, planted(length, percent), forms)
     return rows
 
 
 def groups_that_differ() -> list[Row]:
-    """70 % again, where the two groups of a tile do not skip the same blocks."""
+    """70 % again, where the two groups of a tile do not skip the same blocks: in two passes fewer are skipped."""
     length = 64 * base.K
-    plant, p = planted(length, 70, alike=False), policy()
-    share = checked("skip, groups that differ", plant, p)
-    turns = base.take_turns(length, {"dense": [base.dense_call(*plant.inputs)], "apart.70": [skip_call(plant, p)]})
-    return rows_of(turns, "apart.70", "dense", skipped=share)
+    return compared(length, planted(length, 70, alike=False), {"apart.70": policy()})
 
 
 def on_a_mask() -> list[Row]:
@@ -189,36 +209,12 @@ def on_a_mask() -> list[Row]:
     return rows_of(turns, "sparse10", "sparse", skipped=share, density=float(mask.density()))
 
 
-def two_pass() -> list[Row]:
-    """In place of skipping: the maxima of all tiles, a mask from them, block-sparse attention; all of it is timed."""
-    if "tile_max" not in KERNELS.get(base.DEVICE, frozenset()):
-        print(f"tile_max has no kernel for {base.DEVICE}: two_pass is left out", flush=True)
-        return []
-    length, rows = 64 * base.K, []
-    for percent in (50, 90):
-        plant, name = planted(length, percent), f"two_pass.{percent}"
-        forced = ~free_blocks(length)[:, None]
-        geometry = plant.kept().geometry
-
-        def call(plant: Plant = plant, forced: Tensor = forced, geometry: Any = geometry) -> Tensor:
-            q, k, v = plant.inputs
-            maxima = bsfa.tile_max(q, k, block_m=min(SKIP_ROWS, base.BLOCK), block_n=base.BLOCK)
-            top = maxima.unflatten(0, (-1, groups_per_tile())).amax(1)
-            mask = bsfa.BlockMask.from_rows((top >= CUT) | forced, geometry)
-            return bsfa.block_sparse_attention(q, k, v, mask)[0]
-
-        base.verify(f"skip, {name}", call(), *plant.inputs, plant.kept())
-        turns = base.take_turns(length, {"dense": [base.dense_call(*plant.inputs)], name: [call]})
-        rows += rows_of(turns, name, "dense", skipped=plant.share)
-    return rows
-
-
 @torch.no_grad()
 def run() -> list[Row]:
     """All measurements of this suite."""
     torch.manual_seed(0)
     rows: list[Row] = []
-    for section in (against_dense, groups_that_differ, on_a_mask, two_pass):
+    for section in (against_dense, groups_that_differ, on_a_mask):
         started = time.monotonic()
         rows += section()
         print(f"{section.__name__}: {time.monotonic() - started:.0f} s", flush=True)

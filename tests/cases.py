@@ -162,7 +162,7 @@ class Inputs:
         pool = sum(pages) + 3
         self.k, self.v = empty_rows(pool, page, case.hkv, case.dim, case.dtype, case.strides)
         if self.values[0].shape[-1] != case.dim:
-            self.v = empty_rows(pool, page, *self.values[0].shape[1:], case.dtype, "gaps")[0]
+            self.v = empty_rows(pool, page, *self.values[0].shape[1:], case.dtype, "wide-gaps")[0]
         order = torch.randperm(pool, generator=self.generator).tolist()
         garbage = torch.tensor(GARBAGE_PAGES).repeat(len(pages), max_pages)[:, : max_pages + 3].to(torch.int32)
         self.block_table = garbage[:, :max_pages]
@@ -389,10 +389,12 @@ def check_attention(
     masks: list[np.ndarray] | None = None,
     lse_constant: float = 2e-6,
     means: tuple[Tensor, Tensor] | None = None,
+    tokens: list[np.ndarray] | None = None,
 ) -> None:
     """Hold ``out`` and ``lse`` against the oracle, sequence by sequence.
 
-    ``means``: those that the masked attention was corrected with.
+    ``means``: those that the masked attention was corrected with. ``tokens``: bool [Sq, Sk] of each sequence, the keys
+    that its rows may see.
     In 16 bits also element by element: rounding the result moves it by half a unit in its last place at most, and
     rounding the probabilities by as much of their average of ``|v|``.
     """
@@ -419,12 +421,15 @@ def check_attention(
             block_m=case.block_m,
             block_n=case.block_n,
             means=both,
+            tokens=None if tokens is None else tokens[b],
         )
         want_out, magnitude = np.split(want, 2, axis=-1)
         seen = oracle.visible_tokens(seqlen_q, seqlen_k, case.causal, case.window_left)[None]
         if mask is not None:
             kept = oracle.kept_tokens(mask, seqlen_q, seqlen_k, case.block_m, case.block_n, case.causal)
             seen = seen & np.repeat(kept, case.hq // kept.shape[0], axis=0)
+        if tokens is not None:
+            seen = seen & tokens[b][None]
         keys, values, bias = inputs.keys[b], inputs.values[b], None
         if mask is not None and k_means is not None and v_means is not None:
             keys, values = torch.cat([keys, k_means]), torch.cat([values, v_means])

@@ -36,8 +36,9 @@ def limit_files(size: int) -> None:
 def calibrate(folder: Path, prompts: int, output: str) -> None:
     """The command, with a progress callback that kills at the start of a prompt."""
     import bsfa.cli
+    import bsfa.cli_calibrate
 
-    measure = bsfa.cli.collect
+    measure = bsfa.cli_calibrate.collect
     seen = {"prompts": 0, "measured": 0}
 
     def watched(*arguments: Any, progress: Any, **options: Any) -> Any:
@@ -52,7 +53,7 @@ def calibrate(folder: Path, prompts: int, output: str) -> None:
         print(f"measured {seen['measured']}")
         return curves
 
-    bsfa.cli.collect = watched  # type: ignore[assignment]
+    bsfa.cli_calibrate.collect = watched  # type: ignore[assignment]
     files = ["--model", str(folder / "model"), "--data", str(folder / "p.jsonl"), "-o", str(folder / output)]
     sys.argv = ["bsfa", "calibrate", *files, "--target-recall", "0.6", *ARGUMENTS]
     bsfa.cli.main()

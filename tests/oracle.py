@@ -106,10 +106,12 @@ def attention(
     block_m: int = 128,
     block_n: int = 128,
     means: tuple[Array, Array] | None = None,
+    tokens: Array | None = None,
 ) -> tuple[Array, Array]:
     """(out [Sq, Hq, Dv], lse [Hq, Sq]). Rows that see nothing: 0 and -inf.
 
     ``means``: of keys and values, [blocks, Hkv, D]; correct with them for what the mask drops.
+    ``tokens``: bool [Sq, Sk], the keys that each row may see, whatever else hides some of them.
     """
     seqlen_q, hq = q.shape[:2]
     seqlen_k, hkv = k.shape[:2]
@@ -117,6 +119,8 @@ def attention(
     if mask is not None:
         kept = kept_tokens(mask, seqlen_q, seqlen_k, block_m, block_n, causal)
         seen = seen & np.repeat(kept, hq // kept.shape[0], axis=0)
+    if tokens is not None:
+        seen = seen & tokens[None]
     s = np.where(seen, logits(q, k, scale, softcap), -np.inf)
     if means is not None:
         assert mask is not None and window_left is None

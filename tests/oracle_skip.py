@@ -9,6 +9,9 @@ Conventions of oracle.py, with which alone it shares code (positions, tiles, vis
   "relative", for which in every row that sees it the largest is less than the row's running maximum (of the blocks met
   and not skipped) plus the threshold; a row without one skips nothing. NaN compares as false.
 * What is skipped is out of the softmax; if ``counted``, only out of the product with V.
+
+In two passes (:func:`two_passes`) groups decide so over all blocks, but their running maxima are over all blocks met;
+and a tile keeps for all of its groups what one of them keeps.
 """
 
 from __future__ import annotations
@@ -157,6 +160,65 @@ def attention(
     weights = np.where(valued, weights, 0.0) / np.where(total > 0, total, 1.0)
     out = np.einsum("hij,jhd->ihd", weights, np.repeat(v, hq // hkv, axis=1), optimize=True)
     return Skipped(out, lse[..., 0], counts, entered, valued, decisions, weights)
+
+
+def two_passes(
+    q: Array,
+    k: Array,
+    *,
+    scale: float,
+    thresholds: Array,
+    form: str,
+    causal: bool = True,
+    softcap: float = 0.0,
+    mask: Array | None = None,
+    block_m: int = 128,
+    block_n: int = 128,
+    sink_blocks: int = 1,
+    window_blocks: int = 1,
+) -> tuple[Array, Array, float]:
+    """The mask of the first pass, bool [tiles, Hq, blocks]; its counts [Hq, 2]; the least margin of a tile's decisions:
+    how far the values of its groups, the largest of them, are from the threshold.
+    """
+    seqlen_q, hq = q.shape[:2]
+    seqlen_k = len(k)
+    place = positions(seqlen_q, seqlen_k, causal)
+    seen = visible_tokens(seqlen_q, seqlen_k, causal)
+    s = logits(q, k, scale, softcap)
+    magnitude = 1.0 + np.abs(np.where(np.isfinite(s), s, 0.0)).max(axis=(1, 2), initial=0.0)
+    found = tiles(seqlen_q, seqlen_k, block_m, block_n, causal)
+    words = np.zeros((len(found), hq, num_blocks(seqlen_k, block_n)), dtype=bool)
+    counts = np.zeros((hq, 2), dtype=np.int64)
+    margin = np.inf
+    shape = {"block_m": block_m, "block_n": block_n, "causal": causal, "sink": sink_blocks, "window": window_blocks}
+    for t, tile in enumerate(found):
+        always = always_kept(tile, seqlen_q, seqlen_k, **shape)
+        for h in range(hq):
+            threshold = float(thresholds[h, int(np.clip(tile.index, 0, thresholds.shape[1] - 1))])
+            kept = np.ones(tile.visible, dtype=bool)
+            if mask is not None:
+                kept = mask[t, h // (hq // mask.shape[1]), : tile.visible]
+            values: dict[int, list[float]] = {j: [] for j in visits(kept)}
+            for rows in groups(tile, place, block_m):
+                running = np.full(len(rows), -np.inf)
+                for j in values:
+                    keys = slice(j * block_n, (j + 1) * block_n)
+                    sees, here = seen[rows, keys], s[h, rows, keys]
+                    if not sees.any():
+                        continue
+                    values[j].append(compared(form, row_maxima(here, sees), sees.any(axis=-1), running))
+                    running = np.fmax(running, np.fmax.reduce(np.where(sees, here, -np.inf), axis=-1))
+            for j, of_groups in values.items():
+                counts[h, 0] += len(of_groups)
+                if not always[j]:
+                    top = max(of_groups)
+                    if np.isfinite(top) and np.isfinite(threshold):
+                        margin = min(margin, abs(top - threshold) / magnitude[h])
+                    if all(value < threshold for value in of_groups):
+                        counts[h, 1] += len(of_groups)
+                        continue
+                words[t, h, j] = True
+    return words, counts, margin
 
 
 def tile_max(

@@ -6,10 +6,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import bsfa
 import oracle
 import oracle_skip
 from bsfa.policies import ExactSkip
-from cases import F32, ROUNDING, Case, Inputs, assert_within
+from bsfa.stages import mask_by_logits, resolve_layout
+from cases import F32, ROUNDING, Case, Inputs, assert_within, check_attention, poison
 
 #: What a key is multiplied by, per KV block and head: some blocks are all quiet.
 LOUDNESS = (0.05, 0.2, 1.0, 2.5)
@@ -56,6 +58,78 @@ def run_oracle(
         window_blocks=policy.window_blocks,
         counted=policy.counted,
     )
+
+
+def first_pass(
+    inputs: Inputs, policy: ExactSkip, masks: list[np.ndarray] | None = None
+) -> tuple[list[np.ndarray], np.ndarray, float]:
+    """What oracle_skip.two_passes finds: the mask of each sequence, the counts of all, the least margin."""
+    case = inputs.case
+    thresholds = policy.cuts(case.hq, columns(inputs), torch.device("cpu")).double().numpy()
+    words, counts, margin = [], np.zeros((case.hq, 2), dtype=np.int64), np.inf
+    for b in range(len(inputs)):
+        q, k, _ = inputs.arrays(b)
+        found = oracle_skip.two_passes(
+            q,
+            k,
+            **inputs.oracle_maths,
+            thresholds=thresholds,
+            form=policy.form,
+            mask=None if masks is None else masks[b],
+            block_m=case.block_m,
+            block_n=case.block_n,
+            sink_blocks=policy.sink_blocks,
+            window_blocks=policy.window_blocks,
+        )
+        words.append(found[0])
+        counts += found[1]
+        margin = min(margin, found[2])
+    return words, counts, margin
+
+
+def first_masks(
+    inputs: Inputs, policy: ExactSkip, masks: list[np.ndarray] | None = None
+) -> tuple[bsfa.BlockMask, Tensor]:
+    """The mask between the two passes over ``inputs``, and the counts."""
+    case, names = inputs.case, ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+    where = {name: inputs.layout.get(name) for name in (*names, "block_table", "seqlens_k")}
+    layout = resolve_layout(inputs.q, inputs.k, None, case.causal, **where)
+    within = None if masks is None else inputs.block_mask(masks)
+    return mask_by_logits(inputs.q, inputs.k, within, layout, case.softmax_scale, case.softcap, policy)
+
+
+def check_two_passes(
+    inputs: Inputs,
+    there: Inputs,
+    policy: ExactSkip,
+    masks: list[np.ndarray] | None = None,
+    *,
+    lse_constant: float = 2e-6,
+    margin: float = 1e-5,
+) -> np.ndarray:
+    """Hold the mask between the passes, counts, output and LSE against the oracle, and return the counts [Hq, 2].
+
+    there: the inputs on the device that is to run them. margin: see :func:`check_skipping`.
+    """
+    words, counts, least = first_pass(inputs, policy, masks)
+    assert least > margin, "a bad case: rounding may turn a decision"
+    moved = policy.to(there.q.device)
+    mask, skips = first_masks(there, moved, masks)
+    kept = mask.to_rows().cpu()
+    for b, want in enumerate(words):
+        got = inputs.rows_of_sequence(kept, b)
+        assert np.array_equal(got[:, :, : want.shape[2]], want), f"sequence {b}: other blocks than the rule keeps"
+        assert not got[:, :, want.shape[2] :].any(), f"sequence {b}: blocks beyond the end"
+    assert not inputs.unused_rows(kept).any()
+    assert torch.equal(mask.counts.cpu(), kept.sum(-1, dtype=torch.int32))
+    assert skips.dtype == torch.int64 and np.array_equal(skips.cpu().numpy(), counts)
+    poison((*inputs.q.shape[:-1], inputs.v.shape[-1]), dtype=inputs.case.dtype, device=there.q.device.type)
+    options = {"skip": moved, "return_skips": True, **there.maths, **there.layout}
+    within = None if masks is None else there.block_mask(masks)
+    out, lse, again = bsfa.block_sparse_attention(there.q, there.k, there.v, within, **options)
+    assert torch.equal(again, skips)
+    check_attention(inputs, out, lse, words, lse_constant)
+    return counts
 
 
 def compared_values(inputs: Inputs, policy: ExactSkip, masks: list[np.ndarray] | None) -> list[np.ndarray]:

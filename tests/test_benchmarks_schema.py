@@ -256,17 +256,70 @@ def test_skip_suite_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
             "skip.sparse10.x_sparse",
             "skip.relative.70.ms",
             "skip.apart.70.x_dense",
-            "skip.two_pass.90.x_dense",
+            *(f"skip.two_pass.{percent}.x_dense" for percent in suite.PERCENTS),
+            "skip.two_pass.apart.70.ms",
         } <= set(by_id)
+
+        for name in ("90", "apart.70"):
+            one, two = (by_id[f"skip.{prefix}{name}.x_dense"] for prefix in ("", "two_pass."))
+            assert one["peers"]["two_pass_x_dense"] == two["value"] and "two_pass_ms" not in two["peers"]
+            assert two["peers"]["skipped"] <= one["peers"]["skipped"]
 
         with monkeypatch.context() as patch:
             readme = importlib.import_module("readme")
             patch.setattr(readme, "_load", lambda name, by_id=by_id: (GOOD, by_id))
-            assert readme.skip().count("\n| ") == 1 + 9 and "On a random mask" in readme.skip()
+            assert readme.skip().count("\n| ") == 1 + 12 and "On a random mask" in readme.skip()
 
         plant = suite.planted(512, 70)
         with pytest.raises(AssertionError, match="planted"):
             suite.check_counts("one too many", torch.ones(4, 2, dtype=torch.int64), plant.visible, plant.low)
+
+
+def test_mmha_suite_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As above for the suite 'mmha'."""
+    suite, base = importlib.import_module("masked_mha"), importlib.import_module("attention")
+    timing = importlib.import_module("timing")
+
+    def interleaved(peers, rounds=15, warmup=3):
+        for work in peers.values():
+            work.body()
+        return {name: timing.Timing(1.0, [1.0] * rounds) for name in peers}, 1980
+
+    math = dict.fromkeys(suite.PEERS, torch.nn.attention.SDPBackend.MATH)
+    for module, values in (
+        (suite, {"DEVICE": "cpu", "K": 40, "TOPK": 80, "HEADS": (16, 128), "PEERS": math, "interleaved": interleaved}),
+        (suite, {"DIM": 24, "DIM_V": 16, "DIM_ROPE": 8, "LATENT": 32, "GATHERED": 64, "CROSSOVER_KILO": (4,)}),
+        (base, {"DEVICE": "cpu", "K": 40, "interleaved": interleaved}),
+    ):
+        for name, value in values.items():
+            assert hasattr(module, name)
+            monkeypatch.setattr(module, name, value)
+    rows = suite.run()
+    assert reports.problems({**GOOD, "measurements": rows}) == []
+    by_id = {row["id"]: row for row in rows}
+    assert set(suite.DEMANDED) <= set(by_id)
+    assert by_id["mmha.16k.x_dense"]["peers"]["density"] == 1.0 > by_id["mmha.16k.local.x_dense"]["peers"]["density"]
+    assert len([id_ for id_ in by_id if id_.startswith("mmha.cross.4k.h")]) == len(suite.CROSSOVER_HEADS)
+
+
+def test_top_k_sets_of_the_mmha_suite(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random sets have TOPK different keys, or all; the gathering baseline is attention over them."""
+    suite = importlib.import_module("masked_mha")
+    for name, value in {"DEVICE": "cpu", "K": 16, "TOPK": 12, "LATENT": 8, "DIM_ROPE": 4, "GATHERED": 7}.items():
+        monkeypatch.setattr(suite, name, value)
+    indices = suite.random_sets(40)
+    for i, keys in enumerate(indices[0].tolist()):
+        real = [key for key in keys if key != -1]
+        assert len(real) == len(set(real)) == min(i + 1, 12) and max(real) <= i
+    mask = bsfa.TokenMask.from_indices(indices, seqlen_k=40)
+    call = suite.gather_call(40, 2, indices)
+    inside = dict(zip(call.__code__.co_freevars, (c.cell_contents for c in call.__closure__), strict=True))
+    q, latent = inside["q"], inside["latent"]
+    scores = torch.einsum("ihd,jd->hij", q.float(), latent.float()) / suite.DIM**0.5
+    want = scores.masked_fill(~mask.to_bool(), -torch.inf).softmax(-1) @ latent[:, :8].float()
+    torch.testing.assert_close(call().float(), want.transpose(0, 1), atol=0.05, rtol=0.05)
+    local = bsfa.TokenMask.from_indices(suite.local_sets(40), seqlen_k=40)  # raises if an index is invalid
+    assert bool((local.counts >= torch.arange(1, 41).clamp(max=9)).all())
 
 
 def test_calib_suite_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -398,7 +451,7 @@ def test_no_benchmark_hides_a_standard_module() -> None:
     assert not names & set(sys.stdlib_module_names)
 
 
-@pytest.mark.parametrize("name", ["attention", "selection", "skip", "calibrating", "ttft"])
+@pytest.mark.parametrize("name", ["attention", "selection", "skip", "masked_mha", "calibrating", "ttft"])
 def test_missed_demands_are_named(name: str) -> None:
     suite = importlib.import_module(name)
     exact = [reports.measurement(id_, limit, "x", 10, None) for id_, (_, limit) in suite.DEMANDED.items()]

@@ -122,6 +122,63 @@ def test_measured_errors_are_those_of_float64(name: str, cost: str, lm: tuple[An
                 assert got == pytest.approx(want, rel=2e-3, abs=1e-9)
 
 
+MASKS: dict[str, ScoredPolicy] = {
+    **POLICIES,
+    "relative-max, best blocks": RelativeMax(**SMALL, min_blocks=3),
+    "cumulative-mass, rescue": CumulativeMass(
+        **SMALL, keep_ratio=0.2, probability=0.1, rescue_stride=7, rescue_probability=0.05
+    ),
+    "antidiagonal, odd blocks": Antidiagonal(block_m=48, block_n=24, stride=8, sink_blocks=0),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("odd", [False, True], ids=["", "NaN and zeros"])
+def test_masks_of_many_thresholds_are_those_of_selection(name: str, odd: bool) -> None:
+    """Bit for bit, on both ends of the thresholds and at scores themselves."""
+    policy = MASKS[name]
+    generator = torch.Generator().manual_seed(5)
+    q, k = (torch.randn(1, 500, heads, 16, generator=generator) for heads in (4, 2))
+    if odd:
+        k[:, 430:440] = torch.nan  # of the last rows
+        q[:, 300:330] = 0.0
+    heads = 2 if policy.shares_thresholds else 4
+    options: dict[str, Any] = {"causal": True, "softmax_scale": 0.3, "softcap": 0.0}
+    both = select_for(q, k, policy, return_scores=True, **options)
+    assert isinstance(both, tuple)
+    own = both[1][20 if policy.block_m < 20 else 8, :, :3].T.nan_to_num(nan=0.5).clamp(0.0, 1.0)
+    levels = [torch.full((heads,), x) for x in (0.0, 1e-7, 0.05, 0.3, 0.9, 1.0 - 2.0**-24, 1.0)]
+    maker = output_error.MaskMaker(policy, q, k, **options)
+    kept = set()
+    for threshold in [*levels, *own, torch.linspace(0.0, 1.0, heads)]:
+        want = select_for(q, k, policy.with_threshold(threshold), **options)
+        got = maker.mask(threshold)
+        assert isinstance(want, bsfa.BlockMask)
+        assert torch.equal(got.words, want.words) and torch.equal(got.counts, want.counts)
+        kept.add(int(got.counts.sum()))
+    assert len(kept) > 5
+
+
+def test_squared_changes_scores_once(lm: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = lm
+    call = calls_of(model, token_ids(lm, 0))[0]
+    count = {"pool": 0, "select": 0}
+
+    def counted(name: str, function: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            count[name] += 1
+            return function(*args, **kwargs)
+
+        return run
+
+    monkeypatch.setattr(output_error, "pool_blocks", counted("pool", output_error.pool_blocks))
+    monkeypatch.setattr(output_error, "select_blocks", counted("select", output_error.select_blocks))
+    thresholds = torch.tensor([0.9, 0.3, 0.1, 0.01]).expand(4, -1)
+    grams = torch.eye(16).expand(4, -1, -1)
+    error = output_error.squared_changes(POLICIES["relative-max"], thresholds, call, grams=grams)
+    assert count == {"pool": 1, "select": 1} and bool((error[:, 0] > 0).all())
+
+
 def test_no_errors_unless_asked_for(lm: tuple[Any, Any]) -> None:
     model, tokenizer = lm
     plain = collect(model, tokenizer, make_prompts(2, words=40), POLICIES["antidiagonal"])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from bsfa import cli
+from bsfa import cli_calibrate
 from bsfa.cli import app
 from bsfa.thresholds import ThresholdTable
 from tiny_model import make_model, make_rows, make_tokenizer, write_rows
@@ -119,8 +119,8 @@ def test_without_resume(model_dir: Path, data: Path, tmp_path: Path, monkeypatch
     """--no-resume keeps nothing, and takes up nothing."""
     command = ["calibrate", "--model", model_dir, "--data", data, "-o", tmp_path / "t.safetensors", "--max-prompts", 2]
     folders: list[Path | None] = []
-    collect = cli.collect
-    monkeypatch.setattr(cli, "collect", lambda *a, **k: (folders.append(k["resume"]), collect(*a, **k))[1])
+    collect = cli_calibrate.collect
+    monkeypatch.setattr(cli_calibrate, "collect", lambda *a, **k: (folders.append(k["resume"]), collect(*a, **k))[1])
     for options in ([], ["--no-resume"]):
         assert run(*command, "--target-recall", 0.3, *options).exit_code == 0
     assert folders == [tmp_path / "t.safetensors.partial", None]

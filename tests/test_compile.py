@@ -139,7 +139,7 @@ def test_opcheck_attention_out(case: Case) -> None:
 
 @pytest.mark.parametrize("form", ["absolute", "relative"])
 @pytest.mark.parametrize("case", SAMPLES, ids=str)
-def test_opcheck_skip_attention_and_tile_max(case: Case, form: str) -> None:
+def test_opcheck_skipping(case: Case, form: str) -> None:
     inputs = finite(case.make())
     lengths = (inputs.cu_q, *kv(inputs), inputs.max_q, inputs.max_k)
     mask = inputs.block_mask([inputs.draw_mask(b) for b in range(len(inputs))])
@@ -152,6 +152,9 @@ def test_opcheck_skip_attention_and_tile_max(case: Case, form: str) -> None:
     torch.library.opcheck(torch.ops.bsfa.skip_attention_out.default, (out, *shared, *skip))
     rows = (inputs.q, inputs.k, *lengths, 8 * len(inputs), 32, 16, *maths[2:], form)
     torch.library.opcheck(torch.ops.bsfa.tile_max.default, rows)
+    num_rows = inputs.geometry.num_rows
+    first = (inputs.q, inputs.k, *lengths, num_rows, mask.words, *maths, *skip[:-1])
+    torch.library.opcheck(torch.ops.bsfa.skip_mask.default, first)
 
 
 @pytest.mark.parametrize("case", SAMPLES, ids=str)

@@ -18,8 +18,10 @@ OPERATIONS = {
     "select_blocks",
     "probe_attention",
     "pattern_mask",
+    "token_mask",
     "attention",
     "skip_attention",
+    "skip_mask",
     "block_mass",
     "tile_max",
 }

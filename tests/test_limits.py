@@ -17,15 +17,17 @@ from bsfa.policies import CumulativeMass, Dense, ExactSkip, RelativeMax, ScoredP
 from bsfa.policies.base import Scoring
 
 POOL = {"op": "pool_blocks", "device": "cuda", "arch": "sm_90a", "dtypes": "bfloat16, float16", "head_dim": "any"}
-ATTENTION = {**POOL, "op": "attention", "head_dim": "64, 128", "blocks": "128x128"}
-SKIP = {**ATTENTION, "op": "skip_attention"}
-SELECT = {**ATTENTION, "op": "select_blocks", "rule": "relative_max", "sharing": "none, group", "max_blocks": 40}
-SELECT_STRIDED = {**ATTENTION, "op": "select_blocks", "rule": "flat64, antidiagonal", "stride": "4..64"}
+ATTENTION = {**POOL, "op": "attention", "head_dim": "64, 128, 192/128", "blocks": "128x128"}
+SKIP = {**ATTENTION, "op": "skip_attention", "head_dim": "64, 128"}
+SKIP_MASK = {**SKIP, "op": "skip_mask"}
+SELECT = {**SKIP, "op": "select_blocks", "rule": "relative_max", "sharing": "none, group", "max_blocks": 40}
+SELECT_STRIDED = {**SKIP, "op": "select_blocks", "rule": "flat64, antidiagonal", "stride": "4..64"}
 SELECT_STRIDED = {**SELECT_STRIDED, "max_blocks": 100}
 SELECT_POOLED = {**ATTENTION, "op": "select_blocks", "head_dim": "1..256", "rule": "pooled", "max_blocks": 100}
-MASS = {**ATTENTION, "op": "block_mass", "blocks": "64x128, 128x128"}
+MASS = {**SKIP, "op": "block_mass", "blocks": "64x128, 128x128"}
 MAXIMA = {**MASS, "op": "tile_max"}
-ROWS = [POOL, ATTENTION, SKIP, SELECT, SELECT_STRIDED, SELECT_POOLED, MASS, MAXIMA]
+TOKENS = {**POOL, "op": "token_mask", "dtypes": "int32", "blocks": "128x128", "max_blocks": 100}
+ROWS = [POOL, ATTENTION, TOKENS, SKIP, SKIP_MASK, SELECT, SELECT_STRIDED, SELECT_POOLED, MASS, MAXIMA]
 CPU = {**POOL, "device": "cpu", "dtypes": "float32", "head_dim": "1..256"}
 
 
@@ -36,8 +38,12 @@ def test_parse() -> None:
     half = (torch.bfloat16, torch.float16)
     assert table["pool_blocks", "cuda"] == (limits.Limits("sm_90a", (90, 90), half, None, None),)
     first, second = table["attention", "cuda"]
-    assert first == limits.Limits("sm_90a", (90, 90), half, ((64, 64), (128, 128)), ((128, 128),))
-    assert second == limits.Limits("sm_80", (80, 89), (torch.float16,), ((1, 96), (128, 128)), ((128, 64), (64, 64)))
+    assert first == limits.Limits(
+        "sm_90a", (90, 90), half, ((64, 64, None), (128, 128, None), (192, 192, 128)), ((128, 128),)
+    )
+    assert second == limits.Limits(
+        "sm_80", (80, 89), (torch.float16,), ((1, 96, None), (128, 128, None)), ((128, 64), (64, 64))
+    )
 
 
 def test_rules() -> None:
@@ -114,6 +120,11 @@ def maxima(*shape: int, dtype: torch.dtype = torch.bfloat16, k: Tensor | None = 
     return bsfa.tile_max(q, q if k is None else k, **options)
 
 
+def masked(dim: int, dim_v: int, seqlen_k: int = 300, **options: Any) -> Any:
+    q, k, v = make(2, 300, 4, dim), make(2, seqlen_k, 2, dim), make(2, seqlen_k, 2, dim_v)
+    return bsfa.masked_mha(q, k, v, make(2, 300, 8, dtype=torch.int32), **options)
+
+
 @dataclass(frozen=True, eq=False)
 class Ruled(CumulativeMass):
     """A policy that asks for any rule."""
@@ -150,6 +161,10 @@ SUPPORTED: list[Callable[[], Any]] = [
     lambda: select(CumulativeMass(pooling="flat64", shared=True), seqlen_k=100 * 128),
     lambda: select(Ruled("antidiagonal", 4, "union"), seqlen_k=100 * 128),
     lambda: select(CumulativeMass(), make(2, 300, 4, 33, strides=(300 * 135, 135, 33, 1))),
+    lambda: attend(make(2, 300, 4, 192), v=make(2, 300, 2, 128)),
+    lambda: masked(192, 128),
+    lambda: masked(192, 128, 100 * 128),
+    lambda: masked(64, 64, max_dense_seqlen=300),  # dense
     lambda: mass(2, 300, 4, 64),
     lambda: mass(2, 300, 4, 128, block_m=64, dtype=torch.float16),
     lambda: maxima(2, 300, 4, 64),
@@ -166,9 +181,12 @@ def test_supported(call: Callable[[], Any]) -> None:
 
 REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: attend(make(2, 300, 4, 64, dtype=torch.float32)), "'attention'.*float32.*take bfloat16, float16.*Convert"),
-    (lambda: attend(make(2, 300, 4, 80)), "head_dim 80: its kernels take 64, 128.*Pad"),
+    (lambda: attend(make(2, 300, 4, 80)), "head_dim 80: its kernels take 64, 128, 192.*Pad"),
     (lambda: attend(make(2, 300, 4, 96), policy=RelativeMax()), "head_dim 96"),
-    (lambda: attend(v=make(2, 300, 2, 128)), "head_dim 64 of q and k and 128 of v"),
+    (lambda: attend(v=make(2, 300, 2, 128)), r"head_dim 64 of q and k and 128 of v: .* 64, 128, 192 \(v: 128\)"),
+    (lambda: attend(make(2, 300, 4, 192), make(2, 300, 2, 192), make(2, 300, 2, 192)), "with head_dim 192: .*Pad"),
+    (lambda: attend(make(2, 300, 4, 192), v=make(2, 300, 2, 64)), "192 of q and k and 64 of v"),
+    (lambda: masked(192, 128, 101 * 128), "'token_mask'.*with 101 KV blocks .*its kernels take at most 100. Move"),
     (lambda: attend(policy=StaticPattern(block_m=64)), "mask of 64 x 128 .*take 128 x 128.*Give the policy"),
     (lambda: attend(policy=RelativeMax(block_n=64)), "mask of 128 x 64"),
     (lambda: attend(policy=ExactSkip(block_n=64)), "'skip_attention'.*128 x 64 .*take 128 x 128"),
@@ -180,6 +198,13 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (
         lambda: attend(k=make(2, 300, 2, 64, strides=(0, 128, 64, 1)), policy=ExactSkip()),
         r"'skip_attention'.*k\.contiguous",
+    ),
+    (lambda: attend(policy=ExactSkip(block_n=64, passes=2)), "'skip_mask'.*128 x 64 .*take 128 x 128"),
+    (lambda: attend(make(2, 300, 4, 80), policy=ExactSkip(passes=2)), "'skip_mask'.*head_dim 80"),
+    (lambda: attend(v=make(2, 300, 2, 128), policy=ExactSkip(passes=2)), "'attention'.*head_dim 64 of q and k and 128"),
+    (
+        lambda: attend(k=make(2, 300, 2, 64, strides=(0, 128, 64, 1)), policy=ExactSkip(passes=2)),
+        r"'attention'.*k\.contiguous",
     ),
     (lambda: attend(make(2, 300, 4, 64, strides=(300 * 260, 260, 65, 1))), r"q of strides .*q\.contiguous\(\)"),
     (lambda: attend(make(2, 300, 4, 64, strides=(300 * 257, 257, 64, 1))), r"q\.contiguous"),
@@ -241,7 +266,7 @@ def test_any_row_may_fit(monkeypatch: pytest.MonkeyPatch) -> None:
         attend(make(2, 300, 4, 128), policy=RelativeMax(block_n=64))
     with pytest.raises(bsfa.UnsupportedError, match="head_dim 256: its kernels take 64, 128"):
         attend(make(2, 300, 4, 256, dtype=torch.float16))
-    with pytest.raises(bsfa.UnsupportedError, match="head_dim 32: its kernels take 64, 128, 256"):
+    with pytest.raises(bsfa.UnsupportedError, match=r"head_dim 32: its kernels take 64, 128, 192 .v: 128., 256"):
         attend(make(2, 300, 4, 32))
 
 

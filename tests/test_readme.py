@@ -18,7 +18,10 @@ TEXT = readme.README.read_text()
 FENCED = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
 SNIPPETS = [
     (page.name, code)
-    for page in (readme.README, *(readme.ROOT / "docs" / name for name in ("selection.md", "exact_skip.md")))
+    for page in (
+        readme.README,
+        *(readme.ROOT / "docs" / name for name in ("selection.md", "exact_skip.md", "masked_mha.md")),
+    )
     for language, code in FENCED.findall(page.read_text())
     if language == "python"
 ]
@@ -36,7 +39,7 @@ def test_every_file_it_names_exists() -> None:
 
 
 def test_the_pages_have_python() -> None:
-    assert {page for page, _ in SNIPPETS} == {"README.md", "selection.md", "exact_skip.md"}
+    assert {page for page, _ in SNIPPETS} == {"README.md", "selection.md", "exact_skip.md", "masked_mha.md"}
 
 
 @pytest.mark.parametrize(("page", "snippet"), SNIPPETS, ids=range(len(SNIPPETS)))

@@ -17,7 +17,7 @@ import torch
 from bsfa import files
 from bsfa.calibration import CalibrationCurves, CalibrationWarning, choose, collect
 from bsfa.calibration.resume import discard
-from bsfa.cli import TimeLeft
+from bsfa.cli_common import TimeLeft
 from bsfa.policies import CumulativeMass, RelativeMax
 from tiny_model import make_mixed_model, make_model, make_prompts, make_rows, make_tokenizer, write_rows
 

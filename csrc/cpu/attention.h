@@ -8,6 +8,7 @@
 // there is no reduction across lanes, and a row's bits do not depend on which rows share its vector.
 // Masks are applied only to chunks that some row sees in part, as -inf on the logits. A hidden key then weighs 0, but
 // 0 * NaN is NaN: chunks whose values are not all finite take a slower path that looks at visibility again.
+// A token mask hides keys of single rows in the same way.
 // Mean correction: the blocks that a mask drops and that every row of the tile sees whole follow as keys of their own,
 // one mean key and value each, gathered kChunk at a time; log2 of their number of tokens is added to t.
 // Memory per worker: Q and O panels of pass_rows() rows, one K, V and S panel of kChunk keys.
@@ -31,6 +32,47 @@ BSFA_INLINE Int visible_lanes(const Visibility& visibility, Int position, int32_
   if (visibility.upper) visible &= position >= key;
   if (visibility.lower) visible &= position - visibility.left <= key;
   return visible;
+}
+
+// The words of a token mask, of each lane's query row; a lane without a row sees nothing.
+struct TokenRows {
+  const int32_t* row[kRows];
+};
+
+static void find_token_rows(const AttentionParams& params, int32_t sequence, const Subtile& subtile,
+                            TokenRows* tokens) {
+  const int32_t* starts = params.problem.query.cu_seqlens;
+  const int32_t* first = params.token_words + (starts != nullptr ? starts[sequence] * params.token_row_stride
+                                                                 : sequence * params.token_batch_stride);
+  for (int32_t i = 0; i < kRows; ++i) {
+    tokens->row[i] = i < subtile.count ? first + subtile.row[i] * params.token_row_stride : nullptr;
+  }
+}
+
+// Word `word` of the rows of vector `v`.
+BSFA_INLINE Int token_words(const TokenRows& tokens, int32_t v, int32_t word) {
+  Int words = {};
+  for (int32_t lane = 0; lane < kLanes; ++lane) {
+    const int32_t* row = tokens.row[v * kLanes + lane];
+    words[lane] = row != nullptr ? row[word] : 0;
+  }
+  return words;
+}
+
+// All bits of the lanes whose word has this bit.
+BSFA_INLINE Int lanes_with_bit(Int words, int32_t bit) { return -(Int)(((Uint)words >> bit) & 1u); }
+
+static __attribute__((noinline)) void mask_tokens(const TokenRows& tokens, int32_t vectors, int32_t first_key,
+                                                  int32_t count, float* s) {
+  for (int32_t v = 0; v < vectors; ++v) {
+    Int words = token_words(tokens, v, first_key / 32);
+    for (int32_t n = 0; n < count; ++n) {
+      const int32_t key = first_key + n;
+      if (key % 32 == 0) words = token_words(tokens, v, key / 32);
+      float* p = s + n * kRows + v * kLanes;
+      store(p, select(lanes_with_bit(words, key % 32), load(p), splat(-kInfinity)));
+    }
+  }
 }
 
 static __attribute__((noinline)) void mask_logits(const Visibility& visibility, const Subtile& subtile,
@@ -82,10 +124,10 @@ static __attribute__((noinline)) bool all_finite(const float* panel, int64_t cou
 }
 
 // add_values for values that are not finite: hidden keys are left out, not multiplied by zero.
-static __attribute__((noinline)) void add_visible_values(const Visibility& visibility, const Subtile& subtile,
-                                                         int32_t first_key, const float* values, int32_t stride,
-                                                         int32_t count, const float* p, const float* rescale,
-                                                         float* o) {
+static __attribute__((noinline)) void add_visible_values(const Visibility& visibility, const TokenRows* tokens,
+                                                         const Subtile& subtile, int32_t first_key, const float* values,
+                                                         int32_t stride, int32_t count, const float* p,
+                                                         const float* rescale, float* o) {
   for (int32_t v = 0; v < subtile.vectors; ++v) {
     const Int position = load(subtile.position + v * kLanes);
     for (int32_t d = 0; d < stride; ++d) {
@@ -93,7 +135,11 @@ static __attribute__((noinline)) void add_visible_values(const Visibility& visib
       Float sum = load(target) * load(rescale + v * kLanes);
       for (int32_t n = 0; n < count; ++n) {
         const Float next = sum + values[int64_t{n} * stride + d] * load(p + n * kRows + v * kLanes);
-        sum = select(visible_lanes(visibility, position, first_key + n), next, sum);
+        Int visible = visible_lanes(visibility, position, first_key + n);
+        if (tokens != nullptr) {
+          visible &= lanes_with_bit(token_words(*tokens, v, (first_key + n) / 32), (first_key + n) % 32);
+        }
+        sum = select(visible, next, sum);
       }
       store(target, sum);
     }
@@ -162,9 +208,10 @@ static void store_outputs(const AttentionParams& params, int32_t sequence, const
 }
 
 // Everything one subtile does with one chunk of packed keys and values.
-static void attend_chunk(const Problem& problem, const LogitScale& scale, const Visibility& visibility,
-                         const AttentionScratch& scratch, int32_t index, int32_t first_key, int32_t packed,
-                         int32_t* finite) {
+static void attend_chunk(const AttentionParams& params, int32_t sequence, const LogitScale& scale,
+                         const Visibility& visibility, const AttentionScratch& scratch, int32_t index,
+                         int32_t first_key, int32_t packed, int32_t* finite) {
+  const Problem& problem = params.problem;
   const Subtile& subtile = scratch.subtiles[index];
   int32_t count = packed;
   if (visibility.upper) count = min(count, subtile.max_position - first_key + 1);
@@ -173,15 +220,22 @@ static void attend_chunk(const Problem& problem, const LogitScale& scale, const 
   float* o = scratch.outputs + int64_t{index} * dim_v * kRows;
   query_keys(subtile.vectors, scratch.keys, count, scratch.queries + int64_t{index} * dim * kRows, dim, scratch.s);
   if (scale.cap != 0.0f) cap_logits(scale.cap, subtile.vectors, count, scratch.s);
-  const bool masked = (visibility.upper && subtile.min_position < first_key + count - 1) ||
-                      (visibility.lower && subtile.max_position - visibility.left > first_key);
-  if (masked) mask_logits(visibility, subtile, first_key, count, scratch.s);
+  const bool cut = (visibility.upper && subtile.min_position < first_key + count - 1) ||
+                   (visibility.lower && subtile.max_position - visibility.left > first_key);
+  if (cut) mask_logits(visibility, subtile, first_key, count, scratch.s);
+  TokenRows rows;
+  const TokenRows* tokens = nullptr;
+  if (params.token_words != nullptr) {
+    find_token_rows(params, sequence, subtile, &rows);
+    mask_tokens(rows, subtile.vectors, first_key, count, scratch.s);
+    tokens = &rows;
+  }
   softmax_step(subtile.vectors, count, scratch.s, scratch.running_max + index * kRows,
                scratch.running_sum + index * kRows, scratch.rescale);
-  if (masked) {
+  if (cut || tokens != nullptr) {
     if (*finite < 0) *finite = all_finite(scratch.values, int64_t{packed} * dim_v);
     if (*finite == 0) {
-      return add_visible_values(visibility, subtile, first_key, scratch.values, dim_v, count, scratch.s,
+      return add_visible_values(visibility, tokens, subtile, first_key, scratch.values, dim_v, count, scratch.s,
                                 scratch.rescale, o);
     }
   }
@@ -289,7 +343,7 @@ static void attention_tile(const AttentionParams& params, const TileItem& item, 
             const int32_t* mask = words + scratch.subtiles[i].mask_index * params.num_words;
             if ((static_cast<uint32_t>(mask[block / 32]) >> (block % 32) & 1u) == 0) continue;
           }
-          attend_chunk(problem, scale, visibility, scratch, i, key, count, &finite);
+          attend_chunk(params, item.sequence, scale, visibility, scratch, i, key, count, &finite);
         }
       }
     }

@@ -79,6 +79,9 @@ struct Kernels {
   // Attention with params.skip.form set; adds to params.skip.counts.
   int64_t (*skip_scratch)(const AttentionParams& params);
   void (*skip_tile)(const AttentionParams& params, const TileItem& item, float* scratch);
+  // One row of the mask for each of the item's heads; adds to params.attention.skip.counts.
+  int64_t (*skip_mask_scratch)(const SkipMaskParams& params);
+  void (*skip_mask_tile)(const SkipMaskParams& params, const TileItem& item, float* scratch);
   int64_t (*block_mass_scratch)(const BlockMassParams& params);
   void (*block_mass_tile)(const BlockMassParams& params, const TileItem& item, float* scratch);
   int64_t (*tile_max_scratch)(const TileMaxParams& params);

@@ -1,5 +1,6 @@
-// pool_blocks, attention, block_mass and tile_max: from parameters to work items for the kernels. (Scores: select.cpp.)
+// pool_blocks, attention, skip_mask, block_mass and tile_max: from parameters to work items for the kernels. (Scores: select.cpp.)
 #include <algorithm>
+#include <cstring>
 #include <limits>
 
 #include "bsfa/cpu.h"
@@ -26,6 +27,19 @@ void attention(const AttentionParams& params, const Executor& executor) {
   for_each_item(executor, static_cast<int64_t>(schedule.items.size()),
                 skips ? k.skip_scratch(params) : k.attention_scratch(params),
                 [&](int64_t index, float* scratch) { tile(params, schedule.items[index], scratch); });
+}
+
+void skip_mask(const SkipMaskParams& params, const Executor& executor) {
+  const Kernels& k = kernels();
+  const AttentionParams& a = params.attention;
+  const Schedule schedule = make_schedule(a.problem, a.num_rows, a.words, a.mask_heads, a.num_words);
+  const int64_t heads = a.problem.num_q_heads;
+  const int64_t unused = (a.num_rows - schedule.used_rows) * heads;
+  std::memset(params.words + schedule.used_rows * heads * params.num_words, 0,
+              sizeof(int32_t) * unused * params.num_words);
+  std::memset(params.counts + schedule.used_rows * heads, 0, sizeof(int32_t) * unused);
+  for_each_item(executor, static_cast<int64_t>(schedule.items.size()), k.skip_mask_scratch(params),
+                [&](int64_t index, float* scratch) { k.skip_mask_tile(params, schedule.items[index], scratch); });
 }
 
 void block_mass(const BlockMassParams& params, const Executor& executor) {

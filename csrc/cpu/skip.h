@@ -143,24 +143,25 @@ static void take_chunk(const SkipPass& pass, int32_t index, int32_t first_key, i
   if (pass.visibility.upper && subtile.min_position < first_key + count - 1) {
     if (*finite < 0) *finite = all_finite(values, int64_t{packed} * dim_v);
     if (*finite == 0) {
-      return add_visible_values(pass.visibility, subtile, first_key, values, dim_v, count, s, scratch.rescale, o);
+      return add_visible_values(pass.visibility, nullptr, subtile, first_key, values, dim_v, count, s, scratch.rescale,
+                                o);
     }
   }
   add_values(subtile.vectors, values, dim_v, count, s, scratch.rescale, o);
 }
 
 // Lets the groups meet `block` that keep it and see a part of it: those whose last block it is if `last`, else the
-// others.
-static void visit_block(const SkipPass& pass, int32_t block, bool last) {
+// others. False: none does. Their logits and maxima are left in the scratch memory, their verdict is kTaken.
+static bool meet_groups(const SkipPass& pass, int32_t block, bool last) {
   const AttentionParams& params = pass.params;
   const SkipScratch& scratch = pass.scratch;
   const Problem& problem = params.problem;
   const TileItem& item = pass.item;
   const bool causal = pass.visibility.upper;
-  const int32_t dim = problem.head_dim, dim_v = round_up(problem.head_dim_v, 2);
+  const int32_t dim = problem.head_dim;
   const int32_t first = block * problem.block_n;
   const int32_t end = min(first + problem.block_n, item.geometry.seqlen_k);
-  bool met = false, taken = false;
+  bool met = false;
   for (int32_t g = 0; g < pass.groups; ++g) {
     SkipGroup& group = scratch.groups[g];
     const bool meets =
@@ -171,7 +172,7 @@ static void visit_block(const SkipPass& pass, int32_t block, bool last) {
     ++group.met;
     for (int32_t i = group.first; i < group.first + group.count; ++i) clear_block(maxima_of(scratch.rows, i));
   }
-  if (!met) return;
+  if (!met) return false;
 
   for (int32_t key = first; key < end; key += kChunk) {
     const int32_t packed = min(kChunk, end - key);
@@ -188,15 +189,37 @@ static void visit_block(const SkipPass& pass, int32_t block, bool last) {
       }
     }
   }
+  return true;
+}
 
+// Whether a group that has met `block` skips it.
+static bool skips(const SkipPass& pass, const SkipGroup& group, int32_t block) {
+  if (pass.always(block)) return false;
+  const int32_t first = block * pass.params.problem.block_n;
+  float value = -kInfinity;
+  for (int32_t i = group.first; i < group.first + group.count; ++i) {
+    value = larger(value, compared(pass.params.skip.form, pass.visibility.upper, pass.scratch.subtiles[i], first,
+                                   maxima_of(pass.scratch.rows, i)));
+  }
+  return value < group.threshold;  // false for NaN on either side
+}
+
+// Meets a block and takes it, or skips it.
+static void visit_block(const SkipPass& pass, int32_t block, bool last) {
+  if (!meet_groups(pass, block, last)) return;
+  const AttentionParams& params = pass.params;
+  const SkipScratch& scratch = pass.scratch;
+  const Problem& problem = params.problem;
+  const TileItem& item = pass.item;
+  const bool causal = pass.visibility.upper;
+  const int32_t dim_v = round_up(problem.head_dim_v, 2);
+  const int32_t first = block * problem.block_n;
+  const int32_t end = min(first + problem.block_n, item.geometry.seqlen_k);
+  bool taken = false;
   for (int32_t g = 0; g < pass.groups; ++g) {
     SkipGroup& group = scratch.groups[g];
     if (group.verdict == Verdict::kAway) continue;
-    float value = -kInfinity;
-    for (int32_t i = group.first; i < group.first + group.count; ++i) {
-      value = larger(value, compared(params.skip.form, causal, scratch.subtiles[i], first, maxima_of(scratch.rows, i)));
-    }
-    if (!pass.always(block) && value < group.threshold) {  // false for NaN on either side
+    if (skips(pass, group, block)) {
       group.verdict = Verdict::kSkipped;
       ++group.skipped;
       continue;

@@ -27,8 +27,8 @@ py::dict build_info() {
 // One row per compiled CPU kernel; the CUDA library reports its own (operator bsfa::cuda_kernels).
 py::list kernels() {
   py::list rows;
-  for (const char* op : {"pool_blocks", "score_blocks", "select_blocks", "probe_attention", "pattern_mask", "attention",
-                         "skip_attention", "block_mass", "tile_max"}) {
+  for (const char* op : {"pool_blocks", "score_blocks", "select_blocks", "probe_attention", "pattern_mask",
+                         "token_mask", "attention", "skip_attention", "skip_mask", "block_mass", "tile_max"}) {
     py::dict row;
     row["op"] = op;
     row["device"] = "cpu";

@@ -17,7 +17,7 @@
 
 namespace {
 
-enum class Mask { kDense, kPlain, kCorrected };
+enum class Mask { kDense, kPlain, kCorrected, kTokens };
 
 std::vector<float> check_attention(Fixture& f, const std::string& where, int mask_heads, Mask kind) {
   const bool dense = kind == Mask::kDense, corrected = kind == Mask::kCorrected;
@@ -52,6 +52,17 @@ std::vector<float> check_attention(Fixture& f, const std::string& where, int mas
     params.k_means = k_means.bytes.data();
     params.v_means = v_means.bytes.data();
   }
+  const int token_words = (f.max_k + 127) / 128 * 4;
+  std::vector<int32_t> tokens(int64_t{f.total_q} * token_words + 4);
+  for (int32_t& w : tokens) w = f.random() % 4 == 0 ? 0 : static_cast<int32_t>(f.random());
+  const auto token_row = [&](int b, int r) {
+    return f.problem.query.cu_seqlens != nullptr ? f.cu_q[b] + r : b * f.problem.query.max_seqlen + r;
+  };
+  if (kind == Mask::kTokens) {
+    params.token_words = tokens.data();
+    params.token_row_stride = token_words;
+    params.token_batch_stride = int64_t{f.problem.query.max_seqlen} * token_words;
+  }
   bsfa::cpu::attention(params, threads(1));
   const std::vector<unsigned char> first_out = f.out.bytes;
   const std::vector<float> first_lse = lse;
@@ -67,6 +78,7 @@ std::vector<float> check_attention(Fixture& f, const std::string& where, int mas
         double top = -kInf;
         for (int n = 0; n < f.lk(b); ++n) {
           if (!f.sees(b, r, n) || (!dense && !bit(words, row, num_words, n / c.block_n))) continue;
+          if (kind == Mask::kTokens && !bit(tokens, token_row(b, r), token_words, n)) continue;
           seen.emplace_back(n, f.logit(b, r, h, n));
           top = std::max(top, seen.back().second);
         }
@@ -605,6 +617,7 @@ int main() {
       for (int mask_heads : {c.hq, c.hkv, 1}) {
         const std::string heads = ", mask heads " + std::to_string(mask_heads);
         check_attention(f, where + heads, mask_heads, Mask::kPlain);
+        check_attention(f, where + heads + ", tokens", mask_heads, Mask::kTokens);
         if (c.window_left < 0) check_attention(f, where + heads + ", corrected", mask_heads, Mask::kCorrected);
       }
       check_probe(f, where);

@@ -12,6 +12,7 @@
 #include <limits>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -186,6 +187,27 @@ inline void check_summary(const Tensor& summary, const Tensor& q, const Problem&
                   name, " must be [", problem.batch, ", ", blocks, ", ", problem.num_kv_heads, ", ", dim, "]");
 }
 
+// The mask words of each query row, of the layout that AttentionParams asks for.
+inline void set_token_words(AttentionParams& p, const Tensor& q, const OptionalTensor& token_words) {
+  if (!token_words.has_value()) return;
+  const Tensor& w = *token_words;
+  const int64_t rank = q.dim() - 1, columns = w.dim() > 0 ? w.size(w.dim() - 1) : 0;
+  STD_TORCH_CHECK(w.scalar_type() == ScalarType::Int && same_device(w, q), "token_words must be int32 on q's device");
+  STD_TORCH_CHECK(w.dim() == rank, "token_words must be [B, seqlen_q, words], or [total_q, words] beside packed q");
+  for (int64_t i = 0; i < rank - 1; ++i) STD_TORCH_CHECK(w.size(i) == q.size(i), "token_words must have the rows of q");
+  STD_TORCH_CHECK(columns % 4 == 0 && columns >= ceil_div(p.problem.kv.max_seqlen, 32), "token_words has ", columns,
+                  " words a row; it needs those of max_seqlen_k, and a multiple of 4");
+  STD_TORCH_CHECK(p.k_means == nullptr && p.window_left < 0, "token_words go with neither means nor window_left");
+  if (w.numel() == 0) return;  // no rows, or no keys: nothing to hide
+  STD_TORCH_CHECK(w.stride(rank - 1) == 1, "token_words must be contiguous in its last dimension");
+  p.token_row_stride = w.size(rank - 2) > 1 ? w.stride(rank - 2) : columns;
+  p.token_batch_stride = rank == 3 && w.size(0) > 1 ? w.stride(0) : 0;
+  STD_TORCH_CHECK(p.token_row_stride % 4 == 0 && p.token_batch_stride % 4 == 0 &&
+                      reinterpret_cast<uintptr_t>(w.data_ptr()) % 16 == 0,
+                  "the rows of token_words must start at multiples of 16 bytes");
+  p.token_words = static_cast<const int32_t*>(w.data_ptr());
+}
+
 // What operator attention computes, without its outputs (set_attention_outputs). Values of index tensors are not read.
 inline AttentionParams attention_params(const Tensor& q, const Tensor& k, const Tensor& v,
                                         const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
@@ -193,7 +215,8 @@ inline AttentionParams attention_params(const Tensor& q, const Tensor& k, const 
                                         int64_t max_seqlen_q, int64_t max_seqlen_k, const OptionalTensor& mask_words,
                                         const OptionalTensor& mask_counts, const OptionalTensor& k_means,
                                         const OptionalTensor& v_means, int64_t block_m, int64_t block_n, bool causal,
-                                        double softmax_scale, double softcap, int64_t window_left) {
+                                        double softmax_scale, double softcap, int64_t window_left,
+                                        const OptionalTensor& token_words = std::nullopt) {
   AttentionParams p;
   p.q = view_of(q, "q");
   p.k = view_of(k, "k");
@@ -242,6 +265,7 @@ inline AttentionParams attention_params(const Tensor& q, const Tensor& k, const 
     p.k_means = k_means->data_ptr();
     p.v_means = v_means->data_ptr();
   }
+  set_token_words(p, q, token_words);
   return p;
 }
 
@@ -273,6 +297,26 @@ inline void set_skip(AttentionParams& p, const Tensor& q, const Tensor& threshol
   STD_TORCH_CHECK(window_blocks >= 1, "window_blocks must be at least 1");
   p.skip.counted = counted;
   p.skip.counts = static_cast<int64_t*>(skips.data_ptr());
+}
+
+// Operator skip_mask up to its outputs. Values of index tensors are not read.
+inline SkipMaskParams skip_mask_params(const Tensor& q, const Tensor& k, const OptionalTensor& cu_seqlens_q,
+                                       const OptionalTensor& cu_seqlens_k, const OptionalTensor& block_table,
+                                       const OptionalTensor& seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
+                                       int64_t num_rows, const OptionalTensor& mask_words, int64_t block_m,
+                                       int64_t block_n, bool causal, double softmax_scale, double softcap,
+                                       const Tensor& thresholds, const std::string& form, int64_t sink_blocks,
+                                       int64_t window_blocks, const Tensor& skips) {
+  SkipMaskParams p;
+  p.attention = attention_params(q, k, k, cu_seqlens_q, cu_seqlens_k, block_table, seqlens_k, max_seqlen_q,
+                                 max_seqlen_k, mask_words, std::nullopt, std::nullopt, std::nullopt, block_m, block_n,
+                                 causal, softmax_scale, softcap, -1);
+  set_skip(p.attention, q, thresholds, form, sink_blocks, window_blocks, false, skips);
+  STD_TORCH_CHECK(!mask_words.has_value() || p.attention.num_rows == num_rows, "mask_words has ", p.attention.num_rows,
+                  " rows, not num_rows = ", num_rows);
+  p.attention.num_rows = num_rows;
+  p.num_words = ceil_div(ceil_div(p.attention.problem.kv.max_seqlen, p.attention.problem.block_n), 32);
+  return p;
 }
 
 // Operator tile_max up to its output. Values of index tensors are not read.
@@ -494,6 +538,59 @@ inline PatternParams pattern_params(const Tensor& base, const Tensor& query_awar
   p.vertical = bits_ptr(vertical, {batch, heads, p.num_words}, base, "vertical");
   p.slash = bits_ptr(slash, {batch, heads, p.num_words}, base, "slash");
   return p;
+}
+
+// Operator token_mask up to its outputs. Values are not read.
+inline TokenMaskParams token_mask_params(const Tensor& indices, const OptionalTensor& cu_seqlens_q,
+                                         const OptionalTensor& cu_seqlens_k, const OptionalTensor& seqlens_k,
+                                         int64_t max_seqlen_q, int64_t max_seqlen_k, int64_t num_rows, int64_t block_m,
+                                         int64_t block_n, bool causal) {
+  TokenMaskParams p;
+  const bool packed = cu_seqlens_q.has_value();
+  const int64_t dim = packed ? 2 : 3;
+  STD_TORCH_CHECK(indices.scalar_type() == ScalarType::Int && indices.dim() == dim,
+                  "indices must be int32 [B, seqlen_q, topk], or [total_q, topk] with cu_seqlens_q");
+  STD_TORCH_CHECK(indices.size(dim - 1) <= 1 || indices.stride(dim - 1) == 1,
+                  "indices must be contiguous in their last dimension");
+  STD_TORCH_CHECK(packed || indices.size(1) == max_seqlen_q, "batched indices must be [B, max_seqlen_q, topk]");
+  const int64_t batch = packed ? cu_seqlens_q->size(0) - 1 : indices.size(0);
+  p.problem.batch = to_int32(batch, "batch");
+  p.problem.num_q_heads = p.problem.num_kv_heads = 1;
+  set_block_sizes(p.problem, block_m, block_n);
+  p.problem.causal = causal;
+  p.problem.query.max_seqlen = to_int32(max_seqlen_q, "max_seqlen_q");
+  p.problem.query.cu_seqlens = index_ptr(cu_seqlens_q, 1, batch + 1, indices, "cu_seqlens_q");
+  p.problem.kv = kv_lengths(cu_seqlens_k, seqlens_k, max_seqlen_k, batch, indices);
+  p.indices = static_cast<const int32_t*>(indices.data_ptr());
+  p.index_batch_stride = packed ? 0 : indices.stride(0);
+  p.index_row_stride = indices.stride(dim - 2);
+  p.topk = to_int32(indices.size(dim - 1), "topk");
+  STD_TORCH_CHECK(max_seqlen_k <= std::numeric_limits<int32_t>::max() - 128, "max_seqlen_k is out of range");
+  p.row_words = ceil_div(p.problem.kv.max_seqlen, 128) * 4;
+  p.num_rows = num_rows;
+  p.num_words = ceil_div(ceil_div(p.problem.kv.max_seqlen, p.problem.block_n), 32);
+  return p;
+}
+
+using TokenMaskTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// New tensors for what operator token_mask returns, in its order; `p` points at them.
+inline TokenMaskTensors new_token_mask(TokenMaskParams& p, const Tensor& indices) {
+  const bool packed = indices.dim() == 2;
+  const int64_t rows = indices.size(0), columns = packed ? 1 : indices.size(1);
+  Tensor words = packed ? new_tensor(indices, {rows, p.row_words}, ScalarType::Int)
+                        : new_tensor(indices, {rows, columns, p.row_words}, ScalarType::Int);
+  Tensor counts =
+      packed ? new_tensor(indices, {rows}, ScalarType::Int) : new_tensor(indices, {rows, columns}, ScalarType::Int);
+  Tensor block_words = new_tensor(indices, {p.num_rows, 1, p.num_words}, ScalarType::Int);
+  Tensor block_counts = new_tensor(indices, {p.num_rows, 1}, ScalarType::Int);
+  Tensor status = new_tensor(indices, {2}, ScalarType::Long);
+  p.words = static_cast<int32_t*>(words.data_ptr());
+  p.counts = static_cast<int32_t*>(counts.data_ptr());
+  p.block_words = static_cast<int32_t*>(block_words.data_ptr());
+  p.block_counts = static_cast<int32_t*>(block_counts.data_ptr());
+  p.status = static_cast<int64_t*>(status.data_ptr());
+  return {words, counts, block_words, block_counts, status};
 }
 
 }  // namespace bsfa::torch_ops

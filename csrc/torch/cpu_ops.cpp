@@ -121,10 +121,11 @@ Tensor attention_out(const Tensor& out, const Tensor& q, const Tensor& k, const 
                      const OptionalTensor& block_table, const OptionalTensor& seqlens_k, int64_t max_seqlen_q,
                      int64_t max_seqlen_k, const OptionalTensor& mask_words, const OptionalTensor& mask_counts,
                      const OptionalTensor& k_means, const OptionalTensor& v_means, int64_t block_m, int64_t block_n,
-                     bool causal, double softmax_scale, double softcap, int64_t window_left) {
+                     bool causal, double softmax_scale, double softcap, int64_t window_left,
+                     const OptionalTensor& token_words) {
   AttentionParams p = attention_params(q, k, v, cu_seqlens_q, cu_seqlens_k, block_table, seqlens_k, max_seqlen_q,
                                        max_seqlen_k, mask_words, mask_counts, k_means, v_means, block_m, block_n,
-                                       causal, softmax_scale, softcap, window_left);
+                                       causal, softmax_scale, softcap, window_left, token_words);
   Tensor lse = new_lse(q);
   set_attention_outputs(p, q, out, lse);
   check_kv_values(p.problem.kv, k, p.problem.batch);
@@ -139,11 +140,12 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
                                      int64_t max_seqlen_q, int64_t max_seqlen_k, const OptionalTensor& mask_words,
                                      const OptionalTensor& mask_counts, const OptionalTensor& k_means,
                                      const OptionalTensor& v_means, int64_t block_m, int64_t block_n, bool causal,
-                                     double softmax_scale, double softcap, int64_t window_left) {
+                                     double softmax_scale, double softcap, int64_t window_left,
+                                     const OptionalTensor& token_words) {
   Tensor out = new_attention_out(q, v);
   Tensor lse = attention_out(out, q, k, v, cu_seqlens_q, cu_seqlens_k, block_table, seqlens_k, max_seqlen_q,
                              max_seqlen_k, mask_words, mask_counts, k_means, v_means, block_m, block_n, causal,
-                             softmax_scale, softcap, window_left);
+                             softmax_scale, softcap, window_left, token_words);
   return {out, lse};
 }
 
@@ -180,6 +182,28 @@ std::tuple<Tensor, Tensor, Tensor> skip_attention(
                                          max_seqlen_k, mask_words, mask_counts, block_m, block_n, causal, softmax_scale,
                                          softcap, thresholds, form, sink_blocks, window_blocks, counted);
   return {out, lse, skips};
+}
+
+std::tuple<Tensor, Tensor, Tensor> skip_mask(const Tensor& q, const Tensor& k, const OptionalTensor& cu_seqlens_q,
+                                             const OptionalTensor& cu_seqlens_k, const OptionalTensor& block_table,
+                                             const OptionalTensor& seqlens_k, int64_t max_seqlen_q,
+                                             int64_t max_seqlen_k, int64_t num_rows, const OptionalTensor& mask_words,
+                                             int64_t block_m, int64_t block_n, bool causal, double softmax_scale,
+                                             double softcap, const Tensor& thresholds, std::string form,
+                                             int64_t sink_blocks, int64_t window_blocks) {
+  Tensor skips = new_tensor(q, {q.size(q.dim() - 2), 2}, ScalarType::Long);
+  torch::stable::zero_(skips);
+  SkipMaskParams p = skip_mask_params(q, k, cu_seqlens_q, cu_seqlens_k, block_table, seqlens_k, max_seqlen_q,
+                                      max_seqlen_k, num_rows, mask_words, block_m, block_n, causal, softmax_scale,
+                                      softcap, thresholds, form, sink_blocks, window_blocks, skips);
+  check_kv_values(p.attention.problem.kv, k, p.attention.problem.batch);
+  check_problem_values(p.attention.problem, q, num_rows);
+  Tensor words = new_tensor(q, {num_rows, p.attention.problem.num_q_heads, p.num_words}, ScalarType::Int);
+  Tensor counts = new_tensor(q, {num_rows, p.attention.problem.num_q_heads}, ScalarType::Int);
+  p.words = static_cast<int32_t*>(words.data_ptr());
+  p.counts = static_cast<int32_t*>(counts.data_ptr());
+  if (counts.numel() > 0) cpu::skip_mask(p, executor());
+  return {words, counts, skips};
 }
 
 Tensor tile_max(const Tensor& q, const Tensor& k, const OptionalTensor& cu_seqlens_q,
@@ -249,6 +273,21 @@ std::tuple<Tensor, Tensor> pattern_mask(const Tensor& base, const Tensor& query_
   return {words, counts};
 }
 
+TokenMaskTensors token_mask(const Tensor& indices, const OptionalTensor& cu_seqlens_q,
+                            const OptionalTensor& cu_seqlens_k, const OptionalTensor& seqlens_k, int64_t max_seqlen_q,
+                            int64_t max_seqlen_k, int64_t num_rows, int64_t block_m, int64_t block_n, bool causal) {
+  TokenMaskParams p = token_mask_params(indices, cu_seqlens_q, cu_seqlens_k, seqlens_k, max_seqlen_q, max_seqlen_k,
+                                        num_rows, block_m, block_n, causal);
+  for (int32_t b = 0; b < p.problem.batch; ++b) {
+    const int32_t len = seqlen_k(p.problem.kv, b);
+    STD_TORCH_CHECK(len >= 0 && len <= p.problem.kv.max_seqlen, "KV length ", len, " is not in 0 .. max_seqlen_k");
+  }
+  check_problem_values(p.problem, indices, num_rows);
+  TokenMaskTensors made = new_token_mask(p, indices);
+  cpu::token_mask(p, executor());
+  return made;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(bsfa, m) {
@@ -261,10 +300,12 @@ STABLE_TORCH_LIBRARY_IMPL(bsfa, CPU, m) {
   m.impl("pool_blocks", TORCH_BOX(&pool_blocks));
   m.impl("score_blocks", TORCH_BOX(&score_blocks));
   m.impl("select_blocks", TORCH_BOX(&select_blocks));
+  m.impl("token_mask", TORCH_BOX(&token_mask));
   m.impl("attention", TORCH_BOX(&attention));
   m.impl("attention_out", TORCH_BOX(&attention_out));
   m.impl("skip_attention", TORCH_BOX(&skip_attention));
   m.impl("skip_attention_out", TORCH_BOX(&skip_attention_out));
+  m.impl("skip_mask", TORCH_BOX(&skip_mask));
   m.impl("tile_max", TORCH_BOX(&tile_max));
   m.impl("block_mass", TORCH_BOX(&block_mass));
   m.impl("probe_attention", TORCH_BOX(&probe_attention));

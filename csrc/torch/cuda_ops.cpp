@@ -131,6 +131,22 @@ int64_t select_workspace_bytes(int64_t num_rows, int64_t heads, int64_t max_seql
   return cuda::select_workspace_bytes(s);
 }
 
+TokenMaskTensors token_mask(const Tensor& indices, const OptionalTensor& cu_seqlens_q,
+                            const OptionalTensor& cu_seqlens_k, const OptionalTensor& seqlens_k, int64_t max_seqlen_q,
+                            int64_t max_seqlen_k, int64_t num_rows, int64_t block_m, int64_t block_n, bool causal) {
+  TokenMaskParams p = token_mask_params(indices, cu_seqlens_q, cu_seqlens_k, seqlens_k, max_seqlen_q, max_seqlen_k,
+                                        num_rows, block_m, block_n, causal);
+  STD_TORCH_CHECK(block_m == 128 && block_n == 128, "token_mask has CUDA kernels for blocks of 128 x 128 tokens only");
+  STD_TORCH_CHECK(p.row_words / 4 <= cuda::kMaxTokenBlocks, "max_seqlen_k is more than the CUDA kernel can take");
+  const int64_t tokens = indices.dim() == 2 ? indices.size(0) : indices.size(0) * indices.size(1);
+  const int64_t rows = max_mask_rows(p.problem, tokens);
+  STD_TORCH_CHECK(num_rows >= rows, "num_rows is ", num_rows, ", this problem needs ", rows);
+  const Launch launch(indices);
+  TokenMaskTensors made = new_token_mask(p, indices);
+  check_launch(cuda::token_mask(p, launch.stream()), "token_mask");
+  return made;
+}
+
 // Launches what `p`, made by attention_params, describes; returns the LSE.
 Tensor run_attention(AttentionParams p, const Tensor& q, const Tensor& out, const char* op) {
   STD_TORCH_CHECK(cuda::attention_supports(p.problem), "this dtype, head_dim or block size has no CUDA kernel");
@@ -152,10 +168,11 @@ Tensor attention_out(const Tensor& out, const Tensor& q, const Tensor& k, const 
                      const OptionalTensor& block_table, const OptionalTensor& seqlens_k, int64_t max_seqlen_q,
                      int64_t max_seqlen_k, const OptionalTensor& mask_words, const OptionalTensor& mask_counts,
                      const OptionalTensor& k_means, const OptionalTensor& v_means, int64_t block_m, int64_t block_n,
-                     bool causal, double softmax_scale, double softcap, int64_t window_left) {
+                     bool causal, double softmax_scale, double softcap, int64_t window_left,
+                     const OptionalTensor& token_words) {
   return run_attention(attention_params(q, k, v, cu_seqlens_q, cu_seqlens_k, block_table, seqlens_k, max_seqlen_q,
                                         max_seqlen_k, mask_words, mask_counts, k_means, v_means, block_m, block_n,
-                                        causal, softmax_scale, softcap, window_left),
+                                        causal, softmax_scale, softcap, window_left, token_words),
                        q, out, "attention");
 }
 
@@ -165,11 +182,12 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
                                      int64_t max_seqlen_q, int64_t max_seqlen_k, const OptionalTensor& mask_words,
                                      const OptionalTensor& mask_counts, const OptionalTensor& k_means,
                                      const OptionalTensor& v_means, int64_t block_m, int64_t block_n, bool causal,
-                                     double softmax_scale, double softcap, int64_t window_left) {
+                                     double softmax_scale, double softcap, int64_t window_left,
+                                     const OptionalTensor& token_words) {
   Tensor out = new_attention_out(q, v);
   Tensor lse = attention_out(out, q, k, v, cu_seqlens_q, cu_seqlens_k, block_table, seqlens_k, max_seqlen_q,
                              max_seqlen_k, mask_words, mask_counts, k_means, v_means, block_m, block_n, causal,
-                             softmax_scale, softcap, window_left);
+                             softmax_scale, softcap, window_left, token_words);
   return {out, lse};
 }
 
@@ -262,6 +280,31 @@ Tensor block_mass(const Tensor& q, const Tensor& k, const Tensor& lse, const Opt
   return mass;
 }
 
+std::tuple<Tensor, Tensor, Tensor> skip_mask(const Tensor& q, const Tensor& k, const OptionalTensor& cu_seqlens_q,
+                                             const OptionalTensor& cu_seqlens_k, const OptionalTensor& block_table,
+                                             const OptionalTensor& seqlens_k, int64_t max_seqlen_q,
+                                             int64_t max_seqlen_k, int64_t num_rows, const OptionalTensor& mask_words,
+                                             int64_t block_m, int64_t block_n, bool causal, double softmax_scale,
+                                             double softcap, const Tensor& thresholds, std::string form,
+                                             int64_t sink_blocks, int64_t window_blocks) {
+  const Launch launch(q);
+  Tensor skips = new_tensor(q, {q.size(q.dim() - 2), 2}, ScalarType::Long);
+  SkipMaskParams p = skip_mask_params(q, k, cu_seqlens_q, cu_seqlens_k, block_table, seqlens_k, max_seqlen_q,
+                                      max_seqlen_k, num_rows, mask_words, block_m, block_n, causal, softmax_scale,
+                                      softcap, thresholds, form, sink_blocks, window_blocks, skips);
+  const Problem& problem = p.attention.problem;
+  STD_TORCH_CHECK(cuda::skip_mask_supports(problem), "this dtype, head_dim or block size has no CUDA kernel");
+  const int64_t rows = max_mask_rows(problem, p.attention.q.tokens);
+  STD_TORCH_CHECK(num_rows >= rows, "num_rows is ", num_rows, ", this problem needs ", rows);
+  Tensor words = new_tensor(q, {num_rows, problem.num_q_heads, p.num_words}, ScalarType::Int);
+  Tensor counts = new_tensor(q, {num_rows, problem.num_q_heads}, ScalarType::Int);
+  p.words = static_cast<int32_t*>(words.data_ptr());
+  p.counts = static_cast<int32_t*>(counts.data_ptr());
+  Tensor workspace = new_workspace(q, cuda::measure_workspace_bytes(problem, p.attention.q.tokens));
+  check_launch(cuda::skip_mask(p, workspace.data_ptr(), launch.stream()), "skip_mask");
+  return {words, counts, skips};
+}
+
 Tensor tile_max(const Tensor& q, const Tensor& k, const OptionalTensor& cu_seqlens_q,
                 const OptionalTensor& cu_seqlens_k, const OptionalTensor& block_table, const OptionalTensor& seqlens_k,
                 int64_t max_seqlen_q, int64_t max_seqlen_k, int64_t num_rows, int64_t block_m, int64_t block_n,
@@ -290,8 +333,8 @@ std::string selection_rows(const std::string& op) {
          row(cuda::kMaxSelectBlocks, R"("head_dim": "1..256", "rule": "pooled")");
 }
 
-// JSON: one row per compiled CUDA kernel, with the keys of bsfa._C.kernels(); where a row does not take all of them also
-// `rule` and `sharing` (as in schemas.h), `stride` of antidiagonals, and `max_blocks`, the KV blocks of a mask row.
+// JSON: one row per compiled CUDA kernel, with the keys of bsfa._C.kernels(); a head_dim 192/128 is one of 128 in v. Where
+// a row does not take all of them also `rule` and `sharing` (as in schemas.h), `stride` of antidiagonals, and `max_blocks`, the KV blocks of a mask row.
 std::string cuda_kernels() {
   return R"([
     {"op": "pool_blocks", "device": "cuda", "arch": "sm_90a", "dtypes": "bfloat16, float16", "head_dim": "any"},
@@ -300,10 +343,15 @@ std::string cuda_kernels() {
          R"({"op": "probe_attention", "device": "cuda", "arch": "sm_90a", "dtypes": "bfloat16, float16",
      "head_dim": "64, 128", "blocks": "128x128"},
     {"op": "pattern_mask", "device": "cuda", "arch": "sm_90a", "dtypes": "int32", "head_dim": "any"},
-    {"op": "attention", "device": "cuda", "arch": "sm_90a", "dtypes": "bfloat16, float16", "head_dim": "64, 128",
-     "blocks": "128x128"},
+    {"op": "token_mask", "device": "cuda", "arch": "sm_90a", "dtypes": "int32", "head_dim": "any",
+     "blocks": "128x128", "max_blocks": )" +
+         std::to_string(cuda::kMaxTokenBlocks) + R"(},
+    {"op": "attention", "device": "cuda", "arch": "sm_90a", "dtypes": "bfloat16, float16",
+     "head_dim": "64, 128, 192/128", "blocks": "128x128"},
     {"op": "skip_attention", "device": "cuda", "arch": "sm_90a", "dtypes": "bfloat16, float16",
      "head_dim": "64, 128", "blocks": "128x128"},
+    {"op": "skip_mask", "device": "cuda", "arch": "sm_90a", "dtypes": "bfloat16, float16", "head_dim": "64, 128",
+     "blocks": "128x128"},
     {"op": "block_mass", "device": "cuda", "arch": "sm_90a", "dtypes": "bfloat16, float16", "head_dim": "64, 128",
      "blocks": "64x128, 128x128"},
     {"op": "tile_max", "device": "cuda", "arch": "sm_90a", "dtypes": "bfloat16, float16", "head_dim": "64, 128",
@@ -331,11 +379,13 @@ STABLE_TORCH_LIBRARY_IMPL(bsfa, CUDA, m) {
   m.impl("select_blocks", TORCH_BOX(&select_blocks));
   m.impl("probe_attention", TORCH_BOX(&probe_attention));
   m.impl("pattern_mask", TORCH_BOX(&pattern_mask));
+  m.impl("token_mask", TORCH_BOX(&token_mask));
   m.impl("attention", TORCH_BOX(&attention));
   m.impl("attention_out", TORCH_BOX(&attention_out));
   m.impl("skip_attention", TORCH_BOX(&skip_attention));
   m.impl("skip_attention_out", TORCH_BOX(&skip_attention_out));
   m.impl("block_mass", TORCH_BOX(&block_mass));
+  m.impl("skip_mask", TORCH_BOX(&skip_mask));
   m.impl("tile_max", TORCH_BOX(&tile_max));
 }
 

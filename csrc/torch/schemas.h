@@ -6,8 +6,13 @@
 //   summary  [B, N, Hkv, D], contiguous, dtype of k; likewise k_means and v_means
 //   words    [R, heads, ceil(N / 32)] int32, heads = Hq, Hkv or 1; counts [R, heads] int32
 //   lse      [B, Hq, Sq], or [Hq, T], float32
+//   token_words  int32 [B, Sq, W], or [T, W] for packed q; W = ceil(max_seqlen_k / 32) rounded up to a multiple of 4
+//            (AttentionParams)
+//   indices  int32 [B, Sq, topk], or [T, topk] with cu_seqlens_q; token_counts of its shape without topk; status int64 [2]
+//            (TokenMaskParams)
 //   out      q's shape with v's head_dim, dtype of q. attention_out writes into a given one: any strides, last one 1.
 // skip_attention: thresholds float32 [Hq, columns], skips int64 [Hq, 2] (SkipParams); tile_max [R, Hq, N] float32.
+// skip_mask (SkipMaskParams): the mask for the second pass, words [R, Hq, ceil(N / 32)]; R = num_rows, also of mask_words.
 // The enumerations of params.h go by name: form "absolute", "relative"; pooling "mean", "maxabs", "center"; rule "relative_max", "pooled", "flat64",
 // "antidiagonal"; sharing "none", "union", "group".
 #pragma once
@@ -33,14 +38,18 @@
   DEF("pattern_mask(Tensor base, Tensor query_aware, Tensor vertical, Tensor slash, Tensor? cu_seqlens_q, "            \
       "Tensor? cu_seqlens_k, Tensor? seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, int block_m, int block_n, "  \
       "bool causal, int sink_blocks, int window_blocks) -> (Tensor words, Tensor counts)")                             \
+  DEF("token_mask(Tensor indices, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqlens_k, SymInt "              \
+      "max_seqlen_q, "                                                                                                 \
+      "SymInt max_seqlen_k, SymInt num_rows, int block_m, int block_n, bool causal) "                                  \
+      "-> (Tensor token_words, Tensor token_counts, Tensor words, Tensor counts, Tensor status)")                      \
   DEF("attention(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? block_table, "      \
       "Tensor? seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? mask_words, Tensor? mask_counts, "         \
       "Tensor? k_means, Tensor? v_means, int block_m, int block_n, bool causal, float softmax_scale, float softcap, "  \
-      "int window_left) -> (Tensor out, Tensor lse)")                                                                  \
+      "int window_left, Tensor? token_words=None) -> (Tensor out, Tensor lse)")                                        \
   DEF("attention_out(Tensor(a!) out, Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "       \
       "Tensor? block_table, Tensor? seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? mask_words, "         \
       "Tensor? mask_counts, Tensor? k_means, Tensor? v_means, int block_m, int block_n, bool causal, "                 \
-      "float softmax_scale, float softcap, int window_left) -> Tensor lse")                                            \
+      "float softmax_scale, float softcap, int window_left, Tensor? token_words=None) -> Tensor lse")                  \
   DEF("skip_attention(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? block_table, " \
       "Tensor? seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? mask_words, Tensor? mask_counts, "         \
       "int block_m, int block_n, bool causal, float softmax_scale, float softcap, Tensor thresholds, str form, "       \
@@ -49,6 +58,10 @@
       "Tensor? block_table, Tensor? seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? mask_words, "         \
       "Tensor? mask_counts, int block_m, int block_n, bool causal, float softmax_scale, float softcap, "               \
       "Tensor thresholds, str form, int sink_blocks, int window_blocks, bool counted) -> (Tensor lse, Tensor skips)")  \
+  DEF("skip_mask(Tensor q, Tensor k, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? block_table, "                \
+      "Tensor? seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, SymInt num_rows, Tensor? mask_words, "             \
+      "int block_m, int block_n, bool causal, float softmax_scale, float softcap, Tensor thresholds, str form, "       \
+      "int sink_blocks, int window_blocks) -> (Tensor words, Tensor counts, Tensor skips)")                            \
   DEF("tile_max(Tensor q, Tensor k, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? block_table, "                 \
       "Tensor? seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, SymInt num_rows, int block_m, int block_n, "       \
       "bool causal, float softmax_scale, float softcap, str form) -> Tensor")                                          \

@@ -16,10 +16,13 @@ from bsfa.doctor import doctor
 from bsfa.errors import DenseFallbackWarning, ThresholdMismatchError, UnsupportedError
 from bsfa.importing import import_bsfa
 from bsfa.info import AttentionInfo
+from bsfa.masked_mha import masked_mha, merge_attention
+from bsfa.measuring import block_mass, tile_max
 from bsfa.plotting import plot_mask
-from bsfa.stages import block_mass, block_sparse_attention, pool_blocks, select_blocks, tile_max
+from bsfa.stages import block_sparse_attention, pool_blocks, select_blocks
 from bsfa.summary import BlockSummary
 from bsfa.thresholds import ThresholdTable
+from bsfa.token_mask import TokenMask
 
 __all__ = [
     "AttentionInfo",
@@ -29,6 +32,7 @@ __all__ = [
     "MaskGeometry",
     "ThresholdMismatchError",
     "ThresholdTable",
+    "TokenMask",
     "UnsupportedError",
     "__version__",
     "attention",
@@ -38,6 +42,8 @@ __all__ = [
     "block_sparse_attention",
     "doctor",
     "import_bsfa",
+    "masked_mha",
+    "merge_attention",
     "plot_mask",
     "policies",
     "pool_blocks",

@@ -27,8 +27,10 @@ OPERATORS = (
     "select_blocks",
     "probe_attention",
     "pattern_mask",
+    "token_mask",
     "attention",
     "skip_attention",
+    "skip_mask",
     "block_mass",
     "tile_max",
 )
@@ -70,7 +72,7 @@ KERNELS: dict[str, frozenset[str]] = {
 
 def kernel_table() -> list[dict[str, Any]]:
     """The compiled kernels: one row each with op, device, arch, dtypes, head_dim; where not all go, also
-    blocks, rule, sharing, stride, max_blocks.
+    blocks, rule, sharing, stride, max_blocks, head_dim_v (else that of v is head_dim), tokens (takes token masks).
     """
     rows: list[dict[str, Any]] = list(_C.kernels())
     if cuda_missing is None:

@@ -8,7 +8,7 @@ from bsfa.block_mask import BlockMask
 from bsfa.errors import warn_dense
 from bsfa.info import AttentionInfo
 from bsfa.layout import Layout, check_out
-from bsfa.policies import Dense, ExactSkip, Policy
+from bsfa.policies import Dense, ExactSkip, Policy, TokenTopK
 from bsfa.pooling import pool
 from bsfa.stages import (
     attend,
@@ -18,11 +18,14 @@ from bsfa.stages import (
     check_mask_heads,
     check_policy,
     check_skip,
+    check_skip_kernels,
+    check_tokens,
     make_selection,
     resolve_layout,
     resolve_scale,
 )
 from bsfa.summary import BlockSummary
+from bsfa.token_mask import TokenMask
 
 Result = Tensor | tuple[Tensor | AttentionInfo, ...]
 
@@ -52,15 +55,23 @@ def _run(
     reason: str | None = None
     selects: Policy | None = None
     if policy is not None and not isinstance(policy, Dense):
-        if layout.max_seqlen_q == 1 and layout.max_seqlen_k > 1:
+        if isinstance(policy, TokenTopK):  # says what is attended to, not what may be left out
+            selects = policy
+        elif layout.max_seqlen_q == 1 and layout.max_seqlen_k > 1:
             reason = "a decode step (one query token per sequence) is dense by design"
         elif window_left is not None:
             reason = "a token-level sliding window (window_left) bounds the work already"
         else:
             selects = policy
     skip = selects if isinstance(selects, ExactSkip) else None
-    op = "attention" if skip is None else "skip_attention"
-    check_attention_kernel(q, k, v, None if selects is None else (selects.block_m, selects.block_n), op)
+    tokens: TokenMask | None = None
+    if isinstance(selects, TokenTopK):
+        tokens = selects.token_mask(layout)
+        check_tokens(tokens, layout, q, mean_correction, None, window_left)
+    if skip is None:
+        check_attention_kernel(q, k, v, None if selects is None else (selects.block_m, selects.block_n))
+    else:
+        check_skip_kernels(q, k, v, skip)
     if kept is not None:
         pools = selects if selects is not None and selects.needs_summary else None
         kept.check_use(k, v, None if pools is None else pools.block_n, None if pools is None else pools.summary_pooling)
@@ -70,7 +81,9 @@ def _run(
         kept.update_layout(k, v, layout)
     mask: BlockMask | None = None
     means: tuple[Tensor, Tensor] | None = None
-    if selects is not None:
+    if tokens is not None:
+        mask = tokens.blocks_for(layout)
+    elif selects is not None:
         summary = None
         if selects.needs_summary:
             pooling = selects.summary_pooling
@@ -94,12 +107,12 @@ def _run(
     if skip is not None:
         out, lse, skips = attend_skipping(q, k, v, mask, layout, scale, softcap, skip, out)
     else:
-        out, lse = attend(q, k, v, mask, layout, scale, softcap, window_left, out, means)
+        out, lse = attend(q, k, v, mask, layout, scale, softcap, window_left, out, means, tokens)
     if not return_lse and not return_info:
         return out
     extra: tuple[Tensor | AttentionInfo, ...] = (lse,) if return_lse else ()
     if return_info:
-        extra = (*extra, AttentionInfo(policy, mask, reason, q.device, q.shape[-2], means is not None, skips))
+        extra = (*extra, AttentionInfo(policy, mask, reason, q.device, q.shape[-2], means is not None, skips, tokens))
     return (out, *extra)
 
 

@@ -27,11 +27,12 @@ from bsfa.calibration.collect import Progress, dense_model, prefill_work, text_c
 from bsfa.calibration.curves import call_geometry, row_queries
 from bsfa.calibration.forward import logits_at, prefill, synchronize
 from bsfa.errors import UnsupportedError
+from bsfa.measuring import block_mass, tile_max
 from bsfa.placement import input_device, model_devices
 from bsfa.policies import ExactSkip, PerLayer, Policy, StaticPattern
 from bsfa.policies.exact_skip import SKIP_ROWS
 from bsfa.prompts import Prompt, TokenizedPrompt, length_bucket, length_name, tokenize
-from bsfa.stages import block_mass, select_for, tile_max
+from bsfa.stages import select_for
 from bsfa.thresholds import ThresholdTable
 
 if TYPE_CHECKING:
@@ -117,8 +118,9 @@ def unskipped(
     tiles = -(-q.shape[1] // policy.block_m)
     units = policy.block_m // unit
     padded = torch.nn.functional.pad(maxima, (0, 0, 0, 0, 0, tiles * units - len(maxima)), value=-math.inf)
-    # Units of a group decide together: by the largest of their values, NaN if one is.
-    groups = padded.unflatten(0, (tiles, units)).split(SKIP_ROWS // unit, dim=1)
+    # Units of a group, or of a tile in two passes, decide together: by the largest of their values, NaN if one is.
+    together = SKIP_ROWS // unit if policy.passes == 1 else units
+    groups = padded.unflatten(0, (tiles, units)).split(together, dim=1)
     top = torch.cat([g.amax(1, keepdim=True).expand_as(g) for g in groups], dim=1)  # [tiles, units, Hq, blocks]
     cuts = policy.cuts(q.shape[2], tiles, q.device).T[:, None, :, None]
     always = StaticPattern(
@@ -353,7 +355,7 @@ def describe(entry: Entry) -> str:
 def _name(policy: Policy | None) -> str:
     if isinstance(policy, ExactSkip):
         within = "" if policy.within is None else f" within {policy.within.name}"
-        return f"{policy.name} {policy.form}{within}"
+        return f"{policy.name} {policy.form}{' in two passes' if policy.passes == 2 else ''}{within}"
     return DENSE if policy is None else policy.name
 
 

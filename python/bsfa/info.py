@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bsfa.block_mask import BlockMask
 from bsfa.policies import Policy
+from bsfa.token_mask import TokenMask
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,8 +23,10 @@ class AttentionInfo:
     num_heads: query heads.
     mean_corrected: whether dropped blocks entered the softmax through their means (``mean_correction``).
     skips: int64 [query heads, 2] of :class:`bsfa.policies.ExactSkip`, on the device: pairs (group of 64 query rows,
-    kept block that one of them sees) that were met, and those of them that were skipped. None: nothing was to be
-    skipped.
+    kept block that one of them sees) that were met, and those of them that were skipped, in one pass or two. None:
+    nothing was to be skipped.
+    token_mask: the keys that each query saw, of :class:`bsfa.policies.TokenTopK`; ``mask`` is its blocks. None: whole
+    blocks.
     """
 
     policy: Policy | None
@@ -33,6 +36,7 @@ class AttentionInfo:
     num_heads: int
     mean_corrected: bool = False
     skips: Tensor | None = None
+    token_mask: TokenMask | None = None
 
     def density(self, per_head: bool = False) -> Tensor:
         """Share of the visible blocks whose values were used: a float32 scalar on the device, or [query heads].

@@ -18,6 +18,7 @@ from bsfa._library import kernel_table, require_kernel
 from bsfa.errors import UnsupportedError
 
 Range = tuple[int, int]  # first and last
+HeadDims = tuple[int, int, int | None]  # first and last of q and k; that of v where it differs
 Blocks = tuple[int, int]  # block_m, block_n
 
 #: Kernels that read through TMA descriptors need addresses and strides of this many bytes.
@@ -31,7 +32,7 @@ class Limits:
     arch: str
     capabilities: Range  #: first and last compute capability that runs ``arch``, as 10 * major + minor
     dtypes: tuple[torch.dtype, ...]
-    head_dims: tuple[Range, ...] | None
+    head_dims: tuple[HeadDims, ...] | None
     blocks: tuple[Blocks, ...] | None
     rules: tuple[str, ...] | None = None  #: score rules, of operations that have them
     strides: tuple[Range, ...] | None = None  #: of the rule antidiagonal
@@ -54,6 +55,14 @@ def _ranges(text: str) -> tuple[Range, ...] | None:
         return None
     ends = [part.split("..") for part in text.split(",")]
     return tuple((int(e[0]), int(e[-1])) for e in ends)
+
+
+def _head_dims(text: str) -> tuple[HeadDims, ...] | None:
+    """Like :func:`_ranges`, and ``192/128``: 192 of q and k with 128 of v."""
+    if text == "any":
+        return None
+    parts = [part.strip().partition("/") for part in text.split(",")]
+    return tuple((*_ranges(k)[0], int(v) if v else None) for k, _, v in parts)  # type: ignore[index]
 
 
 def _blocks(text: str) -> tuple[Blocks, ...] | None:
@@ -79,7 +88,7 @@ def parse(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str], tuple[Limits,
             row["arch"],
             _capabilities(row["arch"]),
             tuple(getattr(torch, name.strip()) for name in row["dtypes"].split(",")),
-            _ranges(row["head_dim"]),
+            _head_dims(row["head_dim"]),
             _blocks(row.get("blocks", "any")),
             _names(row.get("rule")),
             _ranges(row.get("stride", "any")),
@@ -113,6 +122,12 @@ def _numbers(ranges: Iterable[Range]) -> str:
     return ", ".join(str(first) if first == last else f"{first}..{last}" for first, last in ranges)
 
 
+def _takes_dims(head_dim: int, head_dim_v: int, dims: Iterable[HeadDims] | None) -> bool:
+    return dims is None or any(
+        first <= head_dim <= last and head_dim_v == (head_dim if v is None else v) for first, last, v in dims
+    )
+
+
 def check_limits(
     op: str,
     device: torch.device,
@@ -123,9 +138,11 @@ def check_limits(
     stride: int | None = None,
     sharing: str | None = None,
     num_blocks: int | None = None,
+    head_dim_v: int | None = None,
 ) -> None:
     """Raise :class:`UnsupportedError` unless a kernel of ``op`` can run this on ``device``.
 
+    head_dim: of q and k; head_dim_v: of v, None where there is none, or the same.
     blocks: block_m and block_n of the mask; None where there is none. For a selection, rule: its score rule; stride:
     that of the rule's groups of tokens, None where it has no such groups; sharing: how the query heads of a KV head
     share scores or masks; num_blocks: KV blocks of the longest sequence.
@@ -155,11 +172,14 @@ def check_limits(
             f"{cannot} in {str(dtype).removeprefix('torch.')}: its kernels take {takes}. Convert the tensors, or move "
             "them to the CPU."
         )
-    rows, fit = tuple(fit), [r for r in fit if _in_ranges(head_dim, r.head_dims)]
+    dim_v = head_dim if head_dim_v is None else head_dim_v
+    rows, fit = tuple(fit), [r for r in fit if _takes_dims(head_dim, dim_v, r.head_dims)]
     if not fit:
-        takes = _numbers(x for r in rows for x in r.head_dims or ())
+        dims = [x for r in rows for x in r.head_dims or ()]
+        takes = ", ".join(_numbers([x[:2]]) + (f" (v: {x[2]})" if x[2] else "") for x in dims)
+        given = f"head_dim {head_dim}" + ("" if dim_v == head_dim else f" of q and k and {dim_v} of v")
         raise UnsupportedError(
-            f"{cannot} with head_dim {head_dim}: its kernels take {takes}. Pad the head_dim with zeros (and keep the "
+            f"{cannot} with {given}: its kernels take {takes}. Pad the head_dim with zeros (and keep the "
             "softmax_scale of the true one), or move the tensors to the CPU."
         )
     rows, fit = tuple(fit), [r for r in fit if stride is None or _in_ranges(stride, r.strides)]
@@ -185,9 +205,10 @@ def check_limits(
         )
     if num_blocks is not None and not any(r.max_blocks is None or num_blocks <= r.max_blocks for r in fit):
         most = max(r.max_blocks or 0 for r in fit)
+        of_rule, remedy = ("", "Move") if rule is None else ("for this score rule ", "Choose another policy, or move")
         raise UnsupportedError(
-            f"{cannot} with {num_blocks} KV blocks in a sequence: its kernels for this score rule take at most {most}. "
-            "Choose another policy, or move the tensors to the CPU."
+            f"{cannot} with {num_blocks} KV blocks in a sequence: its kernels {of_rule}take at most {most}. {remedy} "
+            "the tensors to the CPU."
         )
 
 

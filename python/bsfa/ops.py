@@ -150,6 +150,29 @@ def _pattern_mask(
     return torch.empty_like(base), base.new_empty(base.shape[:2])
 
 
+@torch.library.register_fake("bsfa::token_mask")
+def _token_mask(
+    indices: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    seqlens_k: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    num_rows: int,
+    block_m: int,
+    block_n: int,
+    causal: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rows = indices.shape[:-1]
+    return (
+        indices.new_empty((*rows, _blocks(max_seqlen_k, 128) * 4)),
+        indices.new_empty(rows),
+        indices.new_empty((num_rows, 1, (_blocks(max_seqlen_k, block_n) + 31) // 32)),
+        indices.new_empty((num_rows, 1)),
+        indices.new_empty((2,), dtype=torch.int64),
+    )
+
+
 def _new_lse(q: Tensor) -> Tensor:
     shape = (q.shape[0], q.shape[2], q.shape[1]) if q.dim() == 4 else (q.shape[1], q.shape[0])
     return q.new_empty(shape, dtype=torch.float32)
@@ -176,6 +199,7 @@ def _attention(
     softmax_scale: float,
     softcap: float,
     window_left: int,
+    token_words: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     return q.new_empty((*q.shape[:-1], v.shape[-1])), _new_lse(q)
 
@@ -202,6 +226,7 @@ def _attention_out(
     softmax_scale: float,
     softcap: float,
     window_left: int,
+    token_words: Tensor | None = None,
 ) -> Tensor:
     return _new_lse(q)
 
@@ -260,6 +285,36 @@ def _skip_attention_out(
     counted: bool,
 ) -> tuple[Tensor, Tensor]:
     return _new_lse(q), q.new_empty((q.shape[-2], 2), dtype=torch.int64)
+
+
+@torch.library.register_fake("bsfa::skip_mask")
+def _skip_mask(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    block_table: Tensor | None,
+    seqlens_k: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    num_rows: int,
+    mask_words: Tensor | None,
+    block_m: int,
+    block_n: int,
+    causal: bool,
+    softmax_scale: float,
+    softcap: float,
+    thresholds: Tensor,
+    form: str,
+    sink_blocks: int,
+    window_blocks: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    heads, words = q.shape[-2], (_blocks(max_seqlen_k, block_n) + 31) // 32
+    return (
+        q.new_empty((num_rows, heads, words), dtype=torch.int32),
+        q.new_empty((num_rows, heads), dtype=torch.int32),
+        q.new_empty((heads, 2), dtype=torch.int64),
+    )
 
 
 @torch.library.register_fake("bsfa::tile_max")

@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 import bsfa.ops  # noqa: F401  fake kernels
-from bsfa.block_mask import BlockMask
-from bsfa.errors import UnsupportedError
+from bsfa.block_mask import BlockMask, MaskGeometry
 from bsfa.layout import (
     Layout,
     batched_layout,
@@ -39,9 +38,9 @@ from bsfa.layout import (
 )
 from bsfa.limits import check_limits, check_tma
 from bsfa.policies import Composed, ExactSkip, Policy, ScoredPolicy, Selection
-from bsfa.policies.exact_skip import FORMS
 from bsfa.policies.fixed import check_geometry
 from bsfa.pooling import check_pooling, pool
+from bsfa.token_mask import TokenMask
 
 
 def resolve_scale(softmax_scale: float | None, head_dim: int, softcap: float) -> float:
@@ -294,6 +293,7 @@ def block_sparse_attention(
     v_means: Tensor | None = None,
     skip: ExactSkip | None = None,
     return_skips: bool = False,
+    tokens: TokenMask | None = None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Exact softmax attention over the kept blocks (None: all of them).
@@ -315,6 +315,10 @@ def block_sparse_attention(
     be the mask's, and it has no ``within`` (that is the mask's part); not with means or ``window_left``
     (``ValueError``). ``return_skips`` (needs ``skip``): also return ``skips`` int64 [Hq, 2], how many pairs (group of
     64 query rows, kept block that one of them sees) were met, and how many of them skipped.
+
+    tokens: a :class:`bsfa.TokenMask` for this call; a query sees the keys that it has there and nothing else, of the
+    blocks that ``mask`` keeps (None: of ``tokens.blocks``, all that hold any). Not with means, ``skip`` or
+    ``window_left`` (``ValueError``).
     """
     layout = resolve_layout(
         q, k, v, causal, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table, seqlens_k
@@ -327,13 +331,16 @@ def block_sparse_attention(
         check_mask_heads(mask, q, k)
     if out is not None:
         check_out(out, q, k, v)
+    if tokens is not None:
+        check_tokens(tokens, layout, q, k_means is not None or v_means is not None, skip, window_left)
+        mask = tokens.blocks_for(layout) if mask is None else mask
     blocks = None if mask is None else (mask.block_m, mask.block_n)
     if skip is None:
         if return_skips:
             raise ValueError("return_skips needs skip")
         means = check_means(k_means, v_means, q, k, v, mask, layout, window_left)
         check_attention_kernel(q, k, v, blocks)
-        return attend(q, k, v, mask, layout, scale, softcap, window_left, out, means)
+        return attend(q, k, v, mask, layout, scale, softcap, window_left, out, means, tokens)
     if not isinstance(skip, ExactSkip):
         raise TypeError(f"skip must be a bsfa.policies.ExactSkip or None, got {type(skip).__name__}")
     if skip.within is not None:
@@ -345,9 +352,25 @@ def block_sparse_attention(
         raise ValueError(
             f"skip has blocks of {skip.block_m} x {skip.block_n}, but the mask has {blocks[0]} x {blocks[1]}"
         )
-    check_attention_kernel(q, k, v, (skip.block_m, skip.block_n), "skip_attention")
+    check_skip_kernels(q, k, v, skip)
     result = attend_skipping(q, k, v, mask, layout, scale, softcap, skip, out)
     return result if return_skips else result[:2]
+
+
+def check_tokens(
+    tokens: TokenMask, layout: Layout, q: Tensor, corrects: bool, skip: ExactSkip | None, window_left: int | None
+) -> None:
+    """Raise unless ``tokens`` is a token mask for this call, and nothing is asked for that does not go with one."""
+    if not isinstance(tokens, TokenMask):
+        raise TypeError(f"tokens must be a bsfa.TokenMask or None, got {type(tokens).__name__}")
+    tokens.check_call(layout, q.device)
+    for name, given in (
+        ("mean correction", corrects),
+        ("ExactSkip", skip is not None),
+        ("window_left", window_left is not None),
+    ):
+        if given:
+            raise ValueError(f"a token mask cannot be combined with {name}")
 
 
 def check_skip(policy: Policy | None, mean_correction: bool) -> None:
@@ -397,21 +420,29 @@ def check_correction(mean_correction: bool, window_left: int | None) -> None:
 
 
 def check_attention_kernel(
-    q: Tensor, k: Tensor, v: Tensor, blocks: tuple[int, int] | None, op: str = "attention"
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: tuple[int, int] | None,
+    op: str = "attention",
 ) -> None:
     """Raise ``UnsupportedError`` unless the attention kernel of q's device can run this; blocks: those of the mask.
 
     op: "attention" or "skip_attention".
     """
-    check_limits(op, q.device, q.dtype, q.shape[-1], blocks)
-    if q.device.type == "cpu":
+    check_limits(op, q.device, q.dtype, q.shape[-1], blocks, head_dim_v=v.shape[-1])
+    if q.device.type != "cpu":
+        check_tma(op, q=q, k=k, v=v)
+
+
+def check_skip_kernels(q: Tensor, k: Tensor, v: Tensor, skip: ExactSkip) -> None:
+    """Raise ``UnsupportedError`` unless kernels of q's device can run ``skip`` in its passes."""
+    blocks = (skip.block_m, skip.block_n)
+    if skip.passes == 1:
+        check_attention_kernel(q, k, v, blocks, "skip_attention")
         return
-    if v.shape[-1] != q.shape[-1]:
-        raise UnsupportedError(
-            f"bsfa operation '{op}' cannot run on {q.device} with head_dim {q.shape[-1]} of q and k and "
-            f"{v.shape[-1]} of v: its kernels need one. Pad with zeros, or move the tensors to the CPU."
-        )
-    check_tma(op, q=q, k=k, v=v)
+    check_limits("skip_mask", q.device, q.dtype, q.shape[-1], blocks)
+    check_attention_kernel(q, k, v, blocks)
 
 
 def check_mask_heads(mask: BlockMask, q: Tensor, k: Tensor) -> None:
@@ -433,10 +464,12 @@ def attend(
     window_left: int | None,
     out: Tensor | None = None,
     means: tuple[Tensor, Tensor] | None = None,
+    tokens: TokenMask | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run the attention operator on inputs that have been checked; ``out``: where to write, None for a new tensor.
 
-    means: of k and v, for the correction of what the mask drops; only with a mask.
+    means: of k and v, for the correction of what the mask drops; only with a mask. tokens: keys of single queries, in
+    addition to the mask; neither with means nor with window_left.
     """
     if window_left is not None:
         if not isinstance(window_left, int) or isinstance(window_left, bool):
@@ -463,6 +496,7 @@ def attend(
         softmax_scale,
         softcap,
         -1 if window_left is None else window_left,
+        None if tokens is None else tokens.words,
     )
     if _copies(out):
         result, lse = torch.ops.bsfa.attention(*arguments)
@@ -483,9 +517,9 @@ def attend_skipping(
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`attend` that skips, on inputs that have been checked: also the counts int64 [Hq, 2] of what was."""
-    # Positions end with the keys, without causality with the queries. A column more than tiles: there is always one.
-    positions = layout.max_seqlen_k if layout.causal else layout.max_seqlen_q
-    tiles = positions // skip.block_m + 1
+    if skip.passes == 2:
+        kept, skips = mask_by_logits(q, k, mask, layout, softmax_scale, softcap, skip)
+        return (*attend(q, k, v, kept, layout, softmax_scale, softcap, None, out), skips)
     arguments = (
         q,
         k,
@@ -503,7 +537,7 @@ def attend_skipping(
         layout.causal,
         softmax_scale,
         softcap,
-        skip.cuts(q.shape[-2], tiles, q.device),
+        skip_cuts(q, layout, skip),
         skip.form,
         skip.sink_blocks,
         skip.window_blocks,
@@ -514,6 +548,42 @@ def attend_skipping(
         return _copied(result, out), lse, skips
     lse, skips = torch.ops.bsfa.skip_attention_out(out, *arguments)
     return _written(out), lse, skips
+
+
+def skip_cuts(q: Tensor, layout: Layout, skip: ExactSkip) -> Tensor:
+    """The cuts of a policy for the tiles of a call."""
+    # Positions end with the keys, without causality with the queries. A column more than tiles: there is always one.
+    positions = layout.max_seqlen_k if layout.causal else layout.max_seqlen_q
+    return skip.cuts(q.shape[-2], positions // skip.block_m + 1, q.device)
+
+
+def mask_by_logits(
+    q: Tensor, k: Tensor, mask: BlockMask | None, layout: Layout, softmax_scale: float, softcap: float, skip: ExactSkip
+) -> tuple[BlockMask, Tensor]:
+    """The first of two passes of ``skip``: what attention is left to do of ``mask``, and the counts int64 [Hq, 2]."""
+    words, counts, skips = torch.ops.bsfa.skip_mask(
+        q,
+        k,
+        layout.cu_seqlens_q,
+        layout.cu_seqlens_k,
+        layout.block_table,
+        layout.seqlens_k,
+        layout.max_seqlen_q,
+        layout.max_seqlen_k,
+        layout.num_mask_rows(skip.block_m),
+        None if mask is None else mask.words,
+        skip.block_m,
+        skip.block_n,
+        layout.causal,
+        softmax_scale,
+        softcap,
+        skip_cuts(q, layout, skip),
+        skip.form,
+        skip.sink_blocks,
+        skip.window_blocks,
+    )
+    geometry = MaskGeometry.of(layout, skip.block_m, skip.block_n, q.device) if mask is None else mask.geometry
+    return BlockMask(words, counts, geometry), skips
 
 
 def _copies(out: Tensor | None) -> bool:
@@ -532,127 +602,3 @@ def _written(out: Tensor | None) -> Tensor:
     if not out.is_inference():
         torch.autograd.graph.increment_version(out)  # a backward pass that saved it would use what is no longer there
     return out
-
-
-def block_mass(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    *,
-    block_m: int = 128,
-    block_n: int = 128,
-    causal: bool = True,
-    softmax_scale: float | None = None,
-    softcap: float = 0.0,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None,
-    block_table: Tensor | None = None,
-    seqlens_k: Tensor | None = None,
-) -> Tensor:
-    """True attention mass per query tile and KV block, from the LSE of dense attention.
-
-    Returns float32 ``[rows, Hq, blocks]``: the mean over the tile's queries of the softmax probability that falls
-    into the block, so a row sums to 1. Rows follow :class:`bsfa.MaskGeometry`. Linear memory in blocks. On CUDA tiles
-    have 64 or 128 queries and blocks 128 tokens, in bfloat16 or float16 at head_dim 64 or 128.
-    """
-    check_block_sizes(block_m, block_n)
-    layout = resolve_layout(
-        q, k, None, causal, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table, seqlens_k
-    )
-    scale = resolve_scale(softmax_scale, q.shape[-1], softcap)
-    want = (q.shape[0], q.shape[2], q.shape[1]) if q.dim() == 4 else (q.shape[1], q.shape[0])
-    if not isinstance(lse, Tensor) or lse.dtype != torch.float32:
-        raise TypeError("lse must be a float32 tensor, as returned by bsfa.attention(..., return_lse=True)")
-    if lse.device != q.device:
-        raise ValueError(f"lse is on {lse.device} but q is on {q.device}")
-    if tuple(lse.shape) != want or not lse.is_contiguous():
-        raise ValueError(f"lse must be contiguous of shape {want}, got {tuple(lse.shape)}")
-    check_measuring_kernel("block_mass", q, k, block_m, block_n)
-    mass: Tensor = torch.ops.bsfa.block_mass(
-        q,
-        k,
-        lse,
-        layout.cu_seqlens_q,
-        layout.cu_seqlens_k,
-        layout.block_table,
-        layout.seqlens_k,
-        layout.max_seqlen_q,
-        layout.max_seqlen_k,
-        layout.num_mask_rows(block_m),
-        block_m,
-        block_n,
-        causal,
-        scale,
-        softcap,
-    )
-    return mass
-
-
-def tile_max(
-    q: Tensor,
-    k: Tensor,
-    *,
-    form: str = "absolute",
-    block_m: int = 64,
-    block_n: int = 128,
-    causal: bool = True,
-    softmax_scale: float | None = None,
-    softcap: float = 0.0,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None,
-    block_table: Tensor | None = None,
-    seqlens_k: Tensor | None = None,
-) -> Tensor:
-    """What exact skipping compares with its threshold, per query tile and KV block, if nothing were skipped.
-
-    q: ``[B, Sq, Hq, D]`` or packed ``[total_q, Hq, D]``; k, and how both lie: as :func:`block_mass` takes them.
-    Returns float32 ``[rows, Hq, blocks]`` in natural units, of the logits ``softmax_scale * q . k``, softcapped where
-    there is a ``softcap``, over the keys that each query sees:
-
-    * "absolute" (BSFA): the largest logit of the tile's queries in the block;
-    * "relative" (skip-softmax): the largest, over the tile's queries, of the query's largest logit in the block minus
-      its largest in the blocks met before; +inf in the block met first. Blocks are met in this order: the tile's last
-      visible one, block 0, the others from the last to the first.
-
-    -inf where nothing is visible; NaN if a logit of the tile in the block is. ``block_m``: tokens of a tile; attention
-    decides for tiles of 64. Rows follow :class:`bsfa.MaskGeometry`.
-    Raises ``ValueError``/``TypeError`` for bad input, :class:`bsfa.UnsupportedError` where there is no kernel: on CUDA
-    tiles have 64 or 128 queries and blocks 128 tokens, in bfloat16 or float16 at head_dim 64 or 128.
-    """
-    check_block_sizes(block_m, block_n)
-    if form not in FORMS:
-        raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
-    layout = resolve_layout(
-        q, k, None, causal, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table, seqlens_k
-    )
-    scale = resolve_scale(softmax_scale, q.shape[-1], softcap)
-    check_measuring_kernel("tile_max", q, k, block_m, block_n)
-    maxima: Tensor = torch.ops.bsfa.tile_max(
-        q,
-        k,
-        layout.cu_seqlens_q,
-        layout.cu_seqlens_k,
-        layout.block_table,
-        layout.seqlens_k,
-        layout.max_seqlen_q,
-        layout.max_seqlen_k,
-        layout.num_mask_rows(block_m),
-        block_m,
-        block_n,
-        causal,
-        scale,
-        softcap,
-        form,
-    )
-    return maxima
-
-
-def check_measuring_kernel(op: str, q: Tensor, k: Tensor, block_m: int, block_n: int) -> None:
-    """Raise ``UnsupportedError`` unless a kernel of block_mass or tile_max on q's device can run this."""
-    check_limits(op, q.device, q.dtype, q.shape[-1], (block_m, block_n))
-    if q.device.type != "cpu":
-        check_tma(op, q=q, k=k)

@@ -32,9 +32,9 @@ cudaError_t make_maps(const AttentionParams& params, KernelParams& k) {
   const Problem& p = params.problem;
   const TensorExtent q = extent_of(params.q, p.head_dim, p.num_q_heads);
   const TensorExtent out = extent_of(params.out, p.head_dim_v, p.num_q_heads);
-  const int halves = p.head_dim / kBoxColumns;
-  const int key_halves = k.box_rows == kBlockKeys ? halves : 1;
-  cudaError_t error = make_tensor_map(&k.q, params.q, q, p.dtype, kTileRows, halves);
+  const int pieces = p.head_dim / kBoxColumns, value_pieces = p.head_dim_v / kBoxColumns;
+  const bool whole = k.box_rows == kBlockKeys;
+  cudaError_t error = make_tensor_map(&k.q, params.q, q, p.dtype, kTileRows, pieces);
   k.store_by_tma = tensor_map_fits(params.out, out);
   if (error == cudaSuccess) {
     error = k.store_by_tma ? make_tensor_map(&k.out, params.out, out, p.dtype, kStoreRows, 1) : cudaSuccess;
@@ -44,9 +44,17 @@ cudaError_t make_maps(const AttentionParams& params, KernelParams& k) {
   const bool no_keys = params.k.tokens == 0 || params.k.batch_size == 0;
   const TensorView& key = no_keys ? params.q : params.k;
   const TensorView& value = no_keys ? params.q : params.v;
-  const TensorExtent extent = no_keys ? q : extent_of(params.k, p.head_dim, p.num_kv_heads);
-  if (error == cudaSuccess) error = make_tensor_map(&k.k, key, extent, p.dtype, k.box_rows, key_halves);
-  if (error == cudaSuccess) error = make_tensor_map(&k.v, value, extent, p.dtype, k.box_rows, key_halves);
+  const TensorExtent keys = no_keys ? q : extent_of(params.k, p.head_dim, p.num_kv_heads);
+  const TensorExtent values = no_keys ? q : extent_of(params.v, p.head_dim_v, p.num_kv_heads);
+  if (error == cudaSuccess) error = make_tensor_map(&k.k, key, keys, p.dtype, k.box_rows, whole ? pieces : 1);
+  if (error == cudaSuccess) error = make_tensor_map(&k.v, value, values, p.dtype, k.box_rows, whole ? value_pieces : 1);
+  k.tokens = k.q;  // prefetched also where it is not used
+  if (error == cudaSuccess && params.token_words != nullptr) {
+    // Rows lie as those of q do. Words past the last one of a row read as zeros: tokens that the mask does not name.
+    error = make_word_map(&k.tokens, reinterpret_cast<const uint32_t*>(params.token_words),
+                          ceil_div(p.kv.max_seqlen, 32), params.token_row_stride, params.token_batch_stride,
+                          params.q.tokens, params.q.batch_size, kTileRows);
+  }
   return error;
 }
 
@@ -58,14 +66,13 @@ cudaError_t make_mean_maps(const AttentionParams& params, KernelParams& k) {
                 p.batch > 0 && params.window_left < 0;
   k.k_means = k.v_means = k.q;  // never used, but prefetched
   if (!k.has_means) return cudaSuccess;
-  const int64_t row = int64_t{p.num_kv_heads} * p.head_dim;
-  TensorView view{const_cast<void*>(params.k_means), blocks * row, row, p.head_dim, p.batch, blocks};
-  const TensorExtent extent = extent_of(view, p.head_dim, p.num_kv_heads);
-  const int halves = p.head_dim / kBoxColumns;
-  const cudaError_t error = make_tensor_map(&k.k_means, view, extent, p.dtype, kBlockKeys, halves);
-  if (error != cudaSuccess) return error;
-  view.data = const_cast<void*>(params.v_means);
-  return make_tensor_map(&k.v_means, view, extent, p.dtype, kBlockKeys, halves);
+  const auto make = [&](CUtensorMap* map, const void* means, int32_t dim) {
+    const int64_t row = int64_t{p.num_kv_heads} * dim;
+    const TensorView view{const_cast<void*>(means), blocks * row, row, dim, p.batch, blocks};
+    return make_tensor_map(map, view, extent_of(view, dim, p.num_kv_heads), p.dtype, kBlockKeys, dim / kBoxColumns);
+  };
+  const cudaError_t error = make(&k.k_means, params.k_means, p.head_dim);
+  return error != cudaSuccess ? error : make(&k.v_means, params.v_means, p.head_dim_v);
 }
 
 void set_skip(const AttentionParams& params, KernelParams& k) {
@@ -92,8 +99,10 @@ Tiling tiling_of(const AttentionParams& params) {
 }  // namespace
 
 bool attention_supports(const Problem& p) {
-  return (p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16) && (p.head_dim == 64 || p.head_dim == 128) &&
-         p.head_dim_v == p.head_dim && p.block_m == kTileRows && p.block_n == kBlockKeys;
+  const bool dims =
+      p.head_dim == p.head_dim_v ? p.head_dim == 64 || p.head_dim == 128 : p.head_dim == 192 && p.head_dim_v == 128;
+  return (p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16) && dims && p.block_m == kTileRows &&
+         p.block_n == kBlockKeys;
 }
 
 int64_t attention_workspace_bytes(const AttentionParams& params) {
@@ -106,7 +115,9 @@ cudaError_t attention(const AttentionParams& params, void* workspace, cudaStream
   if (pairs == 0) return cudaSuccess;
   if (!attention_supports(p) || params.num_rows > INT32_MAX || pairs > INT32_MAX) return cudaErrorInvalidValue;
   const bool skips = params.skip.form != SkipForm::kNone;
-  if (skips && (params.window_left >= 0 || params.k_means != nullptr)) return cudaErrorInvalidValue;
+  const bool tokens = params.token_words != nullptr;
+  if ((skips || tokens) && (params.window_left >= 0 || params.k_means != nullptr)) return cudaErrorInvalidValue;
+  if (skips && (tokens || p.head_dim == 192)) return cudaErrorInvalidValue;
 
   KernelParams k{};
   k.workspace = Workspace::in(workspace, params.num_rows, p.num_q_heads);
@@ -135,14 +146,20 @@ cudaError_t attention(const AttentionParams& params, void* workspace, cudaStream
   if (error == cudaSuccess) error = make_order(tiling_of(params), k.workspace, sms, stream);
   if (error != cudaSuccess) return error;
   const int ctas = static_cast<int>(std::min<int64_t>(sms, pairs));
-  const bool bf16 = p.dtype == DType::kBFloat16, d64 = p.head_dim == 64;
+  const bool bf16 = p.dtype == DType::kBFloat16;
   using namespace attn::sm90;
-  const auto launch = skips  ? bf16  ? d64 ? launch_skip_bf16_d64 : launch_skip_bf16_d128
-                               : d64 ? launch_skip_fp16_d64
-                                     : launch_skip_fp16_d128
-                      : bf16 ? d64 ? launch_bf16_d64 : launch_bf16_d128
-                      : d64  ? launch_fp16_d64
-                             : launch_fp16_d128;
+  using Launch = decltype(&launch_bf16_d64);
+  const auto of_dtype = [&](Launch for_bf16, Launch for_fp16) { return bf16 ? for_bf16 : for_fp16; };
+  const auto of_dim = [&](Launch d64, Launch d128, Launch d192) {
+    return p.head_dim == 64 ? d64 : p.head_dim == 128 ? d128 : d192;
+  };
+  const Launch launch = skips ? of_dtype(of_dim(launch_skip_bf16_d64, launch_skip_bf16_d128, nullptr),
+                                         of_dim(launch_skip_fp16_d64, launch_skip_fp16_d128, nullptr))
+                        : tokens
+                            ? of_dtype(of_dim(launch_tokens_bf16_d64, launch_tokens_bf16_d128, launch_tokens_bf16_d192),
+                                       of_dim(launch_tokens_fp16_d64, launch_tokens_fp16_d128, launch_tokens_fp16_d192))
+                            : of_dtype(of_dim(launch_bf16_d64, launch_bf16_d128, launch_bf16_d192),
+                                       of_dim(launch_fp16_d64, launch_fp16_d128, launch_fp16_d192));
   return launch(k, ctas, stream);
 }
 

@@ -1,10 +1,10 @@
-// block_mass and tile_max on CUDA: from their parameters to the kernel that fits. It works on tiles of 128 query rows;
+// block_mass, tile_max and skip_mask on CUDA: from their parameters to the kernel that fits. It works on tiles of 128 query rows;
 // with block_m = 64 each half of one is a row of the results.
 #include <algorithm>
 #include <numeric>
 
+#include "../common/scan.h"
 #include "../common/schedule.h"
-#include "../common/warp.h"
 #include "bsfa/cuda.h"
 #include "sm90/config.h"
 #include "sm90/launch.h"
@@ -13,6 +13,7 @@ namespace bsfa::cuda {
 namespace {
 
 using measure::KernelParams;
+using measure::MaskOutput;
 using measure::Quantity;
 
 constexpr int kPrepareThreads = 256;
@@ -24,21 +25,20 @@ __global__ void __launch_bounds__(kPrepareThreads)
                    int32_t* first_rows) {
   const int64_t step = int64_t{gridDim.x} * kPrepareThreads;
   for (int64_t i = int64_t{blockIdx.x} * kPrepareThreads + threadIdx.x; i < count; i += step) out[i] = fill;
-  if (first_rows == nullptr || blockIdx.x > 0 || threadIdx.x >= 32) return;
-  const int32_t lane = threadIdx.x;
+  if (first_rows == nullptr || blockIdx.x > 0) return;
+  __shared__ int32_t scratch[kPrepareThreads / 32];
+  __shared__ int32_t total;
   int32_t before = 0;  // tiles of the sequences of all trips so far
-  for (int32_t first = 0; first < problem.batch; first += 32) {
-    const int32_t sequence = first + lane;
+  for (int32_t first = 0; first < problem.batch; first += kPrepareThreads) {
+    const int32_t sequence = first + static_cast<int32_t>(threadIdx.x);
     SequenceGeometry geometry;
     if (sequence < problem.batch) geometry = sequence_geometry(problem, sequence);
     const int32_t tiles = sequence < problem.batch ? geometry.num_tiles() : 0;
-    int32_t end = before + tiles;
-    for (int d = 1; d < 32; d *= 2) {
-      const int32_t below = __shfl_up_sync(kAllLanes, end - before, d);
-      if (lane >= d) end += below;
-    }
+    const int32_t end = before + inclusive_sum<kPrepareThreads>(tiles, scratch);
     if (sequence < problem.batch) first_rows[sequence] = end - tiles - geometry.first_tile();
-    before = __shfl_sync(kAllLanes, end, 31);
+    if (threadIdx.x == kPrepareThreads - 1) total = end;
+    __syncthreads();
+    before = total;  // written again behind the barriers of the next sum
   }
 }
 
@@ -83,27 +83,13 @@ cudaError_t make_maps(const Measurement& m, KernelParams& k) {
                          k.box_rows == kBlockKeys ? halves : 1);
 }
 
-// `k` holds what is the quantity's own.
-cudaError_t run(const Measurement& m, Quantity quantity, float fill, KernelParams& k, void* workspace,
+// Runs the kernel over results that have been prepared. `k` holds what is the quantity's own.
+cudaError_t run(const Measurement& m, Quantity quantity, KernelParams& k, void* workspace, int sms,
                 cudaStream_t stream) {
   const Problem& p = m.problem;
-  const int64_t count = m.num_rows * p.num_q_heads * m.max_blocks;
-  if (count == 0) return cudaSuccess;
   const int64_t rows = m.work_rows(), pairs = rows * p.num_q_heads;
   if (!measure_supports(p) || pairs > INT32_MAX || m.num_rows > INT32_MAX) return cudaErrorInvalidValue;
-  int sms = 0;
-  cudaError_t error = num_sms(&sms);
-  if (error != cudaSuccess) return error;
-
-  char* memory = static_cast<char*>(workspace);
-  auto* first_rows = reinterpret_cast<int32_t*>(memory + Workspace::bytes(rows, p.num_q_heads));
-  k.first_rows = p.block_m == kTileRows ? nullptr : first_rows;
-  const int64_t fill_ctas = std::min<int64_t>((count + kPrepareThreads - 1) / kPrepareThreads, int64_t{sms} * 8);
-  prepare_kernel<<<static_cast<unsigned>(fill_ctas), kPrepareThreads, 0, stream>>>(
-      m.out, count, fill, p, p.block_m == kTileRows ? nullptr : first_rows);
-  error = cudaGetLastError();
-  if (error != cudaSuccess || pairs == 0 || m.q.tokens == 0 || m.q.batch_size == 0) return error;
-
+  if (pairs == 0 || m.q.tokens == 0 || m.q.batch_size == 0) return cudaSuccess;
   k.workspace = Workspace::in(workspace, rows, p.num_q_heads);
   k.num_heads = p.num_q_heads;
   k.heads_per_kv_head = p.num_q_heads / p.num_kv_heads;
@@ -113,8 +99,11 @@ cudaError_t run(const Measurement& m, Quantity quantity, float fill, KernelParam
   k.unit = k.scale.transform == Transform::kNone ? p.softmax_scale : 1.0f;
   k.out = m.out;
   k.max_blocks = m.max_blocks;
-  const Tiling tiling{in_work_tiles(p), rows, p.num_q_heads, k.heads_per_kv_head};
-  error = make_maps(m, k);
+  Tiling tiling{in_work_tiles(p), rows, p.num_q_heads, k.heads_per_kv_head};
+  tiling.words = k.mask.within;
+  tiling.mask_heads = k.mask.within_heads;
+  tiling.num_words = k.mask.num_words;
+  cudaError_t error = make_maps(m, k);
   if (error == cudaSuccess) error = make_order(tiling, k.workspace, sms, stream);
   if (error != cudaSuccess) return error;
   const int ctas = static_cast<int>(std::min<int64_t>(sms, pairs));
@@ -123,6 +112,30 @@ cudaError_t run(const Measurement& m, Quantity quantity, float fill, KernelParam
                                        : (bf16 ? measure::launch_bf16_d128 : measure::launch_fp16_d128);
   return launch(quantity, k, ctas, stream);
 }
+
+// Fills the results with `fill` before.
+cudaError_t measure_all(const Measurement& m, Quantity quantity, float fill, KernelParams& k, void* workspace,
+                        cudaStream_t stream) {
+  const Problem& p = m.problem;
+  const int64_t count = m.num_rows * p.num_q_heads * m.max_blocks;
+  if (count == 0) return cudaSuccess;
+  if (!measure_supports(p)) return cudaErrorInvalidValue;
+  int sms = 0;
+  cudaError_t error = num_sms(&sms);
+  if (error != cudaSuccess) return error;
+  int32_t* first_rows = nullptr;
+  if (p.block_m != kTileRows) {
+    char* memory = static_cast<char*>(workspace);
+    first_rows = reinterpret_cast<int32_t*>(memory + Workspace::bytes(m.work_rows(), p.num_q_heads));
+  }
+  k.first_rows = first_rows;
+  const int64_t ctas = std::min<int64_t>((count + kPrepareThreads - 1) / kPrepareThreads, int64_t{sms} * 8);
+  prepare_kernel<<<static_cast<unsigned>(ctas), kPrepareThreads, 0, stream>>>(m.out, count, fill, p, first_rows);
+  error = cudaGetLastError();
+  return error == cudaSuccess ? run(m, quantity, k, workspace, sms, stream) : error;
+}
+
+Quantity maxima_of(SkipForm form) { return form == SkipForm::kRelative ? Quantity::kRelative : Quantity::kAbsolute; }
 
 }  // namespace
 
@@ -142,14 +155,49 @@ cudaError_t block_mass(const BlockMassParams& params, void* workspace, cudaStrea
   k.lse_batch_stride = params.lse_batch_stride;
   k.lse_head_stride = params.lse_head_stride;
   const Measurement m{params.problem, params.q, params.k, params.num_rows, params.max_blocks, params.mass};
-  return run(m, Quantity::kMass, 0.0f, k, workspace, stream);
+  return measure_all(m, Quantity::kMass, 0.0f, k, workspace, stream);
 }
 
 cudaError_t tile_max(const TileMaxParams& params, void* workspace, cudaStream_t stream) {
   KernelParams k{};
   const Measurement m{params.problem, params.q, params.k, params.num_rows, params.max_blocks, params.maxima};
-  const Quantity quantity = params.form == SkipForm::kRelative ? Quantity::kRelative : Quantity::kAbsolute;
-  return run(m, quantity, -INFINITY, k, workspace, stream);
+  return measure_all(m, maxima_of(params.form), -INFINITY, k, workspace, stream);
+}
+
+bool skip_mask_supports(const Problem& p) { return measure_supports(p) && p.block_m == kTileRows; }
+
+cudaError_t skip_mask(const SkipMaskParams& params, void* workspace, cudaStream_t stream) {
+  const AttentionParams& a = params.attention;
+  const Problem& p = a.problem;
+  if (!skip_mask_supports(p)) return cudaErrorInvalidValue;
+  const int64_t pairs = a.num_rows * p.num_q_heads;
+  int sms = 0;
+  cudaError_t error = num_sms(&sms);
+  const auto clear = [&](void* memory, size_t bytes) {
+    if (error == cudaSuccess && bytes > 0) error = cudaMemsetAsync(memory, 0, bytes, stream);
+  };
+  clear(params.words, sizeof(int32_t) * pairs * params.num_words);
+  clear(params.counts, sizeof(int32_t) * pairs);
+  clear(a.skip.counts, sizeof(int64_t) * 2 * p.num_q_heads);
+  if (error != cudaSuccess || pairs == 0 || params.num_words == 0) return error;
+  KernelParams k{};
+  MaskOutput& mask = k.mask;
+  const Measurement m{p, a.q, a.k, a.num_rows, 0, nullptr};
+  mask.problem = p;
+  mask.num_rows = m.work_rows();
+  mask.within = a.words;
+  mask.within_heads = a.mask_heads;
+  mask.heads_per_within_head = p.num_q_heads / std::max(a.mask_heads, 1);
+  mask.num_words = params.num_words;
+  mask.thresholds = a.skip.thresholds;
+  mask.columns = a.skip.columns;
+  mask.sink_blocks = a.skip.sink_blocks;
+  mask.window_blocks = a.skip.window_blocks;
+  mask.words = params.words;
+  mask.counts = params.counts;
+  static_assert(sizeof(unsigned long long) == sizeof(int64_t));
+  mask.skips = reinterpret_cast<unsigned long long*>(a.skip.counts);
+  return run(m, maxima_of(a.skip.form), k, workspace, sms, stream);
 }
 
 }  // namespace bsfa::cuda

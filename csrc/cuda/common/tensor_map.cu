@@ -77,4 +77,25 @@ cudaError_t make_group_map(CUtensorMap* map, const TensorView& view, const Tenso
   return encode(map, view.data, dtype, sizes, strides, box);
 }
 
+cudaError_t make_word_map(CUtensorMap* map, const uint32_t* data, int64_t words, int64_t token_stride,
+                          int64_t batch_stride, int64_t num_tokens, int64_t batch, int32_t tokens) {
+  const auto function = encode_function();
+  if (function == nullptr) return cudaErrorNotSupported;
+  // A dimension of one element is never stepped along: its stride may be odd.
+  const int64_t rows = num_tokens > 1 ? token_stride * 4 : kAlignment;
+  const int64_t batches = batch > 1 ? batch_stride * 4 : kAlignment;
+  if (reinterpret_cast<uintptr_t>(data) % kAlignment != 0 || rows <= 0 || rows % kAlignment != 0 || batches <= 0 ||
+      batches % kAlignment != 0) {
+    return cudaErrorInvalidValue;
+  }
+  const auto at_least_one = [](int64_t n) { return static_cast<cuuint64_t>(std::max<int64_t>(n, 1)); };
+  const cuuint64_t sizes[3] = {at_least_one(words), at_least_one(num_tokens), at_least_one(batch)};
+  const cuuint64_t strides[2] = {static_cast<cuuint64_t>(rows), static_cast<cuuint64_t>(batches)};
+  const cuuint32_t box[3] = {4, static_cast<cuuint32_t>(tokens), 1}, steps[3] = {1, 1, 1};
+  const CUresult result = function(map, CU_TENSOR_MAP_DATA_TYPE_UINT32, 3, const_cast<uint32_t*>(data), sizes, strides,
+                                   box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_NONE,
+                                   CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
 }  // namespace bsfa::cuda

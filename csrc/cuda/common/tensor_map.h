@@ -35,4 +35,10 @@ cudaError_t make_tensor_map(CUtensorMap* map, const TensorView& view, const Tens
 cudaError_t make_group_map(CUtensorMap* map, const TensorView& view, const TensorExtent& extent, DType dtype,
                            int32_t stride, int32_t groups);
 
+// Rows of `words` 32-bit words, `token_stride` and `batch_stride` words apart: boxes of four words of `tokens` rows,
+// without swizzle. Coordinates of a box: {word, token, batch}. cudaErrorInvalidValue unless base and strides are
+// multiples of 16 bytes.
+cudaError_t make_word_map(CUtensorMap* map, const uint32_t* data, int64_t words, int64_t token_stride,
+                          int64_t batch_stride, int64_t num_tokens, int64_t batch, int32_t tokens);
+
 }  // namespace bsfa::cuda

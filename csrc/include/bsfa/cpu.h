@@ -20,8 +20,10 @@ void select_blocks(const SelectParams& params, const Executor& executor);
 void attention(const AttentionParams& params, const Executor& executor);
 void block_mass(const BlockMassParams& params, const Executor& executor);
 void tile_max(const TileMaxParams& params, const Executor& executor);
+void skip_mask(const SkipMaskParams& params, const Executor& executor);
 void probe_attention(const ProbeParams& params, const Executor& executor);
 void pattern_mask(const PatternParams& params, const Executor& executor);
+void token_mask(const TokenMaskParams& params, const Executor& executor);
 
 // "avx512", "avx2" or "generic": what this process uses on this machine.
 const char* instruction_set();

@@ -47,14 +47,20 @@ cudaError_t probe_attention(const ProbeParams& params, void* workspace, cudaStre
 // Any block sizes.
 cudaError_t pattern_mask(const PatternParams& params, cudaStream_t stream);
 
+// Longest row of token_mask(): 16.7 million keys.
+constexpr int32_t kMaxTokenBlocks = 131072;
+
+// Tiles and blocks of 128 tokens. Reads the indices at 16 bytes a time where their rows start at multiples of that.
+cudaError_t token_mask(const TokenMaskParams& params, cudaStream_t stream);
+
 // Scratch memory of attention(), on the device: 32 bytes per mask row and 12 per mask row and query head.
 int64_t attention_workspace_bytes(const AttentionParams& params);
 
 // Whether attention() has a kernel for this dtype, head_dim and block sizes.
 bool attention_supports(const Problem& problem);
 
-// With and without skipping. float16 and bfloat16 on sm_90; head_dim = head_dim_v, 64 or 128; tiles and blocks of 128
-// tokens; q, k and v aligned to 16 bytes in base and strides. Three kernels; `workspace` may be reused once they are
+// float16 and bfloat16 on sm_90; head_dim = head_dim_v, 64 or 128, or (without skipping) head_dim 192 and head_dim_v 128;
+// tiles and blocks of 128 tokens; skipping and token masks not together; q, k and v aligned to 16 bytes in base and strides. Three kernels; `workspace` may be reused once they are
 // done.
 cudaError_t attention(const AttentionParams& params, void* workspace, cudaStream_t stream);
 
@@ -69,5 +75,12 @@ int64_t measure_workspace_bytes(const Problem& problem, int64_t query_tokens);
 // `workspace` may be reused once they are done.
 cudaError_t block_mass(const BlockMassParams& params, void* workspace, cudaStream_t stream);
 cudaError_t tile_max(const TileMaxParams& params, void* workspace, cudaStream_t stream);
+
+// Whether skip_mask() has a kernel for this: as measure_supports(), with tiles of 128 rows alone.
+bool skip_mask_supports(const Problem& problem);
+
+// Also clears the counters. Workspace and conditions of tile_max(); the queries that a tile has are multiplied with the
+// blocks of attention.words alone. Three memsets, three kernels.
+cudaError_t skip_mask(const SkipMaskParams& params, void* workspace, cudaStream_t stream);
 
 }  // namespace bsfa::cuda

@@ -179,6 +179,27 @@ struct PatternParams {
   int32_t* counts = nullptr;  // [num_rows, Hq]
 };
 
+// A token mask (AttentionParams::token_words) from the indices of the keys that each query row may see, and the mask of
+// the blocks that hold one. Rows of indices and of words lie as those of q do.
+//   -1 is padding; order and repetition mean nothing; a key that causality hides from the row is left out
+//   anything else outside of 0 .. seqlen_k - 1 is invalid: it marks nothing, and is counted in `status`
+struct TokenMaskParams {
+  Problem problem;  // lengths, block sizes, causal; heads and dtype are not used
+  const int32_t* indices = nullptr;
+  int64_t index_batch_stride = 0;  // batched
+  int64_t index_row_stride = 0;
+  int32_t topk = 0;                 // indices of a row
+  int32_t row_words = 0;            // round_up(ceil(kv.max_seqlen / 32), 4)
+  int64_t num_rows = 0;             // of the block mask, one head
+  int32_t num_words = 0;            // ceil(ceil(kv.max_seqlen / block_n) / 32)
+  int32_t* words = nullptr;         // [B * seqlen_q or total_q, row_words]
+  int32_t* counts = nullptr;        // [B * seqlen_q or total_q]: keys of each row
+  int32_t* block_words = nullptr;   // [num_rows, num_words]
+  int32_t* block_counts = nullptr;  // [num_rows]
+  // How many indices are invalid, and the least row * topk + column of one, rows counted as in counts (-1: none).
+  int64_t* status = nullptr;
+};
+
 // How a threshold on exact logits is meant (BSFA and skip-softmax).
 enum class SkipForm : int32_t {
   kNone = 0,
@@ -224,6 +245,25 @@ struct AttentionParams {
   const void* k_means = nullptr;  // [B, ceil(kv.max_seqlen / block_n), Hkv, D] contiguous, dtype of q
   const void* v_means = nullptr;  // [B, ceil(kv.max_seqlen / block_n), Hkv, Dv]
   SkipParams skip;                // not with means or window_left
+  // Token mask, shared by all heads: bit j % 32 of word j / 32 of a query row says whether it may see key position j of
+  // its sequence, in addition to everything else that decides that. Rows lie as those of q do: row i of sequence b at
+  // b * token_batch_stride + i * token_row_stride, or packed row r at r * token_row_stride. The words of a row are
+  // contiguous, at least ceil(kv.max_seqlen / 32) of them; bits past its keys are zero. Base and strides are multiples of
+  // 16 bytes (4 words), and a row may be read up to the next multiple of 4 words.
+  const int32_t* token_words = nullptr;  // null: none; not with means, window_left or skip
+  int64_t token_batch_stride = 0;        // words; packed: unused
+  int64_t token_row_stride = 0;          // words
+};
+
+// Skipping in two passes: the mask with which attention() without skipping is the second. Of the blocks that
+// attention.words keeps, a tile drops those that all of its groups would skip (SkipParams), were running maxima over all
+// blocks met, skipped or not. With thresholds of at most 0, and in the absolute form, these are the groups' own decisions
+// in one pass, and a tile keeps what one of its groups keeps.
+struct SkipMaskParams {
+  AttentionParams attention;  // with `skip`, not counted, and num_rows; v, out, lse and window_left have no say
+  int32_t num_words = 0;      // of a row and head of the result; with attention.words its num_words
+  int32_t* words = nullptr;   // [num_rows, Hq, num_words]
+  int32_t* counts = nullptr;  // [num_rows, Hq] set bits
 };
 
 // The quantity that SkipParams compares with its threshold, for whole tiles of block_m rows (kSkipRows for what

@@ -19,9 +19,10 @@ from torch import Tensor
 from bsfa.block_mask import BlockMask, MaskGeometry
 from bsfa.errors import UnsupportedError
 from bsfa.layout import Layout
+from bsfa.measuring import block_mass, tile_max
 from bsfa.policies import ExactSkip, ScoredPolicy, Selection, StaticPattern, ThresholdPolicy
 from bsfa.policies.exact_skip import SKIP_ROWS
-from bsfa.stages import block_mass, select_for, tile_max
+from bsfa.stages import select_for
 
 CHUNK = 1 << 22  # (tile, head, block) triples per histogram
 FINEST = 24  # strictest threshold of the grid besides keep-all: 2^-24 from the keep-all end
@@ -97,6 +98,11 @@ def check_calibratable(policy: ThresholdPolicy, causal: bool = True) -> None:
 
 
 def _check_skip(policy: ExactSkip, causal: bool) -> None:
+    if policy.passes != 1:
+        raise UnsupportedError(
+            "ExactSkip in two passes cannot be calibrated: what a group of rows keeps there hangs on the others of its "
+            "tile. Calibrate with passes=1; in two passes the same thresholds keep at least as much"
+        )
     if policy.within is not None:
         raise UnsupportedError(
             "ExactSkip within another policy cannot be calibrated: what it sees depends on that policy. Calibrate "

@@ -51,9 +51,9 @@ from bsfa.calibration.resume import run_settings, tensors_sha256
 from bsfa.calibration.risk import check_target, loosest_mean
 from bsfa.errors import UnsupportedError
 from bsfa.identity import ModelIdentity
+from bsfa.measuring import tile_max
 from bsfa.policies import ExactSkip
 from bsfa.prompts import Prompt, TokenizedPrompt, tokenize
-from bsfa.stages import tile_max
 from bsfa.thresholds import CALIBRATED, ThresholdTable
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ output o' under a threshold, both [tokens, D], one of
              Kullback-Leibler divergence of its predictions, nats per token
 
 "output" needs no gradients: |W_h d|^2 = d^T (W_h^T W_h) d. "loss" takes a backward pass of the dense model per prompt,
-with all of its activations in memory. Every threshold costs a selection and a block-sparse attention over the dense
-run's q, k, v; so a head is measured at POINTS thresholds, spread evenly in the logarithm of its density. Between them
+with all of its activations in memory. Every threshold costs a mask and a block-sparse attention over the dense run's
+q, k, v; so a head is measured at POINTS thresholds, spread evenly in the logarithm of its density. Between them
 the error is linear in the density.
 """
 
@@ -32,7 +32,7 @@ from bsfa.calibration.curves import BlockCurves
 from bsfa.errors import UnsupportedError
 from bsfa.placement import input_device
 from bsfa.policies import ScoredPolicy, ThresholdPolicy
-from bsfa.stages import block_sparse_attention, select_for
+from bsfa.stages import block_sparse_attention, pool_blocks, select_blocks
 
 if TYPE_CHECKING:
     from bsfa.integrations.transformers import AttentionCall
@@ -90,6 +90,44 @@ def between(density: Tensor, index: Tensor, error: Tensor) -> Tensor:
 # ---- one attention call ---------------------------------------------------------------------------------------------
 
 
+class MaskMaker:
+    """The masks of one prompt's call under many thresholds: bit for bit those of :func:`bsfa.select_blocks`.
+
+    Keys are pooled once. Scores are made once too where a mask is the blocks whose score passes, and those of the
+    loosest threshold. On a GPU the mass rules are no such case: their selection sums weights in another order than
+    their scores do, and a score within rounding of the threshold may fall on its other side.
+    """
+
+    def __init__(self, policy: ScoredPolicy, q: Tensor, k: Tensor, **options: Any):
+        self._policy, self._q, self._k, self._options = policy, q, k, options
+        self._summary = None
+        if policy.needs_summary:
+            self._summary = pool_blocks(k, block_n=policy.block_n, pooling=policy.summary_pooling)
+        self._scores: Tensor | None = None
+        if policy.scoring.sharing != "union" and (q.device.type == "cpu" or policy.scoring.rule == "relative_max"):
+            loosest = policy.with_threshold(1.0 if policy.keeps_at_least else 0.0)
+            self._forced, self._scores = self._select(loosest, return_scores=True)
+            self._always = self._forced.to_rows()
+
+    def _select(self, policy: ScoredPolicy, **more: Any) -> Any:
+        q, k = self._q, self._k
+        return select_blocks(q, self._summary, policy, k=k, seqlen_k=k.shape[1], **self._options, **more)
+
+    def mask(self, threshold: Tensor) -> BlockMask:
+        """The mask under a threshold per head of the mask, float32 [heads]."""
+        policy = self._policy.with_threshold(threshold.to(self._q.device))
+        if self._scores is None:
+            mask = self._select(policy)
+            assert isinstance(mask, BlockMask)
+            return mask
+        limit = policy.thresholds_for(self._scores.shape[1], self._q.device)[:, None]
+        if policy.keeps_at_least:
+            passes = (limit < 0) | ~((self._scores < limit) | (self._scores <= 0))
+        else:
+            passes = ~(self._scores >= limit)
+        return BlockMask.from_rows(passes | self._always, self._forced.geometry)
+
+
 def squared_changes(
     policy: ScoredPolicy,
     thresholds: Tensor,
@@ -108,6 +146,7 @@ def squared_changes(
     tokens, heads, dim = q.shape[1], q.shape[2], v.shape[3]
     group = heads // k.shape[2] if policy.shares_thresholds else 1
     rows = max(1, CHUNK // (heads * dim))
+    masks = MaskMaker(policy, q, k, **options)
     found = torch.zeros(heads, thresholds.shape[1], dtype=torch.float64, device=q.device)
     before: tuple[Tensor, int] | None = None
     for i in range(thresholds.shape[1]):
@@ -115,9 +154,7 @@ def squared_changes(
             found[:, i] = found[:, before[1]]
             continue
         before = thresholds[:, i], i
-        mask = select_for(q, k, policy.with_threshold(thresholds[::group, i].to(q.device)), **options)
-        assert isinstance(mask, BlockMask)
-        sparse = block_sparse_attention(q, k, v, mask, **options)[0]
+        sparse = block_sparse_attention(q, k, v, masks.mask(thresholds[::group, i]), **options)[0]
         for start in range(0, tokens, rows):
             part = slice(start, start + rows)
             change = (sparse[0, part].float() - call.out[0, part].float()).transpose(0, 1)  # [Hq, rows, D]
@@ -138,10 +175,10 @@ def output_projections(model: nn.Module) -> dict[int, nn.Module]:
 
     Raises :class:`bsfa.UnsupportedError` naming the layer where there is none, or several attention modules.
     """
-    from bsfa.integrations.transformers import _attention_layers
+    from bsfa.integrations.transformers import attention_layers
 
     found = {}
-    for layer, modules in _attention_layers(model).items():
+    for layer, modules in attention_layers(model).items():
         if len(modules) > 1:
             raise UnsupportedError(f"layer {layer} has {len(modules)} attention modules: their errors cannot be told")
         named = [getattr(modules[0], name, None) for name in PROJECTIONS]
@@ -223,7 +260,7 @@ def loss_gradients(model: Any, ids: Tensor) -> dict[int, Tensor]:
     One pass forth and back with attention "sdpa"; the labels are :func:`draw_labels`. Raises
     :class:`bsfa.UnsupportedError` where memory does not suffice, or the model's gradients are of no use.
     """
-    from bsfa.integrations.transformers import _implementations
+    from bsfa.integrations.transformers import attention_implementations
 
     inputs: dict[int, Tensor] = {}
 
@@ -236,7 +273,7 @@ def loss_gradients(model: Any, ids: Tensor) -> dict[int, Tensor]:
     def begin(module: nn.Module, args: Any, out: Tensor) -> Tensor:
         return out.detach().clone().requires_grad_(True)
 
-    implementation = _implementations(model)
+    implementation = attention_implementations(model)
     handles = [m.register_forward_pre_hook(keep(i)) for i, m in output_projections(model).items()]
     handles.append(model.get_input_embeddings().register_forward_hook(begin))
     try:

@@ -66,6 +66,8 @@ __all__ = [
     "DEFAULT_MIN_SEQLEN",
     "AttentionCall",
     "LayerPolicies",
+    "attention_implementations",
+    "attention_layers",
     "bsfa_attention",
     "bsfa_mask",
     "clear_policy",
@@ -389,8 +391,11 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, bsfa_mask)
 
 
-def _attention_layers(model: nn.Module) -> dict[int, list[nn.Module]]:
-    """Attention modules by layer index: the causal ones, or all if none is causal."""
+def attention_layers(model: nn.Module) -> dict[int, list[nn.Module]]:
+    """Attention modules by layer index (rising): the causal ones, or all if none is causal.
+
+    More than one of an index where a model has several stacks. Raises :class:`bsfa.UnsupportedError` if there is none.
+    """
     found = [m for m in model.modules() if isinstance(getattr(m, "layer_idx", None), int) and hasattr(m, "is_causal")]
     layers: dict[int, list[nn.Module]] = {}
     for module in [m for m in found if m.is_causal] or found:
@@ -400,8 +405,10 @@ def _attention_layers(model: nn.Module) -> dict[int, list[nn.Module]]:
     return dict(sorted(layers.items()))
 
 
-def _implementations(model: Any) -> str | dict[str, Any]:
-    """The attention implementations in use, as ``set_attn_implementation`` takes them."""
+def attention_implementations(model: Any) -> str | dict[str, Any]:
+    """The attention implementations in use, as ``model.set_attn_implementation`` takes them: a name, or one for each
+    part of a model that has several.
+    """
     config = model.config
     parts = {name: getattr(config, name, None) for name in getattr(config, "sub_configs", {})}
     if not parts:
@@ -416,7 +423,7 @@ def _use_bsfa(model: Any) -> None:
     if not hasattr(model, "set_attn_implementation"):
         raise TypeError(f"model must be a transformers.PreTrainedModel, got {type(model).__name__}")
     model.set_attn_implementation(NAME)
-    for index, modules in _attention_layers(model).items():
+    for index, modules in attention_layers(model).items():
         for module in modules:
             used = getattr(getattr(module, "config", None), "_attn_implementation", NAME)
             if used != NAME:
@@ -501,7 +508,7 @@ def set_policy(
     if not isinstance(mean_correction, bool):
         raise TypeError(f"mean_correction must be a bool, got {type(mean_correction).__name__}")
     check_min_seqlen(min_seqlen)
-    layers = _attention_layers(model)
+    layers = attention_layers(model)
     chosen = _per_layer(model, policy, layers)
     for p in chosen.values():
         check_skip(p, mean_correction)
@@ -528,7 +535,7 @@ def density(model: nn.Module) -> dict[int, Tensor]:
     """
     states = {
         index: cast(_LayerState, module._bsfa_state)
-        for index, modules in _attention_layers(model).items()
+        for index, modules in attention_layers(model).items()
         for module in modules
         if hasattr(module, "_bsfa_state")
     }
@@ -544,8 +551,8 @@ def observe(model: nn.Module, callback: Callback) -> Iterator[None]:
     Runs the model with "bsfa" and its policies (none: dense) and goes back to the former implementation at the end.
     Decode steps are not reported. An exception of the callback passes through the model to the caller.
     """
-    layers = _attention_layers(model)
-    before = _implementations(model) if hasattr(model, "set_attn_implementation") else NAME
+    layers = attention_layers(model)
+    before = attention_implementations(model) if hasattr(model, "set_attn_implementation") else NAME
     _use_bsfa(model)
     modules = [module for group in layers.values() for module in group]
     for module in modules:

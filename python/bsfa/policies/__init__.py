@@ -17,6 +17,7 @@ from bsfa.policies.fixed import Fixed
 from bsfa.policies.flex_prefill import FlexPrefill
 from bsfa.policies.relative_max import RelativeMax
 from bsfa.policies.static_pattern import StaticPattern
+from bsfa.policies.token_topk import TokenTopK
 
 SCORED: dict[str, type[ScoredPolicy]] = {p.name: p for p in (RelativeMax, CumulativeMass, Antidiagonal)}
 
@@ -41,5 +42,6 @@ __all__ = [
     "Selection",
     "StaticPattern",
     "ThresholdPolicy",
+    "TokenTopK",
     "Union",
 ]

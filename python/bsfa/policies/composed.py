@@ -15,6 +15,7 @@ from bsfa.policies.base import Policy, ScoredPolicy, Selection
 from bsfa.policies.dense import Dense
 from bsfa.policies.exact_skip import ExactSkip
 from bsfa.policies.static_pattern import StaticPattern
+from bsfa.policies.token_topk import TokenTopK
 from bsfa.pooling import pool
 
 C = TypeVar("C", bound="Composed")
@@ -45,6 +46,8 @@ class Composed(Policy):
                 raise TypeError(f"{owner} takes policies or None (dense), got {type(p).__name__}")
             if isinstance(p, ExactSkip):
                 raise ValueError(f"ExactSkip decides inside attention: give it the {owner} as ExactSkip(within=...)")
+            if isinstance(p, TokenTopK):
+                raise ValueError(f"TokenTopK chooses keys of single queries, which a {owner} of blocks would lose")
         # Dense ones have no blocks of their own.
         sizes = {(p.block_m, p.block_n): p for p in policies if p is not None and not _is_dense(p)}
         if len(sizes) > 1:

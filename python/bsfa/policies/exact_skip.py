@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from bsfa.block_mask import BlockMask
-from bsfa.policies.base import Policy, Selection, Threshold, ThresholdPolicy, check_flag
+from bsfa.errors import UnsupportedError
+from bsfa.policies.base import Policy, Selection, Threshold, ThresholdPolicy, check_count, check_flag
+from bsfa.policies.token_topk import TokenTopK
 
 FORMS = ("absolute", "relative")
 
@@ -52,6 +54,12 @@ class ExactSkip(ThresholdPolicy):
     counted: skipped blocks stay in the softmax's denominator and in the LSE, which are exact then; only their product
     with V is left out. Default: they are left out of both, as in the originals, and the rest is renormalised.
 
+    passes: 1 decides within attention, as above. 2 goes over all ``q . k`` first and makes a mask, with which attention
+    without skipping follows: faster where most is skipped, slower where little is. A block is then skipped by a whole
+    query tile, where all of its groups would skip it: for the same threshold the kept pairs are those of one pass and
+    more. Running maxima are over all blocks visited before, skipped or not, which makes no difference as long as cuts
+    are at most 0. Not with ``counted`` (:class:`bsfa.UnsupportedError`).
+
     Sink and window blocks are never skipped, nor is a block with a NaN logit. No product ``q . k`` is saved: at most
     about twice as fast as without.
 
@@ -65,20 +73,32 @@ class ExactSkip(ThresholdPolicy):
     within: Policy | None = None
     counted: bool = False
     sink_blocks: int = 1
+    passes: int = 1
     name: ClassVar[str] = "exact-skip"
     threshold_name: ClassVar[str] = "ratio"
     keeps_at_least: ClassVar[bool] = True
+    added_parameters: ClassVar[frozenset[str]] = frozenset({"passes"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.form not in FORMS:
             raise ValueError(f"ExactSkip.form must be one of {', '.join(FORMS)}, got {self.form!r}")
         check_flag("ExactSkip", "counted", self.counted)
+        check_count("ExactSkip", "passes", self.passes, 1)
+        if self.passes > 2:
+            raise ValueError(f"ExactSkip.passes must be 1 or 2, got {self.passes}")
+        if self.passes == 2 and self.counted:
+            raise UnsupportedError(
+                "ExactSkip cannot count what it skips (counted) in two passes: the second one does not see it. Use "
+                "passes=1"
+            )
         if self.within is not None:
             if not isinstance(self.within, Policy):
                 raise TypeError(f"ExactSkip.within must be a policy or None, got {type(self.within).__name__}")
             if isinstance(self.within, ExactSkip):
                 raise ValueError("ExactSkip.within cannot be another ExactSkip")
+            if isinstance(self.within, TokenTopK):
+                raise ValueError("ExactSkip.within cannot be a TokenTopK: skipping knows no keys of single queries")
             if (self.within.block_m, self.within.block_n) != (self.block_m, self.block_n):
                 raise ValueError(
                     f"ExactSkip has blocks of {self.block_m} x {self.block_n}, but within has {self.within.block_m} x "

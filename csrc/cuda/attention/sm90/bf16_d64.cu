@@ -4,7 +4,7 @@
 namespace bsfa::cuda::attn::sm90 {
 
 cudaError_t launch_bf16_d64(const KernelParams& params, int num_ctas, cudaStream_t stream) {
-  return launch<cutlass::bfloat16_t, 64>(params, num_ctas, stream);
+  return launch<cutlass::bfloat16_t, 64, 64>(params, num_ctas, stream);
 }
 
 }  // namespace bsfa::cuda::attn::sm90

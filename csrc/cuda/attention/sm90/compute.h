@@ -15,6 +15,7 @@
 #pragma once
 
 #include "../../common/mma.h"
+#include "../../common/steps.h"
 #include "operands.h"
 #include "softmax.h"
 #include "store.h"
@@ -56,7 +57,7 @@ class Consumer {
     const auto value_part = get<2>(parts);
 
     auto s = partition_fragment_C(score_mma, Shape<Int<kTileRows>, Int<kBlockKeys>>{});
-    auto o = partition_fragment_C(output_mma, Shape<Int<kTileRows>, Int<Config::kHeadDim>>{});
+    auto o = partition_fragment_C(output_mma, Shape<Int<kTileRows>, Int<Config::kHeadDimV>>{});
     auto probabilities = make_probabilities<Element>();
 
     const int warpgroup = warp_ / 4;
@@ -64,16 +65,17 @@ class Consumer {
 
     // The first step of all.
     await_step();
-    Step step = read_step();
+    Step step = read_step(shared_.steps[key_.slot]);
     if (step.flags & kEnd) return;
     if (warpgroup == 1) give_turn(0);
     await_query();
     await_turn(warpgroup);
     issue(score_mma, query_part(_, _, _, query_.slot), key_part(_, _, _, key_.slot), s, false);
     give_turn(1 - warpgroup);
+    read_tokens();
     warpgroup_wait<0>();
     warpgroup_fence_operand(s);
-    release(shared_.key_empty[key_.slot]);
+    scores_made(step);
     key_.advance();
     softmax(s, step, rescale);
     convert(s, probabilities);
@@ -85,16 +87,17 @@ class Consumer {
       issue(score_mma, query_part(_, _, _, query_.slot), key_part(_, _, _, key_.slot), s, false);
       issue(output_mma, probabilities, value_part(_, _, _, value_.slot), o, !before_was_first);
       give_turn(1 - warpgroup);
-      step = read_step();
+      step = read_step(shared_.steps[key_.slot]);
+      read_tokens();
       warpgroup_wait<1>();
       warpgroup_fence_operand(s);
-      release(shared_.key_empty[key_.slot]);
+      scores_made(step);
       const bool rescaled = softmax(s, step, rescale);
       warpgroup_fence_operand(s);
       warpgroup_wait<0>();
       warpgroup_fence_operand(o);
-      release(shared_.value_empty[value_.slot]);
-      key_.advance();
+      release(shared_.value_empty[value_.slot], lane_);
+      key_.advance();  // here, and not before the softmax, which is 2 % slower
       value_.advance();
       convert(s, probabilities);
       return rescaled;
@@ -113,17 +116,18 @@ class Consumer {
       }
       give_back_stored();  // of a tile of one step; the next tile's queries may want the slot
       await_step();
-      if (read_step().flags & kEnd) {
+      if (read_step(shared_.steps[key_.slot]).flags & kEnd) {
         issue(output_mma, probabilities, value_part(_, _, _, value_.slot), o, !first);
         warpgroup_wait<0>();
         warpgroup_fence_operand(o);
-        finish_tile(o, rows_, query_.slot);
-        if (lane_ == 0) tma_store_wait<0>();  // shared memory must outlive the stores
+        finish_tile(o, rows_, info_slot());
+        if (Config::kStaged && lane_ == 0) tma_store_wait<0>();  // shared memory must outlive the stores
         return;
       }
-      const int finished_slot = query_.slot;
+      const int finished_slot = info_slot();
       const SoftmaxRows finished = rows_;
       query_.advance();
+      info_.advance();
       await_query();
       advance(first);
       finish_tile(o, finished, finished_slot);
@@ -133,14 +137,24 @@ class Consumer {
  private:
   // The step's K, the V of the one before, and the step itself have arrived.
   __device__ void await_step() const { shared_.full[key_.slot].wait(key_.parity); }
-  __device__ Step read_step() const {
-    const Step step = shared_.steps[key_.slot];
-    return {step.first_key, __shfl_sync(kAllLanes, step.flags, 0)};  // makes branches on it uniform
-  }
   __device__ void await_query() const { shared_.query_full[query_.slot].wait(query_.parity); }
+  // Where what is known of the current tile lies.
+  __device__ int info_slot() const { return Config::kStaged ? query_.slot : info_.slot; }
 
-  __device__ void release(Mbarrier& empty) const {
-    if (lane_ == 0) empty.arrive();
+  // The step's keys are done with, and so are the tile's queries after its last step, unless their slot is still wanted
+  // for the output.
+  __device__ void scores_made(const Step& step) {
+    release(shared_.key_empty[key_.slot], lane_);
+    if constexpr (!Config::kStaged) {
+      if (step.flags & kLast) release(shared_.query_empty[query_.slot], lane_);
+    }
+  }
+
+  // The step's words of the token mask, before its slot is given back.
+  __device__ void read_tokens() {
+    if constexpr (Config::kTokens) {
+      tokens_.read(shared_.tokens.key[key_.slot], warp_ * kStoreRows + lane_ / 4);
+    }
   }
 
   // True if what was summed before must be multiplied by `rescale`.
@@ -149,12 +163,15 @@ class Consumer {
     if constexpr (Config::kTransform) {
       transform_scores(s, p_.scale);
     }
+    if constexpr (Config::kTokens) {
+      if (!__all_sync(kAllLanes, tokens_.all())) mask_tokens(s, tokens_);
+    }
     if (!(step.flags & (kFirst | kMasked)) && rows_complete_) {
       const float top[2] = {max_of_row(s, 0), max_of_row(s, 1)};
       return softmax_plain(s, top, rows_, rescale, p_.scale.scale_log2, p_.scale.inverse_scale_log2);
     }
     if (step.flags & kMasked) {
-      const TileRow& tile = shared_.tiles[query_.slot].tile;
+      const TileRow& tile = shared_.tiles[info_slot()].tile;
       const int first_row = warp_ * kStoreRows + lane_ / 4;
       if (step.flags & kMeans) {
         const Columns& columns = shared_.columns[step.flags >> kColumnsShift];
@@ -170,18 +187,14 @@ class Consumer {
 
   template <class Tensor>
   __device__ void finish_tile(const Tensor& o, const SoftmaxRows& rows, int slot) {
-    store_tile<Config>(shared_.query[slot], p_, shared_.tiles[slot], warp_, o, rows);
-    stored_slot_ = slot;
+    store_tile<Config>(shared_.query[Config::kStaged ? slot : 0], p_, shared_.tiles[slot], warp_, o, rows);
+    if (Config::kStaged) stored_slot_ = slot;
   }
 
   // Gives the slot of the last stored tile back, one step after it was stored: by then TMA has read it.
   __device__ void give_back_stored() {
     if (stored_slot_ < 0) return;
-    if (lane_ == 0) {
-      cute::tma_store_wait<0>();
-      shared_.query_empty[stored_slot_].arrive();
-    }
-    __syncwarp();
+    release_stored(shared_.query_empty[stored_slot_], lane_);
     stored_slot_ = -1;
   }
 
@@ -190,9 +203,11 @@ class Consumer {
   const int thread_;
   const int warp_;
   const int lane_;
-  RingPosition<kQuerySlots> query_;
+  RingPosition<Config::kQuerySlots> query_;
+  RingPosition<Config::kInfoSlots> info_;
   RingPosition<Config::kKeySlots> key_;
   RingPosition<Config::kValueSlots> value_;
+  std::conditional_t<Config::kTokens, RowTokens, NoTokenStorage> tokens_;
   SoftmaxRows rows_{};
   bool rows_complete_ = false;  // every row of this warp has seen a key
   int stored_slot_ = -1;        // query slot of the tile that was stored last, until it is given back

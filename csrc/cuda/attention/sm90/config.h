@@ -1,4 +1,4 @@
-// Tiles, rings, shared memory and registers of the Hopper attention kernel, for one element type and head_dim.
+// Tiles, rings, shared memory and registers of the Hopper attention kernel, for one element type and pair of head_dims.
 #pragma once
 
 #include <cutlass/fast_math.h>
@@ -28,31 +28,53 @@ static_assert((kProducerRegisters + kConsumers * kConsumerRegisters) * kWarpgrou
 constexpr bool kTakeTurns = false;  // of the consumers to issue products (compute.h)
 
 constexpr int kWorkSlots = 3;   // tiles that the scheduler warp is ahead of the slower load warp
-constexpr int kQuerySlots = 2;  // query tiles in shared memory
 constexpr int kMaskChunk = 32;  // mask words that a warp holds at once, one per lane
 
+// What a kernel does beside attention over kept blocks: nothing; skipping of steps whose scores are all low (skip.h); or
+// leaving out the keys that a token mask does not name.
+enum class Variant { kPlain, kSkip, kTokens };
+
+// Of queries and keys (K), or of values and outputs (V): tiles of 128 rows lie as [piece][row][64 columns], each row of
+// 128 bytes swizzled within its group of 8.
+template <int kDim_>
+struct Operand {
+  static constexpr int kDim = kDim_;
+  static constexpr int kPieces = kDim / kBoxColumns;             // swizzle atoms side by side
+  static constexpr int kBoxBytes = kTileRows * kBoxColumns * 2;  // 128 rows of one piece
+  static constexpr int kTileBytes = kPieces * kBoxBytes;
+  static_assert(kTileRows == 128 && kBlockKeys == 128 && kDim % kBoxColumns == 0);
+};
+
 // kTransform: scores are transformed before their maximum is sought (Transform in logits.h is not kNone).
-// kSkip: steps whose scores are all low are skipped (skip.h).
-template <typename Element_, int kHeadDim_, bool kTransform_, bool kSkip_ = false>
+template <typename Element_, int kHeadDim_, int kHeadDimV_, bool kTransform_, Variant kVariant>
 struct Config {
   using Element = Element_;
+  static_assert(sizeof(Element) == 2);
   static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kHeadDimV = kHeadDimV_;
   static constexpr bool kTransform = kTransform_;
-  static constexpr bool kSkip = kSkip_;
-  static constexpr int kHalves = kHeadDim / kBoxColumns;  // swizzle atoms side by side
+  static constexpr bool kSkip = kVariant == Variant::kSkip;
+  static constexpr bool kTokens = kVariant == Variant::kTokens;
+  using Keys = Operand<kHeadDim>;
+  using Values = Operand<kHeadDimV>;
   // Blocks in flight. A slot of K is free once its scores are made, one of V only after the softmax that runs beside
-  // its product: V needs the third.
+  // its product: V gets a third one where there is room.
   static constexpr int kKeySlots = kHeadDim == 64 ? 5 : 2;
-  static constexpr int kValueSlots = kHeadDim == 64 ? 5 : 3;
-  static constexpr int kBoxBytes = kTileRows * kBoxColumns * sizeof(Element);  // 128 rows of one half
-  static constexpr int kTileBytes = kHalves * kBoxBytes;
-  static_assert(kTileRows == 128 && kBlockKeys == 128 && sizeof(Element) == 2 && kHeadDim % kBoxColumns == 0);
+  static constexpr int kValueSlots = kHeadDim == 64 ? 5 : kHeadDim == 128 ? 3 : 2;
+  // Query tiles in shared memory, two where there is room for them. Then the output of a tile is staged in its query slot.
+  // One alone is given to the next tile as soon as the last scores are made, and outputs are stored from registers.
+  static constexpr int kQuerySlots = kHeadDim == 64 || (kHeadDim == 128 && !kTokens) ? 2 : 1;
+  static constexpr bool kStaged = kQuerySlots == 2;
+  // What the consumers know of a tile is wanted until it is stored, beside the next tile's first step, which may be that
+  // tile's last one and give its queries back.
+  static constexpr int kInfoSlots = kStaged ? kQuerySlots : 3;
+  static_assert(!kStaged || kHeadDimV <= kHeadDim, "an output fits where its queries were");
+  static_assert(!kSkip || kStaged);
 
-  // Every tile lies as [half][row][64 columns], each row of 128 bytes swizzled within its group of 8.
   using RowsShape = cute::Shape<cute::Int<kTileRows>, cute::Int<kHeadDim>>;
   using RowsLayout = decltype(cute::tile_to_shape(cute::SM90::GMMA::Layout_K_SW128_Atom<Element>{}, RowsShape{}));
   // V as the second product sees it: [column, token] of the same bytes.
-  using ColumnsShape = cute::Shape<cute::Int<kHeadDim>, cute::Int<kBlockKeys>>;
+  using ColumnsShape = cute::Shape<cute::Int<kHeadDimV>, cute::Int<kBlockKeys>>;
   using ColumnsLayout = decltype(cute::tile_to_shape(cute::SM90::GMMA::Layout_MN_SW128_Atom<Element>{}, ColumnsShape{},
                                                      cute::Step<cute::_2, cute::_1>{}));
 
@@ -63,7 +85,7 @@ struct Config {
       Warpgroups{}));
   using OutputMma = decltype(cute::make_tiled_mma(
       cute::SM90::GMMA::rs_op_selector<Element, Element, float,
-                                       cute::Shape<cute::_64, cute::Int<kHeadDim>, cute::Int<kBlockKeys>>,
+                                       cute::Shape<cute::_64, cute::Int<kHeadDimV>, cute::Int<kBlockKeys>>,
                                        cute::SM90::GMMA::Major::K, cute::SM90::GMMA::Major::MN>(),
       Warpgroups{}));
 };
@@ -121,13 +143,24 @@ struct SkipStorage {
 };
 struct NoSkipStorage {};
 
+// Of kTokens: the words of a tile's rows that belong to a block, beside the block's K.
+struct alignas(128) TokenWords {
+  uint32_t words[kTileRows][kBlockKeys / 32];
+};
+template <class Config>
+struct TokenStorage {
+  TokenWords key[Config::kKeySlots];
+};
+struct NoTokenStorage {};
+
 template <class Config>
 struct SharedStorage {
-  alignas(1024) char query[kQuerySlots][Config::kTileBytes];  // and, at the end of a tile, its output
-  alignas(1024) char key[Config::kKeySlots][Config::kTileBytes];
-  alignas(1024) char value[Config::kValueSlots][Config::kTileBytes];
+  alignas(1024) char query[Config::kQuerySlots][Config::Keys::kTileBytes];  // kStaged: and a finished tile's output
+  alignas(1024) char key[Config::kKeySlots][Config::Keys::kTileBytes];
+  alignas(1024) char value[Config::kValueSlots][Config::Values::kTileBytes];
+  std::conditional_t<Config::kTokens, TokenStorage<Config>, NoTokenStorage> tokens;
   Mbarrier work_full[kWorkSlots], work_empty[kWorkSlots];
-  Mbarrier query_full[kQuerySlots], query_empty[kQuerySlots];
+  Mbarrier query_full[Config::kQuerySlots], query_empty[Config::kQuerySlots];
   Mbarrier full[Config::kKeySlots];  // of a step: its K and the V of the step before have arrived
   Mbarrier key_empty[Config::kKeySlots], value_empty[Config::kValueSlots];
   Mbarrier value_tail;            // a V block whose tail is zeroed before it is handed over
@@ -135,7 +168,7 @@ struct SharedStorage {
   // Of the steps of means, in turn. They are read after the K slot is given back, but before the next one is: a slot
   // more than K has is enough.
   Columns columns[Config::kKeySlots + 1];
-  TileInfo tiles[kQuerySlots];
+  TileInfo tiles[Config::kInfoSlots];
   Work work[kWorkSlots];
   std::conditional_t<Config::kSkip, SkipStorage<Config>, NoSkipStorage> skip;
 };
@@ -156,6 +189,7 @@ struct SkipKernelParams {
 struct KernelParams {
   CUtensorMap q, k, v, out;
   CUtensorMap k_means, v_means;  // [sequence, block, head, dim]; of the mean correction
+  CUtensorMap tokens;            // [batch, query token, word]; of kTokens
   bool has_means;
   Workspace workspace;
   const int32_t* words;  // null: dense

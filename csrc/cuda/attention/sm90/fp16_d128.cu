@@ -4,7 +4,7 @@
 namespace bsfa::cuda::attn::sm90 {
 
 cudaError_t launch_fp16_d128(const KernelParams& params, int num_ctas, cudaStream_t stream) {
-  return launch<cutlass::half_t, 128>(params, num_ctas, stream);
+  return launch<cutlass::half_t, 128, 128>(params, num_ctas, stream);
 }
 
 }  // namespace bsfa::cuda::attn::sm90

@@ -3,10 +3,11 @@
 // Tile      128 query rows x 128 keys; a CTA works on one (tile, query head) after the other until the queue is empty.
 // Means     with a mean correction, the blocks that a mask drops and that all rows of a tile see follow as steps of
 //           their own, 128 blocks each: a block's mean key is one column, log2(its tokens) is added to its score.
+// Tokens    with a token mask, a block's K comes with the words of its tile's rows: kernels of their own.
 // Skipping  steps whose scores are all low end after their scores (skip.h, skip_compute.h): kernels of their own.
 // Roles     warpgroup 0: warps 0 and 1 fetch by TMA (load.h), warp 2 hands out tiles (schedule.h, load.h), warp 3
 //           leaves; warpgroups 1 and 2 compute 64 rows each (compute.h) and store them (store.h).
-// Memory    two query tiles, whose slots also stage the output; rings of K and of V blocks (config.h).
+// Memory    two query tiles, whose slots also stage the output, or one (config.h); rings of K and of V blocks.
 // Waits     each ring has full and empty mbarriers. A step's full barrier stands for its K, its Step, and the V of the
 //           step before, which the consumers want together; a query slot's also guards its TileInfo. Consumers wait for
 //           steps and queries; the load warps for free slots and for work; nobody for the host.
@@ -33,7 +34,7 @@ __global__ void __launch_bounds__(kThreads, 1) attention_kernel(const __grid_con
       shared.work_full[i].init(1);
       shared.work_empty[i].init(2);
     }
-    for (int i = 0; i < kQuerySlots; ++i) {
+    for (int i = 0; i < Config::kQuerySlots; ++i) {
       shared.query_full[i].init(1);
       shared.query_empty[i].init(kConsumerWarps);
     }
@@ -53,7 +54,7 @@ __global__ void __launch_bounds__(kThreads, 1) attention_kernel(const __grid_con
       for (int32_t& word : skip.done) word = -1;
     }
     fence_barrier_init();
-    for (const CUtensorMap* map : {&p.q, &p.k, &p.v, &p.out, &p.k_means, &p.v_means}) {
+    for (const CUtensorMap* map : {&p.q, &p.k, &p.v, &p.out, &p.k_means, &p.v_means, &p.tokens}) {
       cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(map));
     }
   }
@@ -83,11 +84,11 @@ cudaError_t launch_kernel(const KernelParams& params, int num_ctas, cudaStream_t
   return launch_early(kernel, num_ctas, kThreads, kBytes, stream, params);
 }
 
-template <typename Element, int kHeadDim, bool kSkip = false>
+template <typename Element, int kHeadDim, int kHeadDimV, Variant kVariant = Variant::kPlain>
 cudaError_t launch(const KernelParams& params, int num_ctas, cudaStream_t stream) {
   return params.scale.transform == Transform::kNone
-             ? launch_kernel<Config<Element, kHeadDim, false, kSkip>>(params, num_ctas, stream)
-             : launch_kernel<Config<Element, kHeadDim, true, kSkip>>(params, num_ctas, stream);
+             ? launch_kernel<Config<Element, kHeadDim, kHeadDimV, false, kVariant>>(params, num_ctas, stream)
+             : launch_kernel<Config<Element, kHeadDim, kHeadDimV, true, kVariant>>(params, num_ctas, stream);
 }
 
 }  // namespace bsfa::cuda::attn::sm90

@@ -158,12 +158,12 @@ __device__ void schedule(SharedStorage<Config>& shared, const KernelParams& p) {
 }
 
 // What the two load warps have in common: they walk the same tiles and blocks, one fetching queries and keys, the other
-// values. All that can be is computed before a slot is waited for: what follows the wait is latency.
-template <class Config>
+// values: rows of `Operand`. All that can be is computed before a slot is waited for: what follows the wait is latency.
+template <class Config, class Operand>
 class Loader {
  public:
   // Calls begin(tile, head, cut) for every tile, load(tile, block, is_first, is_last) for its blocks, last one first, and
-  // then load_means(means, columns, is_first, is_last) for the means that it adds. A tile without any of them has one
+  // then load_means(tile, means, columns, is_first, is_last) for the means that it adds. A tile without any of them has one
   // block without keys: its output is written like any other.
   template <class Begin, class Load, class LoadMeans>
   __device__ void for_each_step(const Begin& begin, const Load& load, const LoadMeans& load_means) {
@@ -210,7 +210,7 @@ class Loader {
         const Block block = means_at(keys.head, tile.sequence, first_mean);
         const uint32_t these = columns;
         first_mean = means.next(&columns);
-        load_means(block, these, first, first_mean < 0);
+        load_means(tile, block, these, first, first_mean < 0);
         first = false;
       }
     }
@@ -227,10 +227,10 @@ class Loader {
     int32_t batch;        // likewise
     int32_t head;
   };
-  // One TMA copy of a block: a box of rows, of one half of the columns unless the box is the whole block.
+  // One TMA copy of a block: a box of rows, of one piece of the columns unless the box is the whole block.
   struct Copy {
     int32_t row;
-    int32_t half;
+    int32_t piece;
     int32_t offset;  // in the slot, bytes
   };
   struct Place {
@@ -252,20 +252,20 @@ class Loader {
     if (lane_ == 0) full.arrive_expect(block.bytes);
     __syncwarp();
     if (lane_ < block.copies) {
-      load_box(map, full, target + first_copy_.offset, kHint, first_copy_.half, block.place.token, block.keys.head,
+      load_box(map, full, target + first_copy_.offset, kHint, first_copy_.piece, block.place.token, block.keys.head,
                block.place.batch);
     }
 #pragma unroll 1
     for (int32_t i = lane_ + 32; i < block.copies; i += 32) {  // boxes of few rows
       const Copy next = copy(i);
       const Place place = place_of(block.keys, block.first_key + next.row);
-      load_box(map, full, target + next.offset, kHint, next.half, place.token, block.keys.head, place.batch);
+      load_box(map, full, target + next.offset, kHint, next.piece, place.token, block.keys.head, place.batch);
     }
   }
 
   static __device__ void load_box(const CUtensorMap& map, Mbarrier& full, char* target, cute::TMA::CacheHintSm90 hint,
-                                  int32_t half, int32_t token, int32_t head, int32_t batch) {
-    cute::SM90_TMA_LOAD_5D::copy(&map, &full.state, static_cast<uint64_t>(hint), target, 0, token, half, head, batch);
+                                  int32_t piece, int32_t token, int32_t head, int32_t batch) {
+    cute::SM90_TMA_LOAD_5D::copy(&map, &full.state, static_cast<uint64_t>(hint), target, 0, token, piece, head, batch);
   }
 
   SharedStorage<Config>& shared_;
@@ -275,8 +275,8 @@ class Loader {
  private:
   __device__ Copy copy(int32_t i) const {
     if (p_.box_rows == kBlockKeys) return {0, 0, 0};
-    const int32_t row = i / Config::kHalves << p_.box_shift, half = i % Config::kHalves;
-    return {row, half, half * Config::kBoxBytes + row * kBoxColumns * 2};
+    const int32_t row = i / Operand::kPieces << p_.box_shift, piece = i % Operand::kPieces;
+    return {row, piece, piece * Operand::kBoxBytes + row * kBoxColumns * 2};
   }
 
   __device__ Place place_of(const Keys& keys, int32_t token) const {
@@ -290,11 +290,11 @@ class Loader {
     Block block{keys, first_key, seqlen - first_key, 0, 0, {}};
     if (p_.box_rows == kBlockKeys) {
       block.copies = block.valid > 0;
-      block.bytes = block.valid > 0 ? Config::kTileBytes : 0;
+      block.bytes = block.valid > 0 ? Operand::kTileBytes : 0;
     } else {
       const int32_t boxes = (max(min(block.valid, kBlockKeys), 0) + p_.box_rows - 1) >> p_.box_shift;
-      block.copies = boxes * Config::kHalves;
-      block.bytes = (boxes << p_.box_shift) * (Config::kHeadDim * 2);
+      block.copies = boxes * Operand::kPieces;
+      block.bytes = (boxes << p_.box_shift) * (Operand::kDim * 2);
     }
     if (lane_ < block.copies) block.place = place_of(keys, first_key + first_copy_.row);
     return block;
@@ -302,7 +302,7 @@ class Loader {
 
   // The means from `first` on, as a block: one box.
   static __device__ Block means_at(int32_t head, int32_t sequence, int32_t first) {
-    return {{nullptr, 0, sequence, head}, first, kBlockKeys, 1, Config::kTileBytes, {first, sequence}};
+    return {{nullptr, 0, sequence, head}, first, kBlockKeys, 1, Operand::kTileBytes, {first, sequence}};
   }
 
   // Brings the page numbers of a block near, one block before they are needed.
@@ -317,31 +317,44 @@ class Loader {
 
 // Queries, keys, and what the consumers are told about tiles and steps.
 template <class Config>
-class KeyLoader : public Loader<Config> {
-  using Base = Loader<Config>;
+class KeyLoader : public Loader<Config, typename Config::Keys> {
+  using Base = Loader<Config, typename Config::Keys>;
   using typename Base::Block;
 
  public:
   __device__ KeyLoader(SharedStorage<Config>& shared, const KernelParams& p) : Base(shared, p) {}
 
   __device__ void run() {
-    this->for_each_step([this](const TileRow& tile, int32_t head, float cut) { load_query(tile, head, cut); },
-                        [this](const TileRow& tile, const Block& block, bool first, bool last) {
-                          const Step step{block.first_key, flags_of(tile, block, first, last)};
-                          this->shared_.key_empty[key_.slot].wait(key_.parity ^ 1);
-                          load_step(this->p_.k, block, step);
-                        },
-                        [this](const Block& block, uint32_t columns, bool first, bool last) {
-                          const uint32_t flags = kMeans | kMasked | (first ? kFirst : 0) | (last ? kLast : 0);
-                          this->shared_.key_empty[key_.slot].wait(key_.parity ^ 1);
-                          if (this->lane_ < kBlockKeys / 32) {
-                            this->shared_.columns[columns_.slot].words[this->lane_] = columns;
-                          }
-                          __syncwarp();
-                          load_step(this->p_.k_means, block,
-                                    {block.first_key, flags | static_cast<uint32_t>(columns_.slot) << kColumnsShift});
-                          columns_.advance();
-                        });
+    // Where there is one query slot only, it comes free while the first keys are already on their way.
+    constexpr bool kQueryFirst = Config::kQuerySlots > 1;
+    int32_t head_of_query = 0;
+    this->for_each_step(
+        [&](const TileRow& tile, int32_t head, float cut) {
+          if (kQueryFirst) {
+            load_query(tile, head, cut);
+          } else {
+            head_of_query = head;
+          }
+        },
+        [&](const TileRow& tile, Block block, bool first, bool last) {
+          const Step step{block.first_key, flags_of(tile, block, first, last)};
+          this->shared_.key_empty[key_.slot].wait(key_.parity ^ 1);
+          if constexpr (Config::kTokens) load_tokens(tile, block);
+          load_step(this->p_.k, block, step);
+          if (!kQueryFirst && first) load_query(tile, head_of_query, 0.0f);
+        },
+        [&](const TileRow& tile, const Block& block, uint32_t columns, bool first, bool last) {
+          const uint32_t flags = kMeans | kMasked | (first ? kFirst : 0) | (last ? kLast : 0);
+          this->shared_.key_empty[key_.slot].wait(key_.parity ^ 1);
+          if (this->lane_ < kBlockKeys / 32) {
+            this->shared_.columns[columns_.slot].words[this->lane_] = columns;
+          }
+          __syncwarp();
+          load_step(this->p_.k_means, block,
+                    {block.first_key, flags | static_cast<uint32_t>(columns_.slot) << kColumnsShift});
+          columns_.advance();
+          if (!kQueryFirst && first) load_query(tile, head_of_query, 0.0f);
+        });
     // The end is a step without a block.
     this->shared_.key_empty[key_.slot].wait(key_.parity ^ 1);
     if (this->lane_ == 0) {
@@ -357,6 +370,18 @@ class KeyLoader : public Loader<Config> {
     key_.advance();
   }
 
+  // The token mask's words of a block: they come with its keys, and are counted among its bytes.
+  __device__ void load_tokens(const TileRow& tile, Block& block) {
+    if (block.valid <= 0) return;
+    block.bytes += sizeof(TokenWords);
+    Mbarrier& full = this->shared_.full[key_.slot];
+    if (this->lane_ == 0) {
+      cute::SM90_TMA_LOAD_3D::copy(
+          &this->p_.tokens, &full.state, static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL),
+          &this->shared_.tokens.key[key_.slot], block.first_key / 32, tile.query_token, tile.query_batch);
+    }
+  }
+
   __device__ void load_query(const TileRow& tile, int32_t head, float cut) {
     if constexpr (Config::kSkip) {
       // The window as always_kept() in bsfa/keep.h has it, where tiles are as long as blocks.
@@ -366,13 +391,14 @@ class KeyLoader : public Loader<Config> {
     }
     this->shared_.query_empty[query_.slot].wait(query_.parity ^ 1);
     if (this->lane_ == 0) {
-      this->shared_.tiles[query_.slot] = {tile, head, cut};
+      this->shared_.tiles[Config::kStaged ? query_.slot : info_.slot] = {tile, head, cut};
       Mbarrier& full = this->shared_.query_full[query_.slot];
-      full.arrive_expect(Config::kTileBytes);
+      full.arrive_expect(Config::Keys::kTileBytes);
       Base::load_box(this->p_.q, full, this->shared_.query[query_.slot], cute::TMA::CacheHintSm90::EVICT_FIRST, 0,
                      tile.query_token, head, tile.query_batch);
     }
     query_.advance();
+    info_.advance();
   }
 
   __device__ uint32_t flags_of(const TileRow& tile, const Block& block, bool first, bool last) const {
@@ -390,7 +416,8 @@ class KeyLoader : public Loader<Config> {
     return flags;
   }
 
-  RingPosition<kQuerySlots> query_;
+  RingPosition<Config::kQuerySlots> query_;
+  RingPosition<Config::kInfoSlots> info_;  // where a query slot has no TileInfo of its own
   RingPosition<Config::kKeySlots> key_;
   RingPosition<Config::kKeySlots + 1> columns_;
   BlockRange kept_;  // of kSkip: the window of the tile, never skipped
@@ -398,8 +425,8 @@ class KeyLoader : public Loader<Config> {
 
 // Values. A block's V is part of the step after its own, which uses it.
 template <class Config>
-class ValueLoader : public Loader<Config> {
-  using Base = Loader<Config>;
+class ValueLoader : public Loader<Config, typename Config::Values> {
+  using Base = Loader<Config, typename Config::Values>;
 
  protected:
   using typename Base::Block;
@@ -410,9 +437,10 @@ class ValueLoader : public Loader<Config> {
   __device__ void run() {
     if (this->lane_ == 0) this->shared_.full[step_.slot].arrive();  // the first step of all has none
     step_.advance();
-    this->for_each_step([](const TileRow&, int32_t, float) {},
-                        [this](const TileRow&, const Block& block, bool, bool) { load_step(this->p_.v, block); },
-                        [this](const Block& block, uint32_t, bool, bool) { load_step(this->p_.v_means, block); });
+    this->for_each_step(
+        [](const TileRow&, int32_t, float) {},
+        [this](const TileRow&, const Block& block, bool, bool) { load_step(this->p_.v, block); },
+        [this](const TileRow&, const Block& block, uint32_t, bool, bool) { load_step(this->p_.v_means, block); });
   }
 
  private:
@@ -439,8 +467,8 @@ class ValueLoader : public Loader<Config> {
     tail_parity_ ^= 1;
     constexpr int kPieces = kBoxColumns * 2 / 16;  // of 16 bytes in a row
     for (int i = max(block.valid, 0) * kPieces + this->lane_; i < kBlockKeys * kPieces; i += 32) {
-      for (int half = 0; half < Config::kHalves; ++half) {
-        *reinterpret_cast<uint4*>(target + half * Config::kBoxBytes + i * 16) = make_uint4(0, 0, 0, 0);
+      for (int piece = 0; piece < Config::Values::kPieces; ++piece) {
+        *reinterpret_cast<uint4*>(target + piece * Config::Values::kBoxBytes + i * 16) = make_uint4(0, 0, 0, 0);
       }
     }
     fence_async_proxy();

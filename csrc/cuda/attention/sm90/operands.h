@@ -19,7 +19,7 @@ __device__ __forceinline__ auto operand_parts(SharedStorage<Config>& shared, int
   const auto staged = [](auto layout, auto stages) {
     return tile_to_shape(layout, make_shape(size<0>(layout), size<1>(layout), stages));
   };
-  const auto query = tile_of(shared.query[0], staged(typename Config::RowsLayout{}, Int<kQuerySlots>{}));
+  const auto query = tile_of(shared.query[0], staged(typename Config::RowsLayout{}, Int<Config::kQuerySlots>{}));
   const auto key = tile_of(shared.key[0], staged(typename Config::RowsLayout{}, Int<Config::kKeySlots>{}));
   const auto value = tile_of(shared.value[0], staged(typename Config::ColumnsLayout{}, Int<Config::kValueSlots>{}));
   const auto score_slice = typename Config::ScoreMma{}.get_thread_slice(thread);

@@ -81,7 +81,7 @@ class SkipValueLoader : public ValueLoader<Config> {
   __device__ void run() {
     this->for_each_step([](const TileRow&, int32_t, float) {},
                         [this](const TileRow&, const Block& block, bool, bool) { load_if_kept(block); },
-                        [](const Block&, uint32_t, bool, bool) {});
+                        [](const TileRow&, const Block&, uint32_t, bool, bool) {});
   }
 
  private:

@@ -4,7 +4,7 @@
 namespace bsfa::cuda::attn::sm90 {
 
 cudaError_t launch_skip_bf16_d128(const KernelParams& params, int num_ctas, cudaStream_t stream) {
-  return launch<cutlass::bfloat16_t, 128, true>(params, num_ctas, stream);
+  return launch<cutlass::bfloat16_t, 128, 128, Variant::kSkip>(params, num_ctas, stream);
 }
 
 }  // namespace bsfa::cuda::attn::sm90

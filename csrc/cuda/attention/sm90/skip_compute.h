@@ -9,6 +9,7 @@
 #pragma once
 
 #include "../../common/mma.h"
+#include "../../common/steps.h"
 #include "operands.h"
 #include "skip.h"
 #include "softmax.h"
@@ -39,7 +40,7 @@ class SkipConsumer {
     const auto value_part = get<2>(parts);
 
     auto s = partition_fragment_C(score_mma, Shape<Int<kTileRows>, Int<kBlockKeys>>{});
-    auto o = partition_fragment_C(output_mma, Shape<Int<kTileRows>, Int<Config::kHeadDim>>{});
+    auto o = partition_fragment_C(output_mma, Shape<Int<kTileRows>, Int<Config::kHeadDimV>>{});
     auto probabilities = make_probabilities<Element>();
 
     Step step{0, 0};
@@ -55,7 +56,7 @@ class SkipConsumer {
     };
     const auto take_scores = [&]() __attribute__((always_inline)) {
       warpgroup_fence_operand(s);
-      release(shared_.key_empty[key_.slot]);
+      release(shared_.key_empty[key_.slot], lane_);
       key_.advance();
       step_.advance();
     };
@@ -73,7 +74,7 @@ class SkipConsumer {
       // Between two tiles.
       give_back_for_next();
       await_step();
-      if (read_step().flags & kEnd) break;
+      if (read_step(shared_.steps[key_.slot]).flags & kEnd) break;
       bool more = true;
       if (kept) {  // of the tile before, whose last product goes beside the first scores of this one
         const int slot = query_.slot;
@@ -81,7 +82,7 @@ class SkipConsumer {
         begin_tile();
         issue_scores();
         issue_product(-1);
-        step = read_step();
+        step = read_step(shared_.steps[key_.slot]);
         warpgroup_wait<1>();
         take_scores();
         kept = decide(s, step);
@@ -107,7 +108,7 @@ class SkipConsumer {
           issue_scores();
           issue_product(ready);
           empty = false;
-          step = read_step();
+          step = read_step(shared_.steps[key_.slot]);
           warpgroup_wait<1>();
           take_scores();
           kept = decide(s, step);
@@ -119,7 +120,7 @@ class SkipConsumer {
         } else {
           await_step();
           issue_scores();
-          step = read_step();
+          step = read_step(shared_.steps[key_.slot]);
           warpgroup_wait<0>();
           take_scores();
           kept = decide(s, step);
@@ -163,10 +164,6 @@ class SkipConsumer {
 
   // The step's K and the step itself have arrived.
   __device__ void await_step() const { shared_.full[key_.slot].wait(key_.parity); }
-  __device__ Step read_step() const {
-    const Step step = shared_.steps[key_.slot];
-    return {step.first_key, __shfl_sync(kAllLanes, step.flags, 0)};  // makes branches on it uniform
-  }
 
   // On to the next tile, whose queries are waited for; its rows have seen nothing.
   __device__ void begin_tile() {
@@ -200,9 +197,6 @@ class SkipConsumer {
     return slot;
   }
 
-  __device__ void release(Mbarrier& empty) const {
-    if (lane_ == 0) empty.arrive();
-  }
   __device__ void done_with(int32_t number) const {
     if (lane_ == 0) publish(shared_.skip.done[warp_], number);
   }
@@ -263,11 +257,7 @@ class SkipConsumer {
   }
 
   __device__ void give_back_stored() {
-    if (lane_ == 0) {
-      cute::tma_store_wait<0>();
-      shared_.query_empty[stored_slot_].arrive();
-    }
-    __syncwarp();
+    release_stored(shared_.query_empty[stored_slot_], lane_);
     stored_slot_ = -1;
   }
 
@@ -277,7 +267,7 @@ class SkipConsumer {
   const int warp_;
   const int lane_;
   const Ballot<Config> ballot_;
-  RingPosition<kQuerySlots> query_;
+  RingPosition<Config::kQuerySlots> query_;
   RingPosition<Config::kKeySlots> key_;
   StepCount<kRing> step_;
   SoftmaxRows rows_{};

@@ -4,7 +4,7 @@
 namespace bsfa::cuda::attn::sm90 {
 
 cudaError_t launch_skip_fp16_d64(const KernelParams& params, int num_ctas, cudaStream_t stream) {
-  return launch<cutlass::half_t, 64, true>(params, num_ctas, stream);
+  return launch<cutlass::half_t, 64, 64, Variant::kSkip>(params, num_ctas, stream);
 }
 
 }  // namespace bsfa::cuda::attn::sm90

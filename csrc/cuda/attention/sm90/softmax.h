@@ -45,7 +45,42 @@ __device__ __forceinline__ void mask_scores(Tensor& s, const TileRow& tile, int3
   }
 }
 
-// The same for a step of means, whose columns are blocks: those that are not to be added become -inf, the others get
+// A token mask's words of the thread's two rows, for the columns of one block.
+struct RowTokens {
+  uint4 words[2];
+
+  // The rows' words lie one after the other, 16 bytes each. `first_row`: of this thread, in the tile.
+  __device__ __forceinline__ void read(const TokenWords& block, int first_row) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) words[r] = *reinterpret_cast<const uint4*>(block.words[first_row + 8 * r]);
+  }
+  __device__ __forceinline__ bool all() const {
+    return (words[0].x & words[0].y & words[0].z & words[0].w & words[1].x & words[1].y & words[1].z & words[1].w) ==
+           ~0u;
+  }
+};
+
+// Scores of tokens that the mask does not name become -inf.
+template <class Tensor>
+__device__ __forceinline__ void mask_tokens(Tensor& s, const RowTokens& tokens) {
+  const int first_column = 2 * (threadIdx.x % 4);
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const uint32_t words[4] = {tokens.words[r].x, tokens.words[r].y, tokens.words[r].z, tokens.words[r].w};
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      const uint32_t bits = words[w] >> first_column;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const int j = 4 * w + i / 2, c = i % 2;
+        float& x = s(4 * j + 2 * r + c);
+        x = bits >> (8 * (j % 4) + c) & 1u ? x : -INFINITY;
+      }
+    }
+  }
+}
+
+// What mask_scores does, for a step of means, whose columns are blocks: those that are not to be added become -inf, the others get
 // the logarithm of their number of tokens. `unit`: log2 in units of the scores.
 template <class Tensor>
 __device__ __forceinline__ void weigh_means(Tensor& s, const TileRow& tile, int32_t first_block, const Columns& columns,

@@ -1,6 +1,6 @@
 // Writes a finished tile: out = O / sum, lse = ln 2 * (base + log2(sum)). Each warp stores its own 16 rows and waits
-// for no other warp: through shared memory and TMA where all 16 belong to the sequence, else from registers, row by
-// row.
+// for no other warp: through shared memory and TMA where outputs are staged and all 16 belong to the sequence, else
+// from registers, row by row.
 #pragma once
 
 #include <cutlass/numeric_conversion.h>
@@ -26,12 +26,13 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
   return reinterpret_cast<const uint32_t&>(packed);
 }
 
-// `buffer`: the tile's query slot, whose queries are done with. TMA may still read it when this returns.
+// `buffer`, of kStaged: the tile's query slot, whose queries are done with. TMA may still read it when this returns.
 template <class Config, class Tensor>
 __device__ __forceinline__ void store_tile(char* buffer, const KernelParams& p, const TileInfo& info, int warp,
                                            const Tensor& o, const SoftmaxRows& rows) {
   using Element = typename Config::Element;
-  constexpr int kColumnTiles = Config::kHeadDim / 8;
+  using Values = typename Config::Values;
+  constexpr int kColumnTiles = Values::kDim / 8;
   const int lane = threadIdx.x % 32;
   const int first_row = warp * kStoreRows;
   const TileRow& tile = info.tile;
@@ -53,28 +54,30 @@ __device__ __forceinline__ void store_tile(char* buffer, const KernelParams& p, 
   const auto packed = [&](int j, int r) {
     return pack<Element>(o(4 * j + 2 * r) * inverse[r], o(4 * j + 2 * r + 1) * inverse[r]);
   };
-  // All lanes alike: the shuffle tells the compiler, which else gives up uniform registers in loops around this.
-  const bool whole = p.store_by_tma && first_row >= tile.row_begin && first_row + kStoreRows <= tile.row_end;
-  if (__shfl_sync(kAllLanes, whole, 0)) {
-    constexpr int kRowBytes = kBoxColumns * 2;
-    char* first = buffer + first_row * kRowBytes;
-    // Lane i addresses rows 0-7 or 8-15 (i / 8 % 2) of column tiles j or j + 1 (i / 16), 16 bytes each, swizzled.
-    const int row = lane % 16;
+  if constexpr (Config::kStaged) {
+    // All lanes alike: the shuffle tells the compiler, which else gives up uniform registers in loops around this.
+    const bool whole = p.store_by_tma && first_row >= tile.row_begin && first_row + kStoreRows <= tile.row_end;
+    if (__shfl_sync(kAllLanes, whole, 0)) {
+      constexpr int kRowBytes = kBoxColumns * 2;
+      char* first = buffer + first_row * kRowBytes;
+      // Lane i addresses rows 0-7 or 8-15 (i / 8 % 2) of column tiles j or j + 1 (i / 16), 16 bytes each, swizzled.
+      const int row = lane % 16;
 #pragma unroll
-    for (int j = 0; j < kColumnTiles; j += 2) {
-      const int half = j / 8, piece = (j % 8 + lane / 16) ^ (row % 8);
-      store_matrices(shared_address(first + half * Config::kBoxBytes + row * kRowBytes + piece * 16), packed(j, 0),
-                     packed(j, 1), packed(j + 1, 0), packed(j + 1, 1));
-    }
-    fence_async_proxy();
-    __syncwarp();
-    if (lane == 0) {
-      for (int half = 0; half < Config::kHalves; ++half) {
-        cute::SM90_TMA_STORE_5D::copy(&p.out, first + half * Config::kBoxBytes, 0, token, half, head, batch);
+      for (int j = 0; j < kColumnTiles; j += 2) {
+        const int piece = j / 8, chunk = (j % 8 + lane / 16) ^ (row % 8);
+        store_matrices(shared_address(first + piece * Values::kBoxBytes + row * kRowBytes + chunk * 16), packed(j, 0),
+                       packed(j, 1), packed(j + 1, 0), packed(j + 1, 1));
       }
-      cute::tma_store_arrive();
+      fence_async_proxy();
+      __syncwarp();
+      if (lane == 0) {
+        for (int piece = 0; piece < Values::kPieces; ++piece) {
+          cute::SM90_TMA_STORE_5D::copy(&p.out, first + piece * Values::kBoxBytes, 0, token, piece, head, batch);
+        }
+        cute::tma_store_arrive();
+      }
+      return;
     }
-    return;
   }
   auto* out = static_cast<Element*>(p.out_data) + batch * p.out_batch_stride + head * p.out_head_stride;
 #pragma unroll
@@ -85,11 +88,24 @@ __device__ __forceinline__ void store_tile(char* buffer, const KernelParams& p, 
 #pragma unroll
     for (int j = 0; j < kColumnTiles; ++j) {
       const uint32_t pair = packed(j, r);
+      if (!Config::kStaged && p.store_by_tma) {  // then rows are aligned
+        *reinterpret_cast<uint32_t*>(target + 8 * j) = pair;
+        continue;
+      }
       // An `out` of the caller's may start its rows on odd elements.
       target[8 * j] = reinterpret_cast<const Element*>(&pair)[0];
       target[8 * j + 1] = reinterpret_cast<const Element*>(&pair)[1];
     }
   }
+}
+
+// Gives the query slot of a stored tile back, once TMA has read what the warp stored from it.
+__device__ __forceinline__ void release_stored(Mbarrier& empty, int lane) {
+  if (lane == 0) {
+    cute::tma_store_wait<0>();
+    empty.arrive();
+  }
+  __syncwarp();
 }
 
 }  // namespace bsfa::cuda::attn::sm90

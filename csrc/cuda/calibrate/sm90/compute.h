@@ -10,6 +10,7 @@
 #pragma once
 
 #include "../../common/mma.h"
+#include "../../common/steps.h"
 #include "config.h"
 
 namespace bsfa::cuda::measure {
@@ -109,7 +110,7 @@ class Consumer {
     start(step, even);
     warpgroup_wait<0>();
     warpgroup_fence_operand(even);
-    release(shared_.key_empty[key_.slot]);
+    release(shared_.key_empty[key_.slot], lane_);
     key_.advance();
     // Ends the step whose scores are `s`, while those of the next step are made in `other`; false if there is none.
     const auto advance = [&](auto& s, auto& other) __attribute__((always_inline)) {
@@ -122,7 +123,7 @@ class Consumer {
       finish(s, step);
       warpgroup_wait<0>();
       warpgroup_fence_operand(other);
-      release(shared_.key_empty[key_.slot]);
+      release(shared_.key_empty[key_.slot], lane_);
       key_.advance();
       step = next;
       return true;
@@ -134,12 +135,7 @@ class Consumer {
  private:
   __device__ Step await_step() const {
     shared_.key_full[key_.slot].wait(key_.parity);
-    const Step step = shared_.steps[key_.slot];
-    return {step.first_key, __shfl_sync(kAllLanes, step.flags, 0)};  // makes branches on it uniform
-  }
-
-  __device__ void release(Mbarrier& empty) const {
-    if (lane_ == 0) empty.arrive();
+    return read_step(shared_.steps[key_.slot]);
   }
 
   template <class Tensor>
@@ -152,7 +148,7 @@ class Consumer {
     put(result(s), step.flags & kLast);
     if (step.flags & kLast) {
       __syncwarp();
-      release(shared_.query_empty[tile_.slot]);
+      release(shared_.query_empty[tile_.slot], lane_);
       tile_.advance();
     }
   }
@@ -218,7 +214,7 @@ class Consumer {
     if (entry_ == 0) shared_.result_empty[result_.slot].wait(result_.parity ^ 1);
     if (lane_ == 0) shared_.results[result_.slot][entry_][warp_] = result;
     if (++entry_ == kBatch || last) {
-      release(shared_.result_full[result_.slot]);
+      release(shared_.result_full[result_.slot], lane_);
       result_.advance();
       entry_ = 0;
     }

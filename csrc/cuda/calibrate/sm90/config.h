@@ -1,4 +1,5 @@
-// Tiles, rings and shared memory of the kernels that measure q . k for calibration, for one element type and head_dim.
+// Tiles, rings and shared memory of the kernels that measure q . k, for calibration and as the first of two passes of
+// skipping, for one element type and head_dim.
 #pragma once
 
 #include <cutlass/fast_math.h>
@@ -61,15 +62,53 @@ struct Config {
 // One (tile, head) pair with blocks to see, from the scheduler warp to the others of its warpgroup.
 struct Work {
   TileRow tile;
-  int32_t head;    // -1: no more work
-  int32_t blocks;  // visible ones: 0 .. blocks - 1
-  int32_t row[2];  // of the results: of both groups of rows, or (block_m = 128) the first one of the tile
+  int32_t head;            // -1: no more work
+  int32_t blocks;          // visible ones: 0 .. blocks - 1
+  int32_t steps;           // blocks to go through: all of these, or, of a mask, those that are kept
+  const uint32_t* within;  // the row of that mask; null: there is none
+  int32_t row[2];          // of the results: of both groups of rows, or (block_m = 128) the first one of the tile
 };
 
 // The block of step `step`: the last visible one, block 0, and the others from the last to the first (SkipParams).
 __device__ __forceinline__ int32_t block_of_step(int32_t step, int32_t blocks) {
   return step == 0 ? blocks - 1 : step == 1 ? 0 : blocks - step;
 }
+
+// The blocks of a tile in that order, one call after the other; with kToMask those that a mask keeps.
+template <bool kToMask>
+class Walk {
+ public:
+  __device__ explicit Walk(const Work& work) : within_(work.within), blocks_(work.blocks) {}
+
+  // The next one; only as often as there are steps.
+  __device__ __forceinline__ int32_t next() {
+    const int32_t step = step_++;
+    if constexpr (!kToMask) return block_of_step(step, blocks_);
+    if (step == 1 && keeps(0)) return 0;  // not the first: else that was the last one
+    return at_ = below(step == 0 ? blocks_ : at_);
+  }
+
+ private:
+  __device__ __forceinline__ bool keeps(int32_t block) const {
+    return within_ == nullptr || (within_[block / 32] >> (block % 32) & 1) != 0;
+  }
+  // The last kept block before `end`, 0 if there is none.
+  __device__ __forceinline__ int32_t below(int32_t end) const {
+    if (within_ == nullptr) return end - 1;
+    while (end > 0) {
+      const int32_t word = (end - 1) / 32;
+      const uint32_t bits = within_[word] & (~0u >> (31 - (end - 1) % 32));
+      if (bits != 0) return word * 32 + 31 - __clz(bits);
+      end = word * 32;
+    }
+    return 0;
+  }
+
+  const uint32_t* within_;
+  const int32_t blocks_;
+  int32_t step_ = 0;
+  int32_t at_ = 0;  // where the way down has come to
+};
 
 // One KV block of one tile, from the key warp to both consumers.
 struct Step {
@@ -99,6 +138,23 @@ struct SharedStorage {
   Work work[kWorkSlots];
 };
 
+// SkipMaskParams, as the kernel wants it.
+struct MaskOutput {
+  Problem problem;
+  int64_t num_rows;       // of the workspace
+  const int32_t* within;  // null: all visible blocks
+  int32_t within_heads;
+  int32_t heads_per_within_head;
+  int32_t num_words;  // of a row and head
+  const float* thresholds;
+  int32_t columns;
+  int32_t sink_blocks;
+  int32_t window_blocks;
+  int32_t* words;   // zeroed; null: the results themselves are written
+  int32_t* counts;  // zeroed
+  unsigned long long* skips;
+};
+
 // What the launch passes to the kernel, by value: the descriptors must lie in parameter memory.
 struct KernelParams {
   CUtensorMap q, k;
@@ -121,6 +177,7 @@ struct KernelParams {
   int64_t lse_batch_stride, lse_head_stride;
   float* out;  // [rows, num_heads, max_blocks]
   int32_t max_blocks;
+  MaskOutput mask;
 };
 
 }  // namespace bsfa::cuda::measure

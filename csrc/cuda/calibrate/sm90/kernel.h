@@ -21,7 +21,7 @@
 
 namespace bsfa::cuda::measure {
 
-template <Quantity kQuantity, class Config>
+template <Quantity kQuantity, bool kToMask, class Config>
 __global__ void __launch_bounds__(kThreads, 1) measure_kernel(const __grid_constant__ KernelParams p) {
   extern __shared__ __align__(1024) char memory[];
   auto& shared = *reinterpret_cast<SharedStorage<Config>*>(memory);
@@ -52,11 +52,13 @@ __global__ void __launch_bounds__(kThreads, 1) measure_kernel(const __grid_const
   if (warp < 4) {
     cutlass::arch::warpgroup_reg_dealloc<kProducerRegisters>();
     if (warp == 0) {
-      KeyLoader<Config>(shared, p).run();
+      KeyLoader<kToMask, Config>(shared, p).run();
     } else if (warp == 1) {
       load_queries<Config, kQuantity == Quantity::kMass>(shared, p);
     } else if (warp == 2) {
-      schedule(shared, p);
+      schedule<kToMask>(shared, p);
+    } else if constexpr (kToMask) {
+      write_mask<kQuantity>(shared, p);
     } else {
       write_results<kQuantity>(shared, p);
     }
@@ -66,11 +68,11 @@ __global__ void __launch_bounds__(kThreads, 1) measure_kernel(const __grid_const
   }
 }
 
-template <Quantity kQuantity, class Config>
+template <Quantity kQuantity, bool kToMask, class Config>
 cudaError_t launch_kernel(const KernelParams& params, int num_ctas, cudaStream_t stream) {
   constexpr int kBytes = sizeof(SharedStorage<Config>);
   static_assert(kBytes <= 227 * 1024, "shared memory of one SM");
-  const auto kernel = measure_kernel<kQuantity, Config>;
+  const auto kernel = measure_kernel<kQuantity, kToMask, Config>;
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (error != cudaSuccess) return error;
   return launch_early(kernel, num_ctas, kThreads, kBytes, stream, params);
@@ -79,13 +81,16 @@ cudaError_t launch_kernel(const KernelParams& params, int num_ctas, cudaStream_t
 template <typename Element, int kHeadDim>
 cudaError_t launch(Quantity quantity, const KernelParams& params, int num_ctas, cudaStream_t stream) {
   using Kernel = Config<Element, kHeadDim>;
+  const bool to_mask = params.mask.words != nullptr;
   switch (quantity) {
     case Quantity::kMass:
-      return launch_kernel<Quantity::kMass, Kernel>(params, num_ctas, stream);
+      return launch_kernel<Quantity::kMass, false, Kernel>(params, num_ctas, stream);
     case Quantity::kAbsolute:
-      return launch_kernel<Quantity::kAbsolute, Kernel>(params, num_ctas, stream);
+      return to_mask ? launch_kernel<Quantity::kAbsolute, true, Kernel>(params, num_ctas, stream)
+                     : launch_kernel<Quantity::kAbsolute, false, Kernel>(params, num_ctas, stream);
     case Quantity::kRelative:
-      return launch_kernel<Quantity::kRelative, Kernel>(params, num_ctas, stream);
+      return to_mask ? launch_kernel<Quantity::kRelative, true, Kernel>(params, num_ctas, stream)
+                     : launch_kernel<Quantity::kRelative, false, Kernel>(params, num_ctas, stream);
   }
   return cudaErrorInvalidValue;
 }

@@ -6,9 +6,9 @@
 
 namespace bsfa::cuda::measure {
 
-// Takes pairs from the queue, a few tiles ahead of the other warps. Tiles that see nothing are left out: what their rows
+// Takes pairs from the queue, a few tiles ahead of the other warps. Tiles without steps are left out: what their rows
 // hold was written before this kernel.
-template <class Config>
+template <bool kToMask, class Config>
 __device__ void schedule(SharedStorage<Config>& shared, const KernelParams& p) {
   const int lane = threadIdx.x % 32;
   const Workspace& workspace = p.workspace;
@@ -32,7 +32,18 @@ __device__ void schedule(SharedStorage<Config>& shared, const KernelParams& p) {
     work.tile = workspace.rows[pair.row];
     work.head = pair.head;
     work.blocks = visible_range(work.tile, p.causal, -1).end;
-    if (work.blocks > 0) {
+    work.steps = work.blocks;
+    if constexpr (kToMask) {
+      const MaskOutput& mask = p.mask;
+      if (mask.within != nullptr) {
+        const int64_t row = int64_t{pair.row} * mask.within_heads + pair.head / mask.heads_per_within_head;
+        work.within = reinterpret_cast<const uint32_t*>(mask.within) + row * mask.num_words;
+      }
+      const int32_t group = p.heads_per_kv_head;  // counts are in natural order (schedule.cu)
+      const int64_t place = int64_t{pair.head / group} * mask.num_rows + (mask.num_rows - 1 - pair.row);
+      work.steps = workspace.counts[place * group + pair.head % group];
+    }
+    if (work.steps > 0) {
       work.row[0] = pair.row;
       if (p.first_rows != nullptr) {
         // A tile's position is a multiple of 128.
@@ -104,7 +115,7 @@ __device__ void load_queries(SharedStorage<Config>& shared, const KernelParams& 
 
 // Keys, and what the consumers are told about steps. All that can be is computed before a slot is waited for, and a
 // block's page is looked up one step ahead: what follows the wait is latency.
-template <class Config>
+template <bool kToMask, class Config>
 class KeyLoader {
  public:
   __device__ KeyLoader(SharedStorage<Config>& shared, const KernelParams& p)
@@ -154,11 +165,12 @@ class KeyLoader {
     const TileRow& tile = work.tile;
     const Keys keys{p_.block_table + tile.sequence * p_.block_table_stride, tile.key_token,
                     p_.keys_packed ? 0 : tile.sequence, work.head / p_.heads_per_kv_head};
-    Block next = block_at(keys, block_of_step(0, work.blocks), tile.seqlen_k);
-    for (int32_t i = 0; i < work.blocks; ++i) {
+    Walk<kToMask> walk(work);
+    Block next = block_at(keys, walk.next(), tile.seqlen_k);
+    for (int32_t i = 0; i < work.steps; ++i) {
       const Block block = next;
-      const bool last = i + 1 == work.blocks;
-      if (!last) next = block_at(keys, block_of_step(i + 1, work.blocks), tile.seqlen_k);
+      const bool last = i + 1 == work.steps;
+      if (!last) next = block_at(keys, walk.next(), tile.seqlen_k);
       const bool masked =
           block.valid < kBlockKeys || (p_.causal && block.first_key + kBlockKeys - 1 > tile.position + tile.row_begin);
       const uint32_t flags = (i == 0 ? kFirst : 0) | (last ? kLast : 0) | (masked ? kMasked : 0);

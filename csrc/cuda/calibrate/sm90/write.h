@@ -1,6 +1,7 @@
 // The warp that writes: joins what the consumers' warps found, in a fixed order, one step per lane.
 #pragma once
 
+#include "bsfa/keep.h"
 #include "compute.h"
 #include "load.h"
 
@@ -57,6 +58,59 @@ __device__ void write_results(SharedStorage<Config>& shared, const KernelParams&
       }
       __syncwarp();
       if (lane == 0) shared.result_empty[result.slot].arrive();
+    }
+  }
+}
+
+// In place of results a row of a mask: the blocks whose maximum over all rows of the tile is not below the threshold, and
+// those that are always kept. Nobody else writes the row; its words are set bit by bit since their blocks come in the
+// order of visits.
+template <Quantity kQuantity, class Config>
+__device__ void write_mask(SharedStorage<Config>& shared, const KernelParams& p) {
+  const MaskOutput& mask = p.mask;
+  const int lane = threadIdx.x % 32;
+  RingPosition<kWorkSlots> slot;
+  RingPosition<kResultSlots> result;
+  for (;;) {
+    const Work work = take_work(shared, slot);
+    if (work.head < 0) return;
+    const SequenceGeometry geometry = sequence_geometry(mask.problem, work.tile.sequence);
+    const AlwaysKept always =
+        always_kept(geometry, local_tile(geometry, work.tile), mask.sink_blocks, mask.window_blocks);
+    const int32_t column = min(max(absolute_tile(work.tile), 0), mask.columns - 1);
+    const float threshold = mask.thresholds[int64_t{work.head} * mask.columns + column];
+    const int64_t row = int64_t{work.row[0]} * p.num_heads + work.head;
+    int32_t* words = mask.words + row * mask.num_words;
+    Walk<true> walk(work);
+    int32_t count = 0;
+    for (int32_t first = 0; first < work.steps; first += kBatch, result.advance()) {
+      const int32_t steps = min(kBatch, work.steps - first);
+      int32_t block = 0;  // of step first + lane
+      for (int32_t i = 0; i < steps; ++i) {
+        const int32_t next = walk.next();
+        if (i == lane) block = next;
+      }
+      shared.result_full[result.slot].wait(result.parity);
+      bool keep = false;
+      if (lane < steps) {
+        const float* found = shared.results[result.slot][lane];
+        float largest = found[0];
+#pragma unroll
+        for (int w = 1; w < kConsumerWarps; ++w) largest = join<kQuantity>(largest, found[w]);
+        const float value = finished<kQuantity>(largest, 1.0f, p.unit);
+        keep = always(block) || !(value < threshold);  // NaN on either side keeps
+        if (keep) atomicOr(words + block / 32, static_cast<int32_t>(1u << (block % 32)));
+      }
+      count += __popc(__ballot_sync(kAllLanes, keep));
+      __syncwarp();
+      if (lane == 0) shared.result_empty[result.slot].arrive();
+    }
+    if (lane == 0) {
+      mask.counts[row] = count;
+      // Groups of rows that see these blocks: all that have rows, since tiles begin where blocks do.
+      const int groups = (work.tile.row_begin < kGroupRows) + (work.tile.row_end > kGroupRows);
+      atomicAdd(mask.skips + 2 * work.head, static_cast<unsigned long long>(work.steps) * groups);
+      atomicAdd(mask.skips + 2 * work.head + 1, static_cast<unsigned long long>(work.steps - count) * groups);
     }
   }
 }
