@@ -72,7 +72,7 @@ KERNELS: dict[str, frozenset[str]] = {
 
 def kernel_table() -> list[dict[str, Any]]:
     """The compiled kernels: one row each with op, device, arch, dtypes, head_dim; where not all go, also
-    blocks, rule, sharing, stride, max_blocks, head_dim_v (else that of v is head_dim), tokens (takes token masks).
+    blocks, rule, sharing, stride, max_blocks. A head_dim 192/128 is one of 128 in v.
     """
     rows: list[dict[str, Any]] = list(_C.kernels())
     if cuda_missing is None:

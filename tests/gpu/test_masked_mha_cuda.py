@@ -404,7 +404,7 @@ def mha(dtype: torch.dtype = BF16, dim: int = 192, dim_v: int = 128, **options: 
     [
         (mha(dtype=F32), "in float32"),
         (mha(dim=96, dim_v=96), "with head_dim 96"),
-        (mha(dim=192, dim_v=192), "with head_dim 192: its kernels take"),
+        (mha(dim=192, dim_v=192), r"head_dim 192: its kernels take 64, 128, 192 \(v: 128\)"),
         (mha(dim=128, dim_v=64), "head_dim 128 of q and k and 64 of v"),
     ],
 )
