@@ -3,8 +3,8 @@
     python benchmarks/readme.py            # rewrite README.md
     python benchmarks/readme.py --check    # exit with 1 if README.md is not what the results say
 
-Sources: benchmarks/results/demo.txt (printed by examples/demo.py), cpu.json and h200.json. The parts on attention,
-selection and exact skip are empty until h200.json holds the suites 'attention', 'select' and 'skip'; draw their images
+Sources: benchmarks/results/demo.txt (printed by examples/demo.py), cpu.json and h200.json. A part on
+speed is empty until h200.json holds its suite ('attention', 'select', 'skip', 'mmha', 'ttft', 'calib'); draw the images
 first: python benchmarks/plot_attention.py, plot_selection.py. The parts on policies and on targets are what
 examples/compare_policies.py and examples/target_table.py wrote.
 """
@@ -258,6 +258,97 @@ def skip() -> str:
     return "\n".join(lines)
 
 
+def masked() -> str:
+    """Multi-head attention under token sets, as a section; empty if the report has no such measurements."""
+    report, rows = _load("h200.json")
+    if "mmha.8k.x_dense" not in rows:
+        return ""
+    lines = [
+        f"## Token sets and MLA's head_dims on one {report['device']['name']}",
+        "",
+        "head_dim 192 of queries and keys and 128 of values (un-absorbed MLA), bfloat16, batch 1, causal, random data. "
+        "Masked: 2048 keys for each query, drawn at random (then no block of 128 x 128 is empty), or near it and in a "
+        "few clusters. Definitions: [benchmarks/README.md](benchmarks/README.md).",
+        "",
+        "| tokens | heads | dense | | against cuDNN |",
+        "|---|---|---|---|---|",
+    ]
+    for kilo in (8, 32):
+        for heads in (16, 128):
+            name = f"mla.dense.{kilo}k.h{heads}"
+            lines.append(
+                f"| {kilo}K | {heads} | {rows[f'{name}.ms']['value']:.3g} ms | "
+                f"{rows[f'{name}.tflops']['value']:.0f} TFLOP/s | {rows[f'{name}.x_cudnn']['value']:.2f}x as fast |"
+            )
+    lines += [
+        "",
+        "| tokens | heads | dense | random sets | local sets | blocks that hold a key of these |",
+        "|---|---|---|---|---|---|",
+    ]
+    for kilo in (4, 8, 16):
+        for heads, part in ((16, ".h16"), (128, "")):
+            random, local = rows[f"mmha.{kilo}k{part}.x_dense"], rows[f"mmha.{kilo}k{part}.local.x_dense"]
+            lines.append(
+                f"| {kilo}K | {heads} | {random['peers']['dense_ms']:.3g} ms | {random['value']:.2f} of that time | "
+                f"{local['value']:.2f} | {local['peers']['density']:.0%} |"
+            )
+    build = rows["mmha.build.16k.ms"]["value"]
+    lines += [
+        "",
+        f"torch's SDPA with the same sets as a boolean mask takes {rows['mmha.8k.x_sdpa_mask']['value']:.1f} times as "
+        f"long (8K, 128 heads). Words and block mask of 16K queries are made in {build:.2g} ms.",
+    ]
+    return "\n".join(lines)
+
+
+def ttft() -> str:
+    """Time to the first token in transformers, as a section; empty if the report has no such measurements."""
+    report, rows = _load("h200.json")
+    found = [kilo for kilo in (16, 64, 128) if f"ttft.8b.{kilo}k.dense.x_sdpa" in rows]
+    if not found:
+        return ""
+    lines = [
+        f"## Time to the first token in transformers on one {report['device']['name']}",
+        "",
+        "A model of Llama 3.1 8B's shape with random weights, bfloat16, one prompt; per-layer, per-head thresholds of "
+        "`RelativeMax` that keep the share of the blocks that the table says (random weights have no mass worth "
+        "keeping: only the cost is meant). In brackets the share of the time that is attention, selection included. "
+        "Definitions: [benchmarks/README.md](benchmarks/README.md).",
+        "",
+        "| tokens | sdpa | bsfa dense | bsfa, thresholds | blocks kept | against sdpa |",
+        "|---|---|---|---|---|---|",
+    ]
+    for kilo in found:
+        dense, sparse = rows[f"ttft.8b.{kilo}k.dense.x_sdpa"], rows[f"ttft.8b.{kilo}k.calibrated.x_sdpa"]
+        d, s = dense["peers"], sparse["peers"]
+        lines.append(
+            f"| {kilo}K | {d['sdpa_ttft_ms'] / 1e3:.2f} s ({d['sdpa_attention_share']:.0%}) | "
+            f"{d['ttft_ms'] / 1e3:.2f} s ({d['attention_share']:.0%}) | "
+            f"{s['ttft_ms'] / 1e3:.2f} s ({s['attention_share']:.0%}) | {s['density']:.1%} | "
+            f"{dense['value']:.2f}x and {sparse['value']:.2f}x as fast |"
+        )
+    least = rows.get("crossover.relmax.tokens")
+    if least is not None:
+        lines += [
+            "",
+            f"From {least['value']:.0f} tokens on, selecting and attending to 15 % of the blocks is faster than dense "
+            "attention; policies act from a little more on unless they are told otherwise (`min_seqlen`).",
+        ]
+    return "\n".join(lines)
+
+
+def calibrating() -> str:
+    """How long calibration takes, as a paragraph; empty if the report has no such measurements."""
+    report, rows = _load("h200.json")
+    if "calib.tiny.16k.s" not in rows:
+        return ""
+    tiny, large, memory = (rows[f"calib.{name}"]["value"] for name in ("tiny.16k.s", "8b.64k.s", "8b.64k.gb"))
+    return (
+        f"On one {report['device']['name']}, calibrating the shipped model on 64 prompts of 16K tokens takes "
+        f"{tiny:.1f} s; a model of Llama 3.1 8B's shape on 2 prompts of 64K takes {large:.0f} s and {memory:.0f} GB."
+    )
+
+
 def policies() -> str:
     """Quality of the policies on the shipped model, as a section; empty if examples/compare_policies.py has not run."""
     if not (RESULTS / "policies_tiny_lm.csv").is_file():
@@ -364,6 +455,9 @@ def filled(text: str) -> str:
         ("attention", attention),
         ("selection", selection),
         ("skip", skip),
+        ("masked", masked),
+        ("ttft", ttft),
+        ("calibrating", calibrating),
         ("policies", policies),
         ("targets", targets),
     ):

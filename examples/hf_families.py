@@ -84,15 +84,15 @@ MLA = {
     "qk_rope_head_dim": 8,
     "v_head_dim": 16,
 }
+MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_chunk_size": 32}
 CAPS = {"attn_logit_softcapping": 5.0, "final_logit_softcapping": None}
-FULL = {"layer_types": ["full_attention"] * 4}
 
 #: name: (model type of transformers, what its config has beside SMALL).
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "afmoe": ("afmoe", {}),
     "apertus": ("apertus", {}),
     "arcee": ("arcee", {}),
-    "bamba": ("bamba", {"attn_layer_indices": [1, 3]}),
+    "bamba": ("bamba", {**MAMBA, "attn_layer_indices": [1, 3]}),
     "beam": ("beam", {}),
     "bigbird-pegasus": ("bigbird_pegasus", {"decoder_layers": 4, "decoder_attention_heads": 4, "decoder_ffn_dim": 96}),
     "biogpt": ("biogpt", {}),
@@ -117,10 +117,23 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon": ("falcon", {"bias": False}),
     "falcon, alibi": ("falcon", {"alibi": True}),
     "falcon-h1": ("falcon_h1", {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_state": 16}),
+    "flint": ("flint", {}),
     "flex-olmo": ("flex_olmo", {}),
     "gemma": ("gemma", {}),
     "gemma2": ("gemma2", CAPS),
     "gemma3": ("gemma3_text", {"layer_types": ["sliding_attention", "full_attention"] * 2}),
+    "gemma3n": (
+        "gemma3n_text",
+        {
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "num_kv_shared_layers": 0,
+            "vocab_size_per_layer_input": VOCAB,
+            "hidden_size_per_layer_input": 16,
+            "laurel_rank": 8,
+            "activation_sparsity_pattern": [0.0] * 4,
+            "intermediate_size": [96] * 4,
+        },
+    ),
     "gemma4": (
         "gemma4_text",
         {
@@ -144,7 +157,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2", {}),
     "gptj": ("gptj", {"rotary_dim": 8}),
     "granite": ("granite", {}),
+    "granite-hybrid": ("granitemoehybrid", {**MAMBA, "layer_types": ["mamba", "attention"] * 2}),
     "granite-moe": ("granitemoe", {}),
+    "granite-moe-swa": ("granitemoe_swa", {}),
     "granite-swa": ("granite_swa", {}),
     "helium": ("helium", {}),
     "hunyuan-dense": ("hunyuan_v1_dense", {}),
@@ -184,6 +199,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "minimax-m2": ("minimax_m2", {}),
     "minimax-m3": ("minimax_m3_vl_text", {}),
     "ministral": ("ministral", {}),
+    "ministral3": ("ministral3", {"sliding_window": None}),
     "mistral": ("mistral", {"sliding_window": None}),
     "mistral, sliding window": ("mistral", {}),
     "mixtral": ("mixtral", {"sliding_window": None}),
@@ -194,6 +210,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo2": ("olmo2", {}),
     "olmo3": ("olmo3", {}),
     "olmoe": ("olmoe", {}),
+    "olmo-hybrid": ("olmo_hybrid", {}),
     "opt": ("opt", {}),
     "persimmon": ("persimmon", {}),
     "phi": ("phi", {}),
@@ -360,7 +377,7 @@ def as_markdown(rows: list[Found]) -> str:
             low = f"{number(row.bf16_error)}, {number(row.bf16_eager_error)}"
             acts = f"{row.sparse_layers} of {row.attention_layers} layers"
             lines.append(f"| {row.family} | {high} | {low} | {acts} | {row.reason} |")
-    lines += ["", "Refused with `bsfa.UnsupportedError`; nothing is computed:", "", "| family | reason |", "|---|---|"]
+    lines += ["", "Refused with `bsfa.UnsupportedError`, by `set_policy` or by the first prefill:", "", "| family | reason |", "|---|---|"]
     lines += [f"| {row.family} | {row.reason.replace('|', '/')} |" for row in refused]
     return "\n".join(lines)
 

@@ -162,7 +162,7 @@ class Inputs:
         pool = sum(pages) + 3
         self.k, self.v = empty_rows(pool, page, case.hkv, case.dim, case.dtype, case.strides)
         if self.values[0].shape[-1] != case.dim:
-            self.v = empty_rows(pool, page, *self.values[0].shape[1:], case.dtype, "gaps")[0]
+            self.v = empty_rows(pool, page, *self.values[0].shape[1:], case.dtype, "wide-gaps")[0]
         order = torch.randperm(pool, generator=self.generator).tolist()
         garbage = torch.tensor(GARBAGE_PAGES).repeat(len(pages), max_pages)[:, : max_pages + 3].to(torch.int32)
         self.block_table = garbage[:, :max_pages]

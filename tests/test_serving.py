@@ -205,6 +205,31 @@ def test_contradicting_lengths_are_refused() -> None:
         run_prefill(plan, torch.zeros(4, HQ, D), cache, cache, policy=None, out=torch.zeros(4, HQ, D))
 
 
+def test_padding_requests_are_left_out() -> None:
+    """Servers pad a batch with requests of no tokens, whose pages and lengths are left over from another."""
+    requests = [(64, 128), (40, 40), (128, 128)]
+    batch = Batch(requests)
+    starts = [*batch.starts, batch.starts[-1], batch.starts[-1]]
+    lengths = [*batch.lengths, 10**6, 10**6]
+    table = torch.cat([batch.table, torch.full((2, batch.table.shape[1]), -1, dtype=torch.int32)])
+    where = (table, torch.tensor(starts, dtype=torch.int32), torch.tensor(lengths, dtype=torch.int32), starts, lengths)
+    for policy in (SPARSE, None):
+        out = torch.full((len(batch.q), HQ, D), NAN)
+        plan = plan_prefill(*where, 100)
+        assert plan.everything.max_seqlen_k == 128
+        run_prefill(plan, batch.q, batch.k, batch.v, policy=policy, out=out)
+        assert torch.equal(out[: starts[-1]], batch.run(policy, 100))
+
+
+def test_requests_of_a_few_tokens_may_be_decode_steps() -> None:
+    """Those that verify drafts."""
+    batch = Batch([(4, 300), (5, 300)])
+    where = (batch.table, torch.tensor(batch.starts, dtype=torch.int32), torch.tensor(batch.lengths, dtype=torch.int32))
+    plan = plan_prefill(*where, batch.starts, batch.lengths, 100, 4)
+    assert plan.dense is not None and plan.dense.rows == slice(0, 4)
+    assert plan.sparse is not None and plan.sparse.rows == slice(4, 9)
+
+
 def test_a_policy_begins_at_the_minimum_length() -> None:
     for length, sparse in ((DEFAULT_MIN_SEQLEN - 1, False), (DEFAULT_MIN_SEQLEN, True)):
         lengths = torch.tensor([length], dtype=torch.int32)
@@ -414,3 +439,18 @@ def test_what_kernels_cannot_run_is_known_before(monkeypatch: pytest.MonkeyPatch
         asked[0][0] == "skip_attention" and asked[-1][-1] == 32 and asked[-1][-4:-1] == ("relative_max", None, "none")
     )
     assert shared.unsupported_reason(StaticPattern(), cpu, F32, 80) is None
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "examples").glob("serve_*/*.toml")), ids=str)
+def test_the_examples_files_are_good(path: Path) -> None:
+    assert not ServingConfig.load(path).dense
+
+
+def test_the_documented_file_is_good(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs/integrations.md").read_text()
+    config = ServingConfig.load(write(tmp_path, page.split("```toml\n")[1].split("```")[0]))
+    assert (config.min_seqlen, config.dense_layers) == (8192, {0, 1})
+    for name in shared._KEYS:
+        assert f"`{name}`" in page or f"`[{name}]`" in page
+    for name in shared._POLICIES:
+        assert f"`{name}`" in page

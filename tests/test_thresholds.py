@@ -36,7 +36,7 @@ POLICIES: list[ThresholdPolicy] = [
     ),
     Antidiagonal(stride=32, block_n=64),
     ExactSkip(form="absolute", counted=True, sink_blocks=2),
-    ExactSkip(form="relative", window_blocks=3),
+    ExactSkip(form="relative", window_blocks=3, passes=2),
 ]
 POSITIONS = (0, 128, 1000)
 
@@ -299,6 +299,19 @@ def test_unsound_exact_skip_content_is_refused(case: str, path: Path) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         ThresholdTable.load(path)
     assert str(path) in str(caught.value)
+
+
+def test_files_from_before_two_passes(path: Path) -> None:
+    make_table(POLICIES[-1]).save(path)
+    assert ThresholdTable.load(path).policy.passes == 2  # type: ignore[attr-defined]
+    metadata, tensors = read(path)
+    del metadata["policy"]["parameters"]["passes"]
+    write(path, metadata, tensors)
+    assert ThresholdTable.load(path).policy.passes == 1  # type: ignore[attr-defined]
+    metadata["policy"]["parameters"]["passes"] = 3
+    write(path, metadata, tensors)
+    with pytest.raises(ValueError, match="passes must be 1 or 2"):
+        ThresholdTable.load(path)
 
 
 def test_version_1_cannot_hold_what_version_2_says(path: Path) -> None:

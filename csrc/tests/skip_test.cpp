@@ -1,4 +1,4 @@
-// Attention with skipping and tile_max on the CPU against the rule in float64, decision by decision, on every
+// Attention with skipping, skip_mask and tile_max on the CPU against the rule in float64, decision by decision, on every
 // instruction set that this machine has. Built as cpu_kernels_test.cpp is.
 #include <algorithm>
 #include <cmath>
@@ -200,6 +200,98 @@ void check_skip(SkipFixture& f, const std::string& where, const Options& o) {
   }
 }
 
+// The mask of the first of two passes: of the blocks of another mask, those that one of the tile's groups would not skip.
+void check_first_pass(SkipFixture& f, const std::string& where, const Options& o) {
+  const Case& c = f.c;
+  const int num_words = (f.max_blocks + 31) / 32;
+  std::vector<int32_t> within(int64_t{f.num_rows} * std::max(o.mask_heads, 1) * num_words + 1);
+  for (int32_t& w : within) w = static_cast<int32_t>(f.random() | f.random());
+  std::vector<float> thresholds(c.hq);
+  std::uniform_real_distribution<float> uniform(-1.0f, 1.0f);
+  for (float& x : thresholds) x = (o.form == SkipForm::kAbsolute ? 2.5f : -0.3f) + uniform(f.random);
+  bsfa::SkipMaskParams params;
+  bsfa::AttentionParams& a = params.attention;
+  a.problem = f.problem;
+  a.q = f.q_view;
+  a.k = f.k_view;
+  a.words = o.mask_heads == 0 ? nullptr : within.data();
+  a.num_rows = f.num_rows;
+  a.mask_heads = o.mask_heads;
+  a.num_words = num_words;
+  a.skip = {o.form, thresholds.data(), 1, o.sink, o.window, false, nullptr};
+  params.num_words = num_words;
+  const int64_t rows_and_heads = int64_t{f.num_rows} * c.hq;
+  std::vector<int32_t> words(rows_and_heads * num_words + 1, -1), counts(rows_and_heads + 1, -1);
+  std::vector<int32_t> other_words = words, other_counts = counts;
+  std::vector<int64_t> skips(2 * c.hq, 0), other_skips = skips, want_skips = skips;
+  params.words = other_words.data();
+  params.counts = other_counts.data();
+  a.skip.counts = other_skips.data();
+  bsfa::cpu::skip_mask(params, threads(3));
+  params.words = words.data();
+  params.counts = counts.data();
+  a.skip.counts = skips.data();
+  bsfa::cpu::skip_mask(params, threads(1));
+  if (words != other_words || counts != other_counts || skips != other_skips) fail(where, "bits by workers", 0, 1);
+
+  std::vector<int32_t> want(words.size(), 0), want_counts(counts.size(), 0);
+  want.back() = want_counts.back() = -1;  // past the end
+  bool near = false;
+  for (size_t b = 0; b < c.lengths.size(); ++b) {
+    for (int t = 0; t < f.tiles(b); ++t) {
+      const int tile = f.first_tile(b) + t;
+      for (int h = 0; h < c.hq; ++h) {
+        const int mask_head = o.mask_heads == c.hq ? h : o.mask_heads == c.hkv ? h / f.group() : 0;
+        std::vector<int> kept;
+        for (int j = 0; j < f.visible(b, t); ++j) {
+          const int64_t row = int64_t{f.rows_before[b] + t} * o.mask_heads + mask_head;
+          if (o.mask_heads == 0 || bit(within, row, num_words, j)) kept.push_back(j);
+        }
+        std::vector<double> top(f.max_blocks, -kInf);
+        std::vector<int> groups(f.max_blocks, 0);
+        for (int group = 0; group * bsfa::kSkipRows < c.block_m; ++group) {
+          std::vector<int> rows;
+          for (int r : f.rows_of(b, t)) {
+            if ((f.position(b, r) - tile * c.block_m) / bsfa::kSkipRows == group) rows.push_back(r);
+          }
+          std::vector<double> running(rows.size(), -kInf), tops;
+          for (int j : visits(kept)) {
+            if (rows.empty() || !f.sees(b, rows.back(), j * c.block_n)) continue;
+            ++groups[j];
+            top[j] = std::max(top[j], compared(f, b, rows, h, j, o.form, running, &tops));
+            for (size_t i = 0; i < rows.size(); ++i) running[i] = std::max(running[i], tops[i]);
+          }
+        }
+        const int64_t row = int64_t{f.rows_before[b] + t} * c.hq + h;
+        for (int j : kept) {
+          const bool free = !always(f, b, t, j, o);
+          near |= free && std::fabs(top[j] - thresholds[h]) < kNear;
+          want_skips[2 * h] += groups[j];
+          if (free && top[j] < thresholds[h]) {
+            want_skips[2 * h + 1] += groups[j];
+          } else {
+            want[row * num_words + j / 32] |= static_cast<int32_t>(1u << (j % 32));
+            ++want_counts[row];
+          }
+        }
+      }
+    }
+  }
+  if (near) {
+    std::printf("%s: a threshold lies too near to a maximum, nothing is compared\n", where.c_str());
+    return;
+  }
+  for (size_t i = 0; i < want.size(); ++i) {
+    if (words[i] != want[i]) fail(where, "word of the first pass", words[i], want[i]);
+  }
+  for (size_t i = 0; i < want_counts.size(); ++i) {
+    if (counts[i] != want_counts[i]) fail(where, "count of the first pass", counts[i], want_counts[i]);
+  }
+  for (size_t i = 0; i < want_skips.size(); ++i) {
+    if (skips[i] != want_skips[i]) fail(where, "skips of the first pass", skips[i], want_skips[i]);
+  }
+}
+
 void check_tile_max(SkipFixture& f, const std::string& where, SkipForm form) {
   const Case& c = f.c;
   bsfa::TileMaxParams params;
@@ -276,6 +368,10 @@ int main() {
         check_skip(f, where + ", counted", {form, 0, 0, 2, true});
         check_skip(f, where + ", mask of the heads", {form, c.hq, 1, 1, false});
         check_skip(f, where + ", mask of the KV heads, counted", {form, c.hkv, 1, 1, true});
+        for (const int heads : {0, c.hq, c.hkv, 1}) {
+          check_first_pass(f, where + ", first pass, mask heads " + std::to_string(heads), {form, heads, 1, 1, false});
+        }
+        check_first_pass(f, where + ", first pass, two sinks", {form, 0, 2, 2, false});
       }
     }
     std::printf("%s: %zu cases\n", isa, cases().size());

@@ -23,8 +23,8 @@ class AttentionInfo:
     num_heads: query heads.
     mean_corrected: whether dropped blocks entered the softmax through their means (``mean_correction``).
     skips: int64 [query heads, 2] of :class:`bsfa.policies.ExactSkip`, on the device: pairs (group of 64 query rows,
-    kept block that one of them sees) that were met, and those of them that were skipped. None: nothing was to be
-    skipped.
+    kept block that one of them sees) that were met, and those of them that were skipped, in one pass or two. None:
+    nothing was to be skipped.
     token_mask: the keys that each query saw, of :class:`bsfa.policies.TokenTopK`; ``mask`` is its blocks. None: whole
     blocks.
     """

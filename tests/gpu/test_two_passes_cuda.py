@@ -67,6 +67,8 @@ CASES = [
     replace(BASE, lengths=((1500, 1500),), hq=2, hkv=1, dim=128),
     replace(BASE, lengths=((300, 4300), (0, 0), (70, 4097), (128, 1)), layout=PAGED_PACKED, hq=2, hkv=1, mask="sparse"),
     replace(BASE, lengths=((700, 700),) * 2, hq=32, hkv=8),
+    # Mask rows of 33 words, and an order that is sorted by length in windows.
+    *table(replace(BASE, lengths=((140, 131_500),), hq=1, hkv=1, layout=PAGED, page_size=256), mask=["none", "sparse"]),
 ]
 WITH_FORMS = pytest.mark.parametrize("form", FORMS)
 

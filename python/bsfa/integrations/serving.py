@@ -405,14 +405,17 @@ def plan_prefill(
     cu_seqlens_q_host: Sequence[int],
     seqlens_k_host: Sequence[int],
     min_seqlen: int = DEFAULT_MIN_SEQLEN,
+    decode_tokens: int = 1,
 ) -> PrefillPlan:
     """Sort the requests of a batch by what runs them; waits for no device.
 
     block_table int32 [B, max_pages], cu_seqlens_q int32 [B + 1], seqlens_k int32 [B]: on the device.
     cu_seqlens_q_host, seqlens_k_host: the same numbers on the host. Those of seqlens_k may be upper bounds.
 
-    A policy is for requests with at least ``min_seqlen`` KV tokens and more than one query token: a decode step is
-    dense, whatever it shares the batch with. Raises ``ValueError`` if the host's numbers contradict each other.
+    A policy is for requests with at least ``min_seqlen`` KV tokens and more than ``decode_tokens`` query tokens: a
+    decode step is dense, whatever it shares the batch with. Requests without query tokens, with which servers pad, are
+    left out.
+    Raises ``ValueError`` if the host's numbers contradict each other.
     """
     starts, lengths_k = [int(x) for x in cu_seqlens_q_host], [int(x) for x in seqlens_k_host]
     batch = len(lengths_k)
@@ -424,7 +427,7 @@ def plan_prefill(
     lengths_q = [b - a for a, b in itertools.pairwise(starts)]
     if starts[0] != 0 or min(lengths_q, default=0) < 0:
         raise ValueError(f"cu_seqlens_q must start with 0 and never decrease, got {starts}")
-    everything = Group(
+    everything = whole = Group(
         slice(0, starts[-1]),
         cu_seqlens_q,
         seqlens_k,
@@ -433,14 +436,14 @@ def plan_prefill(
         max(lengths_k, default=0),
     )
     present = [i for i in range(batch) if lengths_q[i] > 0]
-    sparse = [i for i in present if lengths_q[i] > 1 and lengths_k[i] >= min_seqlen]
+    if 0 < len(present) < batch:  # whose pages and lengths may be anything
+        everything = _group(everything, present, starts, lengths_k)
+    sparse = [i for i in present if lengths_q[i] > decode_tokens and lengths_k[i] >= min_seqlen]
     chosen = set(sparse)
     dense = [i for i in present if i not in chosen]
     if not sparse or not dense:
         return PrefillPlan(everything, everything if sparse else None, everything if dense else None)
-    return PrefillPlan(
-        everything, _group(everything, sparse, starts, lengths_k), _group(everything, dense, starts, lengths_k)
-    )
+    return PrefillPlan(everything, _group(whole, sparse, starts, lengths_k), _group(whole, dense, starts, lengths_k))
 
 
 def _run_group(

@@ -23,6 +23,8 @@ SKIP_ROWS = 64
 
 def _knots(positions: tuple[int, ...], device: torch.device) -> Tensor:
     """Positions as float32 on ``device``; copied there once, so that later calls wait for nothing."""
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     if torch.compiler.is_compiling():
         return torch.tensor(positions, dtype=torch.float32, device=device)
     return _knots_once(positions, device)
@@ -131,8 +133,9 @@ class ExactSkip(ThresholdPolicy):
         return cls(ratio=1.0, form="absolute", reference=reference, positions=(0,), **options)  # type: ignore[arg-type]
 
     def to(self, device: torch.device) -> ExactSkip:
-        """The same policy with its tensors on ``device``."""
+        """The same policy with its tensors on ``device``; calls there wait for no copy, the first one neither."""
         moved = super().to(device)
+        _knots(self.positions, device)
         reference = None if moved.reference is None else moved.reference.to(device)
         within = None if moved.within is None else moved.within.to(device)
         if reference is moved.reference and within is moved.within:

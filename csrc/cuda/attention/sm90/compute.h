@@ -76,6 +76,7 @@ class Consumer {
     warpgroup_wait<0>();
     warpgroup_fence_operand(s);
     scores_made(step);
+    key_.advance();
     softmax(s, step, rescale);
     convert(s, probabilities);
 
@@ -96,6 +97,7 @@ class Consumer {
       warpgroup_wait<0>();
       warpgroup_fence_operand(o);
       release(shared_.value_empty[value_.slot], lane_);
+      key_.advance();  // here, and not before the softmax, which is 2 % slower
       value_.advance();
       convert(s, probabilities);
       return rescaled;
@@ -146,7 +148,6 @@ class Consumer {
     if constexpr (!Config::kStaged) {
       if (step.flags & kLast) release(shared_.query_empty[query_.slot], lane_);
     }
-    key_.advance();
   }
 
   // The step's words of the token mask, before its slot is given back.
