@@ -377,7 +377,8 @@ def as_markdown(rows: list[Found]) -> str:
             low = f"{number(row.bf16_error)}, {number(row.bf16_eager_error)}"
             acts = f"{row.sparse_layers} of {row.attention_layers} layers"
             lines.append(f"| {row.family} | {high} | {low} | {acts} | {row.reason} |")
-    lines += ["", "Refused with `bsfa.UnsupportedError`, by `set_policy` or by the first prefill:", "", "| family | reason |", "|---|---|"]
+    lines += ["", "Refused with `bsfa.UnsupportedError`, by `set_policy` or by the first prefill:", ""]
+    lines += ["| family | reason |", "|---|---|"]
     lines += [f"| {row.family} | {row.reason.replace('|', '/')} |" for row in refused]
     return "\n".join(lines)
 
