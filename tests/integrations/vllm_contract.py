@@ -63,13 +63,13 @@ BF16_THERE: Any = {"dtype": BF16, "device": DEVICE}
 #: Tokens of a block, and what lengths below are multiplied by: GPU kernels have blocks of 128.
 BLOCK, SCALE = (32, 1) if DEVICE.type == "cpu" else (128, 4)
 LENGTH = 100 * SCALE
-SPARSE = RelativeMax(alpha=0.95, block_m=BLOCK, block_n=BLOCK, sink_blocks=1, window_blocks=1, last_tiles=0)
+SPARSE = RelativeMax(alpha=1.0, block_m=BLOCK, block_n=BLOCK, sink_blocks=1, window_blocks=1, last_tiles=0)
 TOML = f"""
 min_seqlen = {LENGTH}
 dense_layers = [1]
 [policy]
 name = "RelativeMax"
-alpha = 0.95
+alpha = 1.0
 block_m = {BLOCK}
 block_n = {BLOCK}
 sink_blocks = 1
