@@ -95,7 +95,7 @@ def masked_mha(
             "beyond which gathering the chosen keys (absorbed MLA) is expected to cost less. Use such a kernel, or "
             'pass beyond="masked" or a larger max_masked_seqlen to mask all the same.'
         )
-    policy = TokenTopK(indices, check)
+    policy = TokenTopK(indices=indices, check=check)  # by name: torch.compile of torch 2.11 wants it so
     tokens: TokenMask | None = None
     if not dense or isinstance(indices, TokenMask) or _reads(indices, check):
         tokens = policy.token_mask(layout)
