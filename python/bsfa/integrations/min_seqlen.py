@@ -5,7 +5,7 @@ from __future__ import annotations
 #: Keys (tokens) from which on an integration applies a policy; below, attention is dense. Not below what
 #: benchmarks/results/h200.json measures as ``crossover.relmax.tokens``: the length from which on choosing blocks and
 #: attending to them is faster than dense attention.
-DEFAULT_MIN_SEQLEN = 4096
+DEFAULT_MIN_SEQLEN = 8192
 
 #: Why a call below the minimum is dense.
 SHORT_REASON = "fewer keys than min_seqlen"
