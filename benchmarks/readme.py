@@ -296,8 +296,8 @@ def masked() -> str:
         f"torch's SDPA with the same sets as a boolean mask takes {rows['mmha.8k.x_sdpa_mask']['value']:.1f} times as "
         f"long (8K, 128 heads). Words and block mask of 16K queries are made in {build:.2g} ms.",
         "",
-        "Gathering the 2048 keys of each query from the latent cache (absorbed MLA: 576 and 512 dims, in torch, without "
-        "a fused kernel), in times of masking, its mask's making included:",
+        "Gathering the 2048 keys of each query from the latent cache (absorbed MLA: 576 and 512 dims, in torch, "
+        "without a fused kernel), in times of masking, its mask's making included:",
         "",
         "| tokens | 16 heads | 32 heads | 64 heads | 128 heads |",
         "|---|---|---|---|---|",
