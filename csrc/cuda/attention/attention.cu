@@ -87,12 +87,14 @@ void set_skip(const AttentionParams& params, KernelParams& k) {
   k.skip.unit = kLog2e * k.scale.inverse_scale_log2;
 }
 
-Tiling tiling_of(const AttentionParams& params) {
+Tiling tiling_of(const AttentionParams& params, int ctas_per_sm) {
   const Problem& p = params.problem;
   Tiling tiling{p, params.num_rows, p.num_q_heads, p.num_q_heads / p.num_kv_heads, params.window_left, params.words};
   tiling.counts = params.window_left < 0 ? params.counts : nullptr;
   tiling.mask_heads = params.mask_heads;
   tiling.num_words = params.num_words;
+  // Where CTAs share an SM a tile takes longer, so shorter ones count as long.
+  if (ctas_per_sm > 1) tiling.long_share *= 4;
   return tiling;
 }
 
@@ -139,13 +141,17 @@ cudaError_t attention(const AttentionParams& params, void* workspace, cudaStream
   k.lse_batch_stride = params.lse_batch_stride;
   k.lse_head_stride = params.lse_head_stride;
 
-  int sms = 0;
-  cudaError_t error = num_sms(&sms);
+  using attn::sm90::Variant;
+  const Variant variant = skips ? Variant::kSkip : tokens ? Variant::kTokens : Variant::kPlain;
+  int workers = 0;  // CTAs that run at a time
+  cudaError_t error = num_sms(&workers);
+  const int ctas_per_sm = attn::sm90::ctas_per_sm(p.head_dim, variant);
+  workers *= ctas_per_sm;
   if (error == cudaSuccess) error = make_maps(params, k);
   if (error == cudaSuccess) error = make_mean_maps(params, k);
-  if (error == cudaSuccess) error = make_order(tiling_of(params), k.workspace, sms, stream);
+  if (error == cudaSuccess) error = make_order(tiling_of(params, ctas_per_sm), k.workspace, workers, stream);
   if (error != cudaSuccess) return error;
-  const int ctas = static_cast<int>(std::min<int64_t>(sms, pairs));
+  const int ctas = static_cast<int>(std::min<int64_t>(workers, pairs));
   const bool bf16 = p.dtype == DType::kBFloat16;
   using namespace attn::sm90;
   using Launch = decltype(&launch_bf16_d64);

@@ -5,7 +5,7 @@
 //          within the visible range; without a mask the range itself.
 // order    one CTA. Natural order runs through one KV head's rows, last tile first, the group's query heads side by
 //          side, before the next KV head's: tiles at work together then read the same keys, from L2. Only tiles so long
-//          that they could keep one SM busy when the others are done (more than 1 / kLongShare of an SM's share of all
+//          that they could keep one CTA busy when the others are done (more than 1 / long_share of a CTA's share of all
 //          work) leave that order and go first, in logarithmic buckets of their length, longest first.
 //          Each warp owns one contiguous piece: count, scan, scatter. Stable, so the same inputs give the same order.
 // level    where the keys of one KV head outgrow L2: sorts every kWindow pairs of that order by length. CTAs that work
@@ -31,7 +31,6 @@ constexpr int kOrderWarps = kOrderThreads / 32;
 constexpr int kWindow = 1024;  // pairs, about eight for each SM
 // Longest sequence whose keys stay in L2 in any order of tiles: 16 MB of K in 16 bits and head_dim 128, as much of V.
 constexpr int32_t kLevelKeys = 1 << 16;
-constexpr int kLongShare = 16;
 constexpr int kSubBits = 2;                            // buckets per octave: 2^kSubBits
 constexpr int kBuckets = (32 - kSubBits) << kSubBits;  // of any count that fits in 31 bits
 
@@ -92,7 +91,7 @@ __global__ void __launch_bounds__(kCountThreads)
 
 __global__ void __launch_bounds__(kOrderThreads)
     order_kernel(const Workspace workspace, const int32_t num_rows, const int32_t heads, const int32_t group,
-                 const int32_t num_sms) {
+                 const int32_t shares) {
   __shared__ int32_t offsets[kOrderWarps][kBuckets];
   __shared__ int32_t scratch[kOrderWarps];
   __shared__ unsigned long long all_work;
@@ -112,7 +111,7 @@ __global__ void __launch_bounds__(kOrderThreads)
   for (int d = 16; d > 0; d /= 2) work += __shfl_xor_sync(kAllLanes, work, d);
   if (lane == 0) atomicAdd(&all_work, static_cast<unsigned long long>(work));
   __syncthreads();
-  const auto longest_short = static_cast<int64_t>(all_work / (static_cast<unsigned>(num_sms) * kLongShare));
+  const auto longest_short = static_cast<int64_t>(all_work / (static_cast<unsigned>(shares)));
   // Lanes with the same bucket find each other; the first of them counts for all.
   const auto bucket_at = [&](int32_t i) {
     const int32_t count = i < end ? workspace.counts[i] : -1;
@@ -207,13 +206,13 @@ Workspace Workspace::in(void* memory, int64_t num_rows, int64_t num_heads) {
   return w;
 }
 
-cudaError_t make_order(const Tiling& tiling, const Workspace& workspace, int num_sms, cudaStream_t stream) {
+cudaError_t make_order(const Tiling& tiling, const Workspace& workspace, int workers, cudaStream_t stream) {
   count_kernel<<<static_cast<unsigned>(tiling.num_rows), kCountThreads, 0, stream>>>(tiling, workspace);
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess) return error;
   const auto rows = static_cast<int32_t>(tiling.num_rows);
-  const cudaError_t ordered =
-      launch_early(order_kernel, 1, kOrderThreads, 0, stream, workspace, rows, tiling.heads, tiling.group, num_sms);
+  const cudaError_t ordered = launch_early(order_kernel, 1, kOrderThreads, 0, stream, workspace, rows, tiling.heads,
+                                           tiling.group, workers * tiling.long_share);
   const bool level = (tiling.words != nullptr || tiling.counts != nullptr) && tiling.problem.kv.max_seqlen > kLevelKeys;
   if (ordered != cudaSuccess || !level) return ordered;
   const int windows = static_cast<int>((tiling.num_rows * tiling.heads + kWindow - 1) / kWindow);

@@ -29,6 +29,8 @@ struct Tiling {
   const int32_t* counts = nullptr;  // [num_rows, mask_heads] their bits, where they are known
   int32_t mask_heads = 0;
   int32_t num_words = 0;
+  // Tiles longer than 1 / long_share of a worker's share of all blocks leave natural order and go first.
+  int32_t long_share = 16;
 };
 
 // Where one query tile lies. Only rows [row_begin, row_end) of its 128 belong to the sequence.
@@ -120,8 +122,8 @@ struct Workspace {
   static Workspace in(void* memory, int64_t num_rows, int64_t num_heads);
 };
 
-// Fills the workspace.
-cudaError_t make_order(const Tiling& tiling, const Workspace& workspace, int num_sms, cudaStream_t stream);
+// Fills the workspace. `workers`: CTAs that will work on it at a time.
+cudaError_t make_order(const Tiling& tiling, const Workspace& workspace, int workers, cudaStream_t stream);
 
 // SMs of the current device.
 cudaError_t num_sms(int* count);

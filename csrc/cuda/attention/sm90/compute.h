@@ -37,8 +37,6 @@ __device__ __forceinline__ void give_turn(int warpgroup) {
 
 template <class Config>
 class Consumer {
-  using Element = typename Config::Element;
-
  public:
   __device__ Consumer(SharedStorage<Config>& shared, const KernelParams& p)
       : shared_(shared),
@@ -56,9 +54,9 @@ class Consumer {
     const auto key_part = get<1>(parts);
     const auto value_part = get<2>(parts);
 
-    auto s = partition_fragment_C(score_mma, Shape<Int<kTileRows>, Int<kBlockKeys>>{});
+    auto s = partition_fragment_C(score_mma, Shape<Int<kTileRows>, Int<Config::kScoreKeys>>{});
     auto o = partition_fragment_C(output_mma, Shape<Int<kTileRows>, Int<Config::kHeadDimV>>{});
-    auto probabilities = make_probabilities<Element>();
+    auto probabilities = make_probabilities<Config>();
 
     const int warpgroup = warp_ / 4;
     float rescale[2];
@@ -134,7 +132,7 @@ class Consumer {
     }
   }
 
- private:
+ protected:
   // The step's K, the V of the one before, and the step itself have arrived.
   __device__ void await_step() const { shared_.full[key_.slot].wait(key_.parity); }
   __device__ void await_query() const { shared_.query_full[query_.slot].wait(query_.parity); }
@@ -157,9 +155,9 @@ class Consumer {
     }
   }
 
-  // True if what was summed before must be multiplied by `rescale`.
+  // Of the step's keys, or a part of them. True if what was summed before must be multiplied by `rescale`.
   template <class Tensor>
-  __device__ bool softmax(Tensor& s, const Step& step, float (&rescale)[2]) {
+  __device__ bool softmax(Tensor& s, const Step& step, float (&rescale)[2], int part = 0) {
     if constexpr (Config::kTransform) {
       transform_scores(s, p_.scale);
     }
@@ -175,13 +173,13 @@ class Consumer {
       const int first_row = warp_ * kStoreRows + lane_ / 4;
       if (step.flags & kMeans) {
         const Columns& columns = shared_.columns[step.flags >> kColumnsShift];
-        weigh_means(s, tile, step.first_key, columns, first_row, p_.scale.inverse_scale_log2);
+        weigh_means(s, tile, step.first_key, columns, part, first_row, p_.scale.inverse_scale_log2);
       } else {
-        mask_scores(s, tile, step.first_key, first_row, p_.causal, p_.window_left);
+        mask_scores(s, tile, step.first_key + part * Config::kScoreKeys, first_row, p_.causal, p_.window_left);
       }
     }
     const float top[2] = {max_of_row(s, 0), max_of_row(s, 1)};
-    rows_complete_ = softmax_any(s, top, rows_, rescale, step.flags & kFirst, p_.scale.scale_log2);
+    rows_complete_ = softmax_any(s, top, rows_, rescale, (step.flags & kFirst) && part == 0, p_.scale.scale_log2);
     return true;
   }
 

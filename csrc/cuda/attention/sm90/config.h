@@ -20,11 +20,6 @@ constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
 constexpr int kConsumerWarps = kConsumers * 4;
 constexpr int kStoreRows = 16;  // rows that one warp owns, and stores at once
 
-// setmaxnreg, per thread: 40 * 128 + 232 * 256 registers of 65536.
-constexpr int kProducerRegisters = 40;
-constexpr int kConsumerRegisters = 232;
-static_assert((kProducerRegisters + kConsumers * kConsumerRegisters) * kWarpgroup <= 65536, "the register file");
-
 constexpr bool kTakeTurns = false;  // of the consumers to issue products (compute.h)
 
 constexpr int kWorkSlots = 3;   // tiles that the scheduler warp is ahead of the slower load warp
@@ -33,6 +28,12 @@ constexpr int kMaskChunk = 32;  // mask words that a warp holds at once, one per
 // What a kernel does beside attention over kept blocks: nothing; skipping of steps whose scores are all low (skip.h); or
 // leaving out the keys that a token mask does not name.
 enum class Variant { kPlain, kSkip, kTokens };
+
+// At head_dim 64 a block's products take half as long as at 128, but its softmax as long: two CTAs share an SM there, so
+// that four warpgroups fill each other's waits (paired_compute.h).
+constexpr int ctas_per_sm(int head_dim, Variant variant) {
+  return head_dim == 64 && variant == Variant::kPlain ? 2 : 1;
+}
 
 // Of queries and keys (K), or of values and outputs (V): tiles of 128 rows lie as [piece][row][64 columns], each row of
 // 128 bytes swizzled within its group of 8.
@@ -55,12 +56,21 @@ struct Config {
   static constexpr bool kTransform = kTransform_;
   static constexpr bool kSkip = kVariant == Variant::kSkip;
   static constexpr bool kTokens = kVariant == Variant::kTokens;
+  static constexpr int kCtas = ctas_per_sm(kHeadDim, kVariant);  // of an SM
+  static constexpr bool kPaired = kCtas == 2;
+  // setmaxnreg, per thread: what a CTA has at its launch, handed out anew.
+  static constexpr int kProducerRegisters = kPaired ? 32 : 40;
+  static constexpr int kConsumerRegisters = kPaired ? 104 : 232;
+  static constexpr int kLaunchRegisters = 65536 / (kCtas * kThreads) / 8 * 8;
+  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= (1 + kConsumers) * kLaunchRegisters);
+  // Keys of one product: a block, or half of one where the registers do not hold the scores of a whole one.
+  static constexpr int kScoreKeys = kPaired ? kBlockKeys / 2 : kBlockKeys;
   using Keys = Operand<kHeadDim>;
   using Values = Operand<kHeadDimV>;
   // Blocks in flight. A slot of K is free once its scores are made, one of V only after the softmax that runs beside
   // its product: V gets a third one where there is room.
-  static constexpr int kKeySlots = kHeadDim == 64 ? 5 : 2;
-  static constexpr int kValueSlots = kHeadDim == 64 ? 5 : kHeadDim == 128 ? 3 : 2;
+  static constexpr int kKeySlots = kHeadDim == 64 && !kPaired ? 5 : 2;
+  static constexpr int kValueSlots = kHeadDim == 64 && !kPaired ? 5 : kHeadDim == 128 ? 3 : 2;
   // Query tiles in shared memory, two where there is room for them. Then the output of a tile is staged in its query slot.
   // One alone is given to the next tile as soon as the last scores are made, and outputs are stored from registers.
   static constexpr int kQuerySlots = kHeadDim == 64 || (kHeadDim == 128 && !kTokens) ? 2 : 1;
@@ -71,21 +81,22 @@ struct Config {
   static_assert(!kStaged || kHeadDimV <= kHeadDim, "an output fits where its queries were");
   static_assert(!kSkip || kStaged);
 
-  using RowsShape = cute::Shape<cute::Int<kTileRows>, cute::Int<kHeadDim>>;
-  using RowsLayout = decltype(cute::tile_to_shape(cute::SM90::GMMA::Layout_K_SW128_Atom<Element>{}, RowsShape{}));
+  template <int kRows>
+  using RowsLayout = decltype(cute::tile_to_shape(cute::SM90::GMMA::Layout_K_SW128_Atom<Element>{},
+                                                  cute::Shape<cute::Int<kRows>, cute::Int<kHeadDim>>{}));
   // V as the second product sees it: [column, token] of the same bytes.
-  using ColumnsShape = cute::Shape<cute::Int<kHeadDimV>, cute::Int<kBlockKeys>>;
+  using ColumnsShape = cute::Shape<cute::Int<kHeadDimV>, cute::Int<kScoreKeys>>;
   using ColumnsLayout = decltype(cute::tile_to_shape(cute::SM90::GMMA::Layout_MN_SW128_Atom<Element>{}, ColumnsShape{},
                                                      cute::Step<cute::_2, cute::_1>{}));
 
   using Warpgroups = cute::Layout<cute::Shape<cute::Int<kConsumers>, cute::_1, cute::_1>>;
   using ScoreMma = decltype(cute::make_tiled_mma(
       cute::SM90::GMMA::ss_op_selector<Element, Element, float,
-                                       cute::Shape<cute::_64, cute::Int<kBlockKeys>, cute::Int<kHeadDim>>>(),
+                                       cute::Shape<cute::_64, cute::Int<kScoreKeys>, cute::Int<kHeadDim>>>(),
       Warpgroups{}));
   using OutputMma = decltype(cute::make_tiled_mma(
       cute::SM90::GMMA::rs_op_selector<Element, Element, float,
-                                       cute::Shape<cute::_64, cute::Int<kHeadDimV>, cute::Int<kBlockKeys>>,
+                                       cute::Shape<cute::_64, cute::Int<kHeadDimV>, cute::Int<kScoreKeys>>,
                                        cute::SM90::GMMA::Major::K, cute::SM90::GMMA::Major::MN>(),
       Warpgroups{}));
 };

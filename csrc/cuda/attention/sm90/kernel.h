@@ -19,13 +19,14 @@
 #include "bsfa/cuda.h"
 #include "compute.h"
 #include "load.h"
+#include "paired_compute.h"
 #include "skip.h"
 #include "skip_compute.h"
 
 namespace bsfa::cuda::attn::sm90 {
 
 template <class Config>
-__global__ void __launch_bounds__(kThreads, 1) attention_kernel(const __grid_constant__ KernelParams p) {
+__global__ void __launch_bounds__(kThreads, Config::kCtas) attention_kernel(const __grid_constant__ KernelParams p) {
   extern __shared__ __align__(1024) char memory[];
   auto& shared = *reinterpret_cast<SharedStorage<Config>*>(memory);
   const int warp = __shfl_sync(kAllLanes, threadIdx.x / 32, 0);
@@ -60,7 +61,7 @@ __global__ void __launch_bounds__(kThreads, 1) attention_kernel(const __grid_con
   }
   __syncthreads();
   if (warp < 4) {
-    cutlass::arch::warpgroup_reg_dealloc<kProducerRegisters>();
+    cutlass::arch::warpgroup_reg_dealloc<Config::kProducerRegisters>();
     if (warp == 0) {
       KeyLoader<Config>(shared, p).run();
     } else if (warp == 1) {
@@ -69,17 +70,22 @@ __global__ void __launch_bounds__(kThreads, 1) attention_kernel(const __grid_con
       schedule(shared, p);
     }
   } else {
-    cutlass::arch::warpgroup_reg_alloc<kConsumerRegisters>();
-    std::conditional_t<Config::kSkip, SkipConsumer<Config>, Consumer<Config>>(shared, p).run();
+    cutlass::arch::warpgroup_reg_alloc<Config::kConsumerRegisters>();
+    using PlainConsumer = std::conditional_t<Config::kPaired, PairedConsumer<Config>, Consumer<Config>>;
+    std::conditional_t<Config::kSkip, SkipConsumer<Config>, PlainConsumer>(shared, p).run();
   }
 }
 
 template <class Config>
 cudaError_t launch_kernel(const KernelParams& params, int num_ctas, cudaStream_t stream) {
   constexpr int kBytes = sizeof(SharedStorage<Config>);
-  static_assert(kBytes <= 227 * 1024, "shared memory of one SM");
+  static_assert(Config::kCtas * (kBytes + 1024) <= 228 * 1024, "shared memory of one SM");
   const auto kernel = attention_kernel<Config>;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  if (error == cudaSuccess && Config::kPaired) {
+    error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  }
   if (error != cudaSuccess) return error;
   return launch_early(kernel, num_ctas, kThreads, kBytes, stream, params);
 }

@@ -8,7 +8,7 @@
 
 namespace bsfa::cuda::attn::sm90 {
 
-// Fragments of all query slots, key slots and value slots; the slot is their last mode.
+// Fragments of all query slots, and of the parts of all key slots and value slots; which one is their last mode.
 template <class Config>
 __device__ __forceinline__ auto operand_parts(SharedStorage<Config>& shared, int thread) {
   using namespace cute;
@@ -19,9 +19,14 @@ __device__ __forceinline__ auto operand_parts(SharedStorage<Config>& shared, int
   const auto staged = [](auto layout, auto stages) {
     return tile_to_shape(layout, make_shape(size<0>(layout), size<1>(layout), stages));
   };
-  const auto query = tile_of(shared.query[0], staged(typename Config::RowsLayout{}, Int<Config::kQuerySlots>{}));
-  const auto key = tile_of(shared.key[0], staged(typename Config::RowsLayout{}, Int<Config::kKeySlots>{}));
-  const auto value = tile_of(shared.value[0], staged(typename Config::ColumnsLayout{}, Int<Config::kValueSlots>{}));
+  using QueryLayout = typename Config::template RowsLayout<kTileRows>;
+  using KeyLayout = typename Config::template RowsLayout<Config::kScoreKeys>;
+  constexpr int kParts = kBlockKeys / Config::kScoreKeys;  // of a slot; where there are several, they lie in a row
+  static_assert(kParts == 1 || (Config::Keys::kPieces == 1 && Config::Values::kPieces == 1));
+  const auto query = tile_of(shared.query[0], staged(QueryLayout{}, Int<Config::kQuerySlots>{}));
+  const auto key = tile_of(shared.key[0], staged(KeyLayout{}, Int<kParts * Config::kKeySlots>{}));
+  const auto value =
+      tile_of(shared.value[0], staged(typename Config::ColumnsLayout{}, Int<kParts * Config::kValueSlots>{}));
   const auto score_slice = typename Config::ScoreMma{}.get_thread_slice(thread);
   const auto output_slice = typename Config::OutputMma{}.get_thread_slice(thread);
   return make_tuple(score_slice.partition_fragment_A(query), score_slice.partition_fragment_B(key),
@@ -30,19 +35,19 @@ __device__ __forceinline__ auto operand_parts(SharedStorage<Config>& shared, int
 
 // The scores' registers, in their order, are the left operand of the second product. (A second set, filled while the
 // tensor cores still read the first, makes the assembler serialise all products: C7513.)
-template <class Element>
+template <class Config>
 __device__ __forceinline__ auto make_probabilities() {
   using namespace cute;
-  auto probabilities = make_tensor<Element>(Layout<Shape<Shape<_2, _2, _2>, _1, Int<kBlockKeys / 16>>>{});
-  static_assert(size(decltype(probabilities){}) == kScores);
-  return probabilities;
+  using Fragment = Layout<Shape<Shape<_2, _2, _2>, _1, Int<Config::kScoreKeys / 16>>>;
+  return make_tensor<typename Config::Element>(Fragment{});
 }
 
 template <class Scores, class Probabilities>
 __device__ __forceinline__ void convert(const Scores& s, Probabilities& probabilities) {
   auto pairs = cute::recast<uint32_t>(probabilities);
+  static_assert(cute::size(Scores{}) == cute::size(Probabilities{}));
 #pragma unroll
-  for (int i = 0; i < kScores / 2; ++i) {
+  for (int i = 0; i < cute::size(pairs); ++i) {
     pairs(i) = pack<typename Probabilities::value_type>(s(2 * i), s(2 * i + 1));
   }
 }

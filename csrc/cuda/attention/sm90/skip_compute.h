@@ -39,9 +39,9 @@ class SkipConsumer {
     const auto key_part = get<1>(parts);
     const auto value_part = get<2>(parts);
 
-    auto s = partition_fragment_C(score_mma, Shape<Int<kTileRows>, Int<kBlockKeys>>{});
+    auto s = partition_fragment_C(score_mma, Shape<Int<kTileRows>, Int<Config::kScoreKeys>>{});
     auto o = partition_fragment_C(output_mma, Shape<Int<kTileRows>, Int<Config::kHeadDimV>>{});
-    auto probabilities = make_probabilities<Element>();
+    auto probabilities = make_probabilities<Config>();
 
     Step step{0, 0};
     float rescale[2];

@@ -1,4 +1,4 @@
-// Online softmax of one thread's share of a 128 x 128 tile of scores: two rows, 32 columns each.
+// Online softmax of one thread's share of 128 rows of scores: two rows, a quarter of the columns.
 //
 // Accumulators of m64n8 tiles: element 4 * j + 2 * r + c is row lane / 4 + 8 * r of the warp's 16, column
 // 8 * j + 2 * (lane % 4) + c. A row is spread over the four lanes of a quad.
@@ -8,8 +8,8 @@
 
 namespace bsfa::cuda::attn::sm90 {
 
-constexpr int kScores = kBlockKeys / 2;  // per thread
-constexpr int kColumnTiles = kBlockKeys / 8;
+template <class Tensor>
+constexpr int kColumnTiles = cute::size(Tensor{}) / 4;
 
 // Both in units of log2: a score counts 2^(scale * score - base). The base is the row's largest scaled score at some
 // time, not always the latest: as long as no score outgrows it by more than kHeadroom, nothing overflows, and what was
@@ -35,7 +35,7 @@ __device__ __forceinline__ void mask_scores(Tensor& s, const TileRow& tile, int3
     const int32_t end = (causal ? min(position + 1, tile.seqlen_k) : tile.seqlen_k) - first_key - first_column;
     const int32_t begin = window_left < 0 ? 0 : position - window_left - first_key - first_column;
 #pragma unroll
-    for (int j = 0; j < kColumnTiles; ++j) {
+    for (int j = 0; j < kColumnTiles<Tensor>; ++j) {
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         float& x = s(4 * j + 2 * r + c);
@@ -80,19 +80,21 @@ __device__ __forceinline__ void mask_tokens(Tensor& s, const RowTokens& tokens) 
   }
 }
 
-// What mask_scores does, for a step of means, whose columns are blocks: those that are not to be added become -inf, the others get
-// the logarithm of their number of tokens. `unit`: log2 in units of the scores.
+// What mask_scores does, for part `part` of a step of means, whose columns are blocks: those that are not to be added
+// become -inf, the others get the logarithm of their number of tokens. `unit`: log2 in units of the scores.
 template <class Tensor>
 __device__ __forceinline__ void weigh_means(Tensor& s, const TileRow& tile, int32_t first_block, const Columns& columns,
-                                            int first_row, float unit) {
+                                            int part, int first_row, float unit) {
+  constexpr int kWords = kColumnTiles<Tensor> / 4;
   const int first_column = 2 * (threadIdx.x % 4);
+  first_block += part * kWords * 32;
   // Only the last block of a sequence may be shorter. (If it is not, there is no block of that number.)
   const int32_t tail = tile.seqlen_k / kBlockKeys - first_block - first_column;
   const float whole = 7.0f * unit, partial = log2f(static_cast<float>(tile.seqlen_k % kBlockKeys)) * unit;
   static_assert(kBlockKeys == 1 << 7, "log2 of a whole block's tokens");
 #pragma unroll
-  for (int w = 0; w < kBlockKeys / 32; ++w) {
-    const uint32_t bits = columns.words[w] >> first_column;
+  for (int w = 0; w < kWords; ++w) {
+    const uint32_t bits = columns.words[part * kWords + w] >> first_column;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int32_t row = first_row + 8 * r;
@@ -114,7 +116,7 @@ __device__ __forceinline__ float max_of_row(const Tensor& s, int r) {
   const auto larger = [](float a, float b) { return kNan ? max_or_nan(a, b) : fmaxf(a, b); };
   float tops[4];
 #pragma unroll
-  for (int j = 0; j < kColumnTiles; ++j) {
+  for (int j = 0; j < kColumnTiles<Tensor>; ++j) {
     const float pair = larger(s(4 * j + 2 * r), s(4 * j + 2 * r + 1));
     tops[j % 4] = j < 4 ? pair : larger(tops[j % 4], pair);
   }
@@ -126,7 +128,7 @@ template <class Tensor>
 __device__ __forceinline__ void exponentials(Tensor& s, float scale, const float (&minus)[2], float (&sum)[2]) {
   sum[0] = sum[1] = 0.0f;
 #pragma unroll
-  for (int i = 0; i < kScores; ++i) {
+  for (int i = 0; i < cute::size(s); ++i) {
     s(i) = exp2f(s(i) * scale + minus[i / 2 % 2]);
     sum[i / 2 % 2] += s(i);
   }
