@@ -11,7 +11,9 @@ namespace bsfa::cuda {
 namespace {
 
 using attn::sm90::KernelParams;
+using attn::sm90::kGroupRows;
 using attn::sm90::kStoreRows;
+using attn::sm90::Variant;
 
 TensorExtent extent_of(const TensorView& view, int64_t dim, int64_t heads) {
   return {dim, view.tokens, heads, view.batch_size};
@@ -28,7 +30,7 @@ void set_keys(const AttentionParams& params, KernelParams& k) {
   k.tails_are_zero = kv.block_table == nullptr && kv.cu_seqlens == nullptr;
 }
 
-cudaError_t make_maps(const AttentionParams& params, KernelParams& k) {
+cudaError_t make_maps(const AttentionParams& params, Variant variant, KernelParams& k) {
   const Problem& p = params.problem;
   const TensorExtent q = extent_of(params.q, p.head_dim, p.num_q_heads);
   const TensorExtent out = extent_of(params.out, p.head_dim_v, p.num_q_heads);
@@ -40,6 +42,16 @@ cudaError_t make_maps(const AttentionParams& params, KernelParams& k) {
     error = k.store_by_tma ? make_tensor_map(&k.out, params.out, out, p.dtype, kStoreRows, 1) : cudaSuccess;
   }
   if (!k.store_by_tma) k.out = k.q;  // never used, but prefetched
+  if (variant == Variant::kPages) {
+    if (error == cudaSuccess) {
+      error = make_page_map(&k.k, params.k, extent_of(params.k, p.head_dim, p.num_kv_heads), p.dtype, k.box_rows);
+    }
+    if (error == cudaSuccess) {
+      error = make_page_map(&k.v, params.v, extent_of(params.v, p.head_dim_v, p.num_kv_heads), p.dtype, k.box_rows);
+    }
+    k.tokens = k.q;  // prefetched also where it is not used
+    return error;
+  }
   // Without keys nothing is fetched; the descriptors still have to be valid.
   const bool no_keys = params.k.tokens == 0 || params.k.batch_size == 0;
   const TensorView& key = no_keys ? params.q : params.k;
@@ -59,17 +71,18 @@ cudaError_t make_maps(const AttentionParams& params, KernelParams& k) {
 }
 
 // The means lie like keys whose tokens are blocks.
-cudaError_t make_mean_maps(const AttentionParams& params, KernelParams& k) {
+cudaError_t make_mean_maps(const AttentionParams& params, Variant variant, KernelParams& k) {
   const Problem& p = params.problem;
   const int64_t blocks = ceil_div(p.kv.max_seqlen, kBlockKeys);
   k.has_means = params.words != nullptr && params.k_means != nullptr && params.v_means != nullptr && blocks > 0 &&
                 p.batch > 0 && params.window_left < 0;
   k.k_means = k.v_means = k.q;  // never used, but prefetched
   if (!k.has_means) return cudaSuccess;
+  const int32_t rows = variant == Variant::kPages ? kGroupRows : kBlockKeys;
   const auto make = [&](CUtensorMap* map, const void* means, int32_t dim) {
     const int64_t row = int64_t{p.num_kv_heads} * dim;
     const TensorView view{const_cast<void*>(means), blocks * row, row, dim, p.batch, blocks};
-    return make_tensor_map(map, view, extent_of(view, dim, p.num_kv_heads), p.dtype, kBlockKeys, dim / kBoxColumns);
+    return make_tensor_map(map, view, extent_of(view, dim, p.num_kv_heads), p.dtype, rows, dim / kBoxColumns);
   };
   const cudaError_t error = make(&k.k_means, params.k_means, p.head_dim);
   return error != cudaSuccess ? error : make(&k.v_means, params.v_means, p.head_dim_v);
@@ -85,6 +98,15 @@ void set_skip(const AttentionParams& params, KernelParams& k) {
   k.skip.counted = skip.counted;
   k.skip.counts = reinterpret_cast<unsigned long long*>(skip.counts);
   k.skip.unit = kLog2e * k.scale.inverse_scale_log2;
+}
+
+// Whether pages come in boxes of whole groups of rows, with all columns. At head_dim 64 these are what boxes are anyway.
+bool fits_pages(const AttentionParams& params, KernelParams& k) {
+  const Problem& p = params.problem;
+  if (p.kv.block_table == nullptr || p.head_dim != 128 || p.head_dim_v != 128) return false;
+  k.k_head_pieces = page_map_head_pieces(params.k, extent_of(params.k, p.head_dim, p.num_kv_heads));
+  k.v_head_pieces = page_map_head_pieces(params.v, extent_of(params.v, p.head_dim_v, p.num_kv_heads));
+  return k.k_head_pieces >= 0 && k.v_head_pieces >= 0;
 }
 
 Tiling tiling_of(const AttentionParams& params, int ctas_per_sm) {
@@ -141,14 +163,16 @@ cudaError_t attention(const AttentionParams& params, void* workspace, cudaStream
   k.lse_batch_stride = params.lse_batch_stride;
   k.lse_head_stride = params.lse_head_stride;
 
-  using attn::sm90::Variant;
-  const Variant variant = skips ? Variant::kSkip : tokens ? Variant::kTokens : Variant::kPlain;
+  const Variant variant = skips                   ? Variant::kSkip
+                          : tokens                ? Variant::kTokens
+                          : fits_pages(params, k) ? Variant::kPages
+                                                  : Variant::kPlain;
   int workers = 0;  // CTAs that run at a time
   cudaError_t error = num_sms(&workers);
   const int ctas_per_sm = attn::sm90::ctas_per_sm(p.head_dim, variant);
   workers *= ctas_per_sm;
-  if (error == cudaSuccess) error = make_maps(params, k);
-  if (error == cudaSuccess) error = make_mean_maps(params, k);
+  if (error == cudaSuccess) error = make_maps(params, variant, k);
+  if (error == cudaSuccess) error = make_mean_maps(params, variant, k);
   if (error == cudaSuccess) error = make_order(tiling_of(params, ctas_per_sm), k.workspace, workers, stream);
   if (error != cudaSuccess) return error;
   const int ctas = static_cast<int>(std::min<int64_t>(workers, pairs));
@@ -159,13 +183,14 @@ cudaError_t attention(const AttentionParams& params, void* workspace, cudaStream
   const auto of_dim = [&](Launch d64, Launch d128, Launch d192) {
     return p.head_dim == 64 ? d64 : p.head_dim == 128 ? d128 : d192;
   };
-  const Launch launch = skips ? of_dtype(of_dim(launch_skip_bf16_d64, launch_skip_bf16_d128, nullptr),
-                                         of_dim(launch_skip_fp16_d64, launch_skip_fp16_d128, nullptr))
-                        : tokens
-                            ? of_dtype(of_dim(launch_tokens_bf16_d64, launch_tokens_bf16_d128, launch_tokens_bf16_d192),
-                                       of_dim(launch_tokens_fp16_d64, launch_tokens_fp16_d128, launch_tokens_fp16_d192))
-                            : of_dtype(of_dim(launch_bf16_d64, launch_bf16_d128, launch_bf16_d192),
-                                       of_dim(launch_fp16_d64, launch_fp16_d128, launch_fp16_d192));
+  const Launch launch =
+      skips    ? of_dtype(of_dim(launch_skip_bf16_d64, launch_skip_bf16_d128, nullptr),
+                          of_dim(launch_skip_fp16_d64, launch_skip_fp16_d128, nullptr))
+      : tokens ? of_dtype(of_dim(launch_tokens_bf16_d64, launch_tokens_bf16_d128, launch_tokens_bf16_d192),
+                          of_dim(launch_tokens_fp16_d64, launch_tokens_fp16_d128, launch_tokens_fp16_d192))
+      : variant == Variant::kPages ? of_dtype(launch_pages_bf16_d128, launch_pages_fp16_d128)
+                                   : of_dtype(of_dim(launch_bf16_d64, launch_bf16_d128, launch_bf16_d192),
+                                              of_dim(launch_fp16_d64, launch_fp16_d128, launch_fp16_d192));
   return launch(k, ctas, stream);
 }
 

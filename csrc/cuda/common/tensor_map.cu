@@ -8,6 +8,7 @@ namespace {
 
 constexpr int64_t kElementBytes = 2;
 constexpr int64_t kAlignment = 16;
+constexpr int64_t kGroupTokens = 8;  // of make_page_map: the rows of a swizzle atom
 
 // cuTensorMapEncodeTiled lives in the driver, which this library does not link: asked for by name, once.
 decltype(&cuTensorMapEncodeTiled) encode_function() {
@@ -74,6 +75,32 @@ cudaError_t make_group_map(CUtensorMap* map, const TensorView& view, const Tenso
                                size(extent.batch)};
   const cuuint64_t strides[4] = {size(stride * bytes[0]), size(bytes[0]), size(bytes[1]), size(bytes[2])};
   const cuuint32_t box[5] = {kBoxColumns, static_cast<cuuint32_t>(groups), 1, 1, 1};
+  return encode(map, view.data, dtype, sizes, strides, box);
+}
+
+int32_t page_map_head_pieces(const TensorView& view, const TensorExtent& extent) {
+  if (!tensor_map_fits(view, extent) || extent.tokens == 0 || extent.tokens % kGroupTokens != 0 || extent.batch == 0) {
+    return -1;
+  }
+  if (extent.heads <= 1) return 0;
+  const int64_t pieces = view.head_stride / kBoxColumns;
+  return view.head_stride % kBoxColumns != 0 || pieces * extent.heads > INT32_MAX ? -1 : static_cast<int32_t>(pieces);
+}
+
+cudaError_t make_page_map(CUtensorMap* map, const TensorView& view, const TensorExtent& extent, DType dtype,
+                          int32_t tokens) {
+  const int32_t head_pieces = page_map_head_pieces(view, extent);
+  if (head_pieces < 0 || tokens % kGroupTokens != 0) return cudaErrorInvalidValue;
+  int64_t bytes[3];
+  strides_of(view, extent, bytes);
+  const auto size = [](int64_t n) { return static_cast<cuuint64_t>(n); };
+  const int64_t pieces = extent.dim / kBoxColumns;
+  const cuuint64_t sizes[5] = {kBoxColumns, kGroupTokens, size((extent.heads - 1) * head_pieces + pieces),
+                               size(extent.tokens / kGroupTokens), size(extent.batch)};
+  const cuuint64_t strides[4] = {size(bytes[0]), kBoxColumns * kElementBytes, size(kGroupTokens * bytes[0]),
+                                 size(bytes[2])};
+  const cuuint32_t box[5] = {kBoxColumns, kGroupTokens, static_cast<cuuint32_t>(pieces),
+                             static_cast<cuuint32_t>(tokens / kGroupTokens), 1};
   return encode(map, view.data, dtype, sizes, strides, box);
 }
 

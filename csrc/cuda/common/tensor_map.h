@@ -35,6 +35,14 @@ cudaError_t make_tensor_map(CUtensorMap* map, const TensorView& view, const Tens
 cudaError_t make_group_map(CUtensorMap* map, const TensorView& view, const TensorExtent& extent, DType dtype,
                            int32_t stride, int32_t groups);
 
+// A view [page, token, head, dim] by groups of 8 tokens: boxes of `tokens` (8 n) tokens with all columns of a head, in
+// shared memory as [token / 8][64 columns' piece][token % 8][column], with the 128-byte swizzle. Coordinates of a box:
+// {0, 0, head * head_pieces, token / 8, page}, where head_pieces is from page_map_head_pieces: the pieces from one head
+// to the next in memory, or -1 if the view does not fit (heads lie within whole pieces, pages hold whole groups).
+int32_t page_map_head_pieces(const TensorView& view, const TensorExtent& extent);
+cudaError_t make_page_map(CUtensorMap* map, const TensorView& view, const TensorExtent& extent, DType dtype,
+                          int32_t tokens);
+
 // Rows of `words` 32-bit words, `token_stride` and `batch_stride` words apart: boxes of four words of `tokens` rows,
 // without swizzle. Coordinates of a box: {word, token, batch}. cudaErrorInvalidValue unless base and strides are
 // multiples of 16 bytes.

@@ -19,15 +19,16 @@ constexpr int kConsumers = 2;  // warpgroups that compute, 64 query rows each
 constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
 constexpr int kConsumerWarps = kConsumers * 4;
 constexpr int kStoreRows = 16;  // rows that one warp owns, and stores at once
+constexpr int kGroupRows = 8;   // of a swizzle atom
 
 constexpr bool kTakeTurns = false;  // of the consumers to issue products (compute.h)
 
 constexpr int kWorkSlots = 3;   // tiles that the scheduler warp is ahead of the slower load warp
 constexpr int kMaskChunk = 32;  // mask words that a warp holds at once, one per lane
 
-// What a kernel does beside attention over kept blocks: nothing; skipping of steps whose scores are all low (skip.h); or
-// leaving out the keys that a token mask does not name.
-enum class Variant { kPlain, kSkip, kTokens };
+// What a kernel does beside attention over kept blocks: nothing; skipping of steps whose scores are all low (skip.h);
+// leaving out the keys that a token mask does not name; or nothing, but it fetches pages of 8 n tokens with fewer copies.
+enum class Variant { kPlain, kSkip, kTokens, kPages };
 
 // At head_dim 64 a block's products take half as long as at 128, but its softmax as long: two CTAs share an SM there, so
 // that four warpgroups fill each other's waits (paired_compute.h).
@@ -35,15 +36,23 @@ constexpr int ctas_per_sm(int head_dim, Variant variant) {
   return head_dim == 64 && variant == Variant::kPlain ? 2 : 1;
 }
 
-// Of queries and keys (K), or of values and outputs (V): tiles of 128 rows lie as [piece][row][64 columns], each row of
-// 128 bytes swizzled within its group of 8.
-template <int kDim_>
+// Of queries, keys, values or outputs: tiles of 128 rows of kDim columns, in pieces of 64 columns. A row of a piece is
+// 128 bytes, swizzled within its group of 8. They lie as [piece][row]; or, kGrouped, as [row / 8][piece][row % 8]: then
+// any 8 n rows lie together with all their columns, and are one copy.
+template <int kDim_, bool kGrouped = false>
 struct Operand {
   static constexpr int kDim = kDim_;
   static constexpr int kPieces = kDim / kBoxColumns;             // swizzle atoms side by side
   static constexpr int kBoxBytes = kTileRows * kBoxColumns * 2;  // 128 rows of one piece
   static constexpr int kTileBytes = kPieces * kBoxBytes;
   static_assert(kTileRows == 128 && kBlockKeys == 128 && kDim % kBoxColumns == 0);
+
+  // Of a row of a piece, in the tile.
+  static __host__ __device__ constexpr int offset(int row, int piece) {
+    constexpr int kRowBytes = kBoxColumns * 2;
+    if (!kGrouped) return piece * kBoxBytes + row * kRowBytes;
+    return ((row / kGroupRows * kPieces + piece) * kGroupRows + row % kGroupRows) * kRowBytes;
+  }
 };
 
 // kTransform: scores are transformed before their maximum is sought (Transform in logits.h is not kNone).
@@ -65,8 +74,11 @@ struct Config {
   static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= (1 + kConsumers) * kLaunchRegisters);
   // Keys of one product: a block, or half of one where the registers do not hold the scores of a whole one.
   static constexpr int kScoreKeys = kPaired ? kBlockKeys / 2 : kBlockKeys;
-  using Keys = Operand<kHeadDim>;
-  using Values = Operand<kHeadDimV>;
+  static constexpr bool kPages = kVariant == Variant::kPages;
+  using Queries = Operand<kHeadDim>;
+  using Keys = Operand<kHeadDim, kPages>;
+  using Values = Operand<kHeadDimV, kPages>;
+  using Outputs = Operand<kHeadDimV>;
   // Blocks in flight. A slot of K is free once its scores are made, one of V only after the softmax that runs beside
   // its product: V gets a third one where there is room.
   static constexpr int kKeySlots = kHeadDim == 64 && !kPaired ? 5 : 2;
@@ -81,13 +93,17 @@ struct Config {
   static_assert(!kStaged || kHeadDimV <= kHeadDim, "an output fits where its queries were");
   static_assert(!kSkip || kStaged);
 
-  template <int kRows>
-  using RowsLayout = decltype(cute::tile_to_shape(cute::SM90::GMMA::Layout_K_SW128_Atom<Element>{},
-                                                  cute::Shape<cute::Int<kRows>, cute::Int<kHeadDim>>{}));
+  template <bool kGrouped>
+  using Order = std::conditional_t<kGrouped, cute::Step<cute::_2, cute::_1>,
+                                   cute::Step<cute::_1, cute::_2>>;  // of {rows, columns}
+  template <int kRows, bool kGrouped>
+  using RowsLayout =
+      decltype(cute::tile_to_shape(cute::SM90::GMMA::Layout_K_SW128_Atom<Element>{},
+                                   cute::Shape<cute::Int<kRows>, cute::Int<kHeadDim>>{}, Order<kGrouped>{}));
   // V as the second product sees it: [column, token] of the same bytes.
   using ColumnsShape = cute::Shape<cute::Int<kHeadDimV>, cute::Int<kScoreKeys>>;
   using ColumnsLayout = decltype(cute::tile_to_shape(cute::SM90::GMMA::Layout_MN_SW128_Atom<Element>{}, ColumnsShape{},
-                                                     cute::Step<cute::_2, cute::_1>{}));
+                                                     Order<!kPages>{}));
 
   using Warpgroups = cute::Layout<cute::Shape<cute::Int<kConsumers>, cute::_1, cute::_1>>;
   using ScoreMma = decltype(cute::make_tiled_mma(
@@ -166,7 +182,7 @@ struct NoTokenStorage {};
 
 template <class Config>
 struct SharedStorage {
-  alignas(1024) char query[Config::kQuerySlots][Config::Keys::kTileBytes];  // kStaged: and a finished tile's output
+  alignas(1024) char query[Config::kQuerySlots][Config::Queries::kTileBytes];  // kStaged: and a finished tile's output
   alignas(1024) char key[Config::kKeySlots][Config::Keys::kTileBytes];
   alignas(1024) char value[Config::kValueSlots][Config::Values::kTileBytes];
   std::conditional_t<Config::kTokens, TokenStorage<Config>, NoTokenStorage> tokens;
@@ -217,6 +233,8 @@ struct KernelParams {
   int32_t box_rows;  // 1 << box_shift
   int32_t box_shift;
   bool keys_packed;
+  // Of kPages: pieces from one KV head to the next, in memory.
+  int32_t k_head_pieces, v_head_pieces;
   bool tails_are_zero;  // TMA itself reads zeros past a sequence's end
   // Output. Tiles that are not whole, and outputs that TMA cannot address, are stored by the threads.
   void* out_data;

@@ -217,8 +217,9 @@ class Loader {
   }
 
  protected:
-  __device__ Loader(SharedStorage<Config>& shared, const KernelParams& p)
-      : shared_(shared), p_(p), lane_(threadIdx.x % 32), first_copy_(copy(lane_)) {}
+  // `head_pieces`: of kPages.
+  __device__ Loader(SharedStorage<Config>& shared, const KernelParams& p, int32_t head_pieces)
+      : shared_(shared), p_(p), lane_(threadIdx.x % 32), head_pieces_(head_pieces), first_copy_(copy(lane_)) {}
 
   // Where the keys of one sequence and KV head lie.
   struct Keys {
@@ -251,6 +252,17 @@ class Loader {
     constexpr auto kHint = cute::TMA::CacheHintSm90::EVICT_LAST;
     if (lane_ == 0) full.arrive_expect(block.bytes);
     __syncwarp();
+    if constexpr (Config::kPages) {
+      if (lane_ >= block.copies) return;
+      if (block.keys.pages != nullptr) {
+        load_pages(map, full, target + first_copy_.offset, kHint, block.keys.head * head_pieces_, block.place);
+      } else {  // means
+        const int32_t row = lane_ * kGroupRows;
+        load_box(map, full, target + Operand::offset(row, 0), kHint, 0, block.place.token + row, block.keys.head,
+                 block.place.batch);
+      }
+      return;
+    }
     if (lane_ < block.copies) {
       load_box(map, full, target + first_copy_.offset, kHint, first_copy_.piece, block.place.token, block.keys.head,
                block.place.batch);
@@ -268,15 +280,25 @@ class Loader {
     cute::SM90_TMA_LOAD_5D::copy(&map, &full.state, static_cast<uint64_t>(hint), target, 0, token, piece, head, batch);
   }
 
+  // Of kPages (make_page_map): rows of a page with all their columns. `piece`: the first one of the head.
+  static __device__ void load_pages(const CUtensorMap& map, Mbarrier& full, char* target, cute::TMA::CacheHintSm90 hint,
+                                    int32_t piece, const Place& place) {
+    cute::SM90_TMA_LOAD_5D::copy(&map, &full.state, static_cast<uint64_t>(hint), target, 0, 0, piece,
+                                 place.token / kGroupRows, place.batch);
+  }
+
   SharedStorage<Config>& shared_;
   const KernelParams& p_;
   const int lane_;
 
  private:
+  static constexpr int kPiecesOfCopy = Config::kPages ? Operand::kPieces : 1;
+
   __device__ Copy copy(int32_t i) const {
     if (p_.box_rows == kBlockKeys) return {0, 0, 0};
-    const int32_t row = i / Operand::kPieces << p_.box_shift, piece = i % Operand::kPieces;
-    return {row, piece, piece * Operand::kBoxBytes + row * kBoxColumns * 2};
+    constexpr int kCopies = Operand::kPieces / kPiecesOfCopy;  // of the same rows
+    const int32_t row = i / kCopies << p_.box_shift, piece = i % kCopies;
+    return {row, piece, Operand::offset(row, piece)};
   }
 
   __device__ Place place_of(const Keys& keys, int32_t token) const {
@@ -293,16 +315,17 @@ class Loader {
       block.bytes = block.valid > 0 ? Operand::kTileBytes : 0;
     } else {
       const int32_t boxes = (max(min(block.valid, kBlockKeys), 0) + p_.box_rows - 1) >> p_.box_shift;
-      block.copies = boxes * Operand::kPieces;
+      block.copies = boxes * (Operand::kPieces / kPiecesOfCopy);
       block.bytes = (boxes << p_.box_shift) * (Operand::kDim * 2);
     }
     if (lane_ < block.copies) block.place = place_of(keys, first_key + first_copy_.row);
     return block;
   }
 
-  // The means from `first` on, as a block: one box.
+  // The means from `first` on, as a block: one box, or one for each group of rows.
   static __device__ Block means_at(int32_t head, int32_t sequence, int32_t first) {
-    return {{nullptr, 0, sequence, head}, first, kBlockKeys, 1, Operand::kTileBytes, {first, sequence}};
+    constexpr int kCopies = Config::kPages ? kBlockKeys / kGroupRows : 1;
+    return {{nullptr, 0, sequence, head}, first, kBlockKeys, kCopies, Operand::kTileBytes, {first, sequence}};
   }
 
   // Brings the page numbers of a block near, one block before they are needed.
@@ -312,6 +335,7 @@ class Loader {
     if (token < seqlen) asm volatile("prefetch.global.L1 [%0];" ::"l"(keys.pages + p_.page_size.div(token)));
   }
 
+  const int32_t head_pieces_;
   const Copy first_copy_;  // of this lane, in every block
 };
 
@@ -322,7 +346,7 @@ class KeyLoader : public Loader<Config, typename Config::Keys> {
   using typename Base::Block;
 
  public:
-  __device__ KeyLoader(SharedStorage<Config>& shared, const KernelParams& p) : Base(shared, p) {}
+  __device__ KeyLoader(SharedStorage<Config>& shared, const KernelParams& p) : Base(shared, p, p.k_head_pieces) {}
 
   __device__ void run() {
     // Where there is one query slot only, it comes free while the first keys are already on their way.
@@ -393,7 +417,7 @@ class KeyLoader : public Loader<Config, typename Config::Keys> {
     if (this->lane_ == 0) {
       this->shared_.tiles[Config::kStaged ? query_.slot : info_.slot] = {tile, head, cut};
       Mbarrier& full = this->shared_.query_full[query_.slot];
-      full.arrive_expect(Config::Keys::kTileBytes);
+      full.arrive_expect(Config::Queries::kTileBytes);
       Base::load_box(this->p_.q, full, this->shared_.query[query_.slot], cute::TMA::CacheHintSm90::EVICT_FIRST, 0,
                      tile.query_token, head, tile.query_batch);
     }
@@ -432,7 +456,7 @@ class ValueLoader : public Loader<Config, typename Config::Values> {
   using typename Base::Block;
 
  public:
-  __device__ ValueLoader(SharedStorage<Config>& shared, const KernelParams& p) : Base(shared, p) {}
+  __device__ ValueLoader(SharedStorage<Config>& shared, const KernelParams& p) : Base(shared, p, p.v_head_pieces) {}
 
   __device__ void run() {
     if (this->lane_ == 0) this->shared_.full[step_.slot].arrive();  // the first step of all has none
@@ -468,7 +492,8 @@ class ValueLoader : public Loader<Config, typename Config::Values> {
     constexpr int kPieces = kBoxColumns * 2 / 16;  // of 16 bytes in a row
     for (int i = max(block.valid, 0) * kPieces + this->lane_; i < kBlockKeys * kPieces; i += 32) {
       for (int piece = 0; piece < Config::Values::kPieces; ++piece) {
-        *reinterpret_cast<uint4*>(target + piece * Config::Values::kBoxBytes + i * 16) = make_uint4(0, 0, 0, 0);
+        char* row = target + Config::Values::offset(i / kPieces, piece);
+        *reinterpret_cast<uint4*>(row + i % kPieces * 16) = make_uint4(0, 0, 0, 0);
       }
     }
     fence_async_proxy();

@@ -19,8 +19,8 @@ __device__ __forceinline__ auto operand_parts(SharedStorage<Config>& shared, int
   const auto staged = [](auto layout, auto stages) {
     return tile_to_shape(layout, make_shape(size<0>(layout), size<1>(layout), stages));
   };
-  using QueryLayout = typename Config::template RowsLayout<kTileRows>;
-  using KeyLayout = typename Config::template RowsLayout<Config::kScoreKeys>;
+  using QueryLayout = typename Config::template RowsLayout<kTileRows, false>;
+  using KeyLayout = typename Config::template RowsLayout<Config::kScoreKeys, Config::kPages>;
   constexpr int kParts = kBlockKeys / Config::kScoreKeys;  // of a slot; where there are several, they lie in a row
   static_assert(kParts == 1 || (Config::Keys::kPieces == 1 && Config::Values::kPieces == 1));
   const auto query = tile_of(shared.query[0], staged(QueryLayout{}, Int<Config::kQuerySlots>{}));

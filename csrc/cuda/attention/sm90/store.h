@@ -31,8 +31,8 @@ template <class Config, class Tensor>
 __device__ __forceinline__ void store_tile(char* buffer, const KernelParams& p, const TileInfo& info, int warp,
                                            const Tensor& o, const SoftmaxRows& rows) {
   using Element = typename Config::Element;
-  using Values = typename Config::Values;
-  constexpr int kColumnTiles = Values::kDim / 8;
+  using Outputs = typename Config::Outputs;
+  constexpr int kColumnTiles = Outputs::kDim / 8;
   const int lane = threadIdx.x % 32;
   const int first_row = warp * kStoreRows;
   const TileRow& tile = info.tile;
@@ -65,14 +65,14 @@ __device__ __forceinline__ void store_tile(char* buffer, const KernelParams& p, 
 #pragma unroll
       for (int j = 0; j < kColumnTiles; j += 2) {
         const int piece = j / 8, chunk = (j % 8 + lane / 16) ^ (row % 8);
-        store_matrices(shared_address(first + piece * Values::kBoxBytes + row * kRowBytes + chunk * 16), packed(j, 0),
+        store_matrices(shared_address(first + piece * Outputs::kBoxBytes + row * kRowBytes + chunk * 16), packed(j, 0),
                        packed(j, 1), packed(j + 1, 0), packed(j + 1, 1));
       }
       fence_async_proxy();
       __syncwarp();
       if (lane == 0) {
-        for (int piece = 0; piece < Values::kPieces; ++piece) {
-          cute::SM90_TMA_STORE_5D::copy(&p.out, first + piece * Values::kBoxBytes, 0, token, piece, head, batch);
+        for (int piece = 0; piece < Outputs::kPieces; ++piece) {
+          cute::SM90_TMA_STORE_5D::copy(&p.out, first + piece * Outputs::kBoxBytes, 0, token, piece, head, batch);
         }
         cute::tma_store_arrive();
       }
