@@ -300,9 +300,16 @@ def serving_config() -> ServingConfig:
 
 
 def unsupported_reason(
-    policy: Policy | None, device: torch.device, dtype: torch.dtype, head_dim: int, max_seqlen_k: int = 0
+    policy: Policy | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    max_seqlen_k: int = 0,
+    head_dim_v: int | None = None,
 ) -> str | None:
     """Why the kernels of ``device`` cannot run ``policy`` in this dtype and head_dim; None if they can.
+
+    head_dim: of queries and keys; head_dim_v: of values, None where it is the same.
 
     For the start of a server, which would else find out with the first prompt. Some limits, like the alignment of the
     cache, only a call can know.
@@ -311,10 +318,13 @@ def unsupported_reason(
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     blocks = None if policy is None or isinstance(policy, Dense) else (policy.block_m, policy.block_n)
+    op = "attention"
     try:
-        check_limits(
-            "skip_attention" if isinstance(policy, ExactSkip) else "attention", device, dtype, head_dim, blocks
-        )
+        if isinstance(policy, ExactSkip) and policy.passes == 1:
+            op = "skip_attention"
+        elif isinstance(policy, ExactSkip):
+            check_limits("skip_mask", device, dtype, head_dim, blocks)
+        check_limits(op, device, dtype, head_dim, blocks, head_dim_v=head_dim_v)
         _check_selection(policy, device, dtype, head_dim, max_seqlen_k)
     except UnsupportedError as error:
         return str(error)

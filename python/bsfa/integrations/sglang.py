@@ -241,11 +241,9 @@ class _Layers:
             return f"the positional encoding '{positions}' is part of attention"
         if temperature is not None and temperature > 0:
             return "logits are scaled by position"
-        if head_dim != v_head_dim and self.device.type != "cpu":
-            return f"keys have head_dim {head_dim} and values {v_head_dim}"
         index = layer.layer_id
         self.config.check_heads(index, layer.tp_q_head_num, layer.tp_k_head_num, self.rank, self.size)
-        return unsupported_reason(self.policy(index), self.device, dtype, head_dim, self.max_seqlen)
+        return unsupported_reason(self.policy(index), self.device, dtype, head_dim, self.max_seqlen, v_head_dim)
 
 
 def _speculates(batch: Any) -> bool:
