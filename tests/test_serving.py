@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -199,12 +200,41 @@ def test_contradicting_lengths_are_refused() -> None:
     table, three, two = torch.zeros((2, 4), dtype=torch.int32), torch.zeros(3), torch.zeros(2)
     with pytest.raises(ValueError, match="a batch of 1 requests needs 2 entries"):
         plan_prefill(table, three, two, [0, 1, 2], [4])
+    with pytest.raises(ValueError, match="2 requests has 3 prompt lengths"):
+        plan_prefill(table, three, two, [0, 1, 2], [4, 4], prompt_lens=three)
     with pytest.raises(ValueError, match="never decrease"):
         plan_prefill(table, three, two, [0, 3, 2], [4, 4])
     plan = plan_prefill(table, three, two, [0, 3, 5], [4, 4])
     cache = torch.zeros(4, 4, HKV, D)
     with pytest.raises(ValueError, match="q has 4 rows, the batch has 5"):
         run_prefill(plan, torch.zeros(4, HQ, D), cache, cache, policy=None, out=torch.zeros(4, HQ, D))
+
+
+LAST = RelativeMax(alpha=0.95, last_tiles=1, **SMALL)
+
+
+@pytest.mark.parametrize("shorts", [False, True])
+def test_last_tiles_are_at_the_end_of_the_prompt(shorts: bool) -> None:
+    """Of a chunk before the end no tile is a last one, in groups that are views and in those that are gathered."""
+    requests, prompts = [(256, 256), (40, 40), (128, 300), (64, 64), (96, 192)], [700, 40, 300, 64, 200]
+    if not shorts:
+        requests, prompts = requests[::2], prompts[::2]
+    batch = Batch(requests)
+    lens = torch.tensor(prompts, dtype=torch.int32)
+    told, untold = batch.run(LAST, 100, prompt_lens=lens), batch.run(LAST, 100)
+    assert torch.equal(batch.run(None, 100, prompt_lens=lens), batch.run(None, 100))
+    inside = replace(LAST, last_tiles=0)
+    for i, (n, length) in enumerate(requests):
+        rows, last = slice(batch.starts[i], batch.starts[i] + n), slice(batch.starts[i], batch.starts[i] + n - 32)
+        if length < 100:
+            assert torch.equal(told[rows], batch.alone(i, None))
+        elif prompts[i] == 300:  # which ends with this chunk
+            assert torch.equal(told[rows], untold[rows]) and not torch.equal(told[rows], batch.alone(i, inside))
+        elif prompts[i] == 200:  # the next chunk has 8 tokens, and they are all of the last tile
+            assert torch.equal(told[rows], batch.alone(i, inside)) and not torch.equal(told[rows], untold[rows])
+        else:
+            assert torch.equal(told[rows], batch.alone(i, inside)) and torch.equal(told[last], untold[last])
+            assert not torch.equal(told[rows], untold[rows])
 
 
 def test_padding_requests_are_left_out() -> None:

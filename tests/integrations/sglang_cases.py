@@ -33,6 +33,7 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, Shar
 from sglang.srt.layers.attention.hybrid_attn_backend import HybridAttnBackend
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
+from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 from sglang.srt.model_executor.cuda_graph_config import Phase, default_cuda_graph_config, with_phase
@@ -440,6 +441,33 @@ def case_chunks_equal_the_whole() -> None:
         outputs += server.run([parts])
     assert torch.equal(torch.cat(outputs), expected)
     close(expected, reference(whole, sparse=True))
+
+
+def case_last_tiles_are_at_the_end_of_the_prompt() -> None:
+    """SGLang tells of each chunk how long its prompt is: chunks give what the whole prompt does."""
+    text = RELATIVE.replace("ALPHA", "0.9").replace("last_tiles = 0", "last_tiles = 1")
+    whole, parts = Request(0, 150, 8), Request(0, 150, 8)
+    with published():
+        server = Server(16, text)
+    for r in (whole, parts):
+        server.place(r)
+    (expected,) = server.run([whole])
+    outputs: dict[bool, list[Tensor]] = {True: [], False: []}
+    lengths = torch.tensor([150 * UNIT], dtype=torch.int32, device=DEVICE)
+    for begin, end in ((0, 64), (64, 128), (128, 150)):
+        parts.prefix, parts.new = begin * UNIT, (end - begin) * UNIT
+        for told in (True, False):
+            batch = server.batch([parts], ForwardMode.EXTEND, orig_seq_lens=lengths if told else None)
+            outputs[told] += server.run([parts], batch=batch)
+    assert torch.equal(torch.cat(outputs[True]), expected)
+    assert not torch.equal(torch.cat(outputs[False]), expected)
+    # A ForwardBatch of another size than its lengths, as padding leaves it, says nothing.
+    batch = server.batch([parts], ForwardMode.EXTEND, orig_seq_lens=lengths.expand(2).contiguous())
+    assert torch.equal(server.run([parts], batch=batch)[0], outputs[False][-1])
+    # What SGLang's scheduler fills it with.
+    scheduled = inspect.getsource(ScheduleBatch.prepare_for_extend).splitlines()
+    (line,) = (x for x in scheduled if "orig_seq_lens = [" in x)
+    assert "max(" in line and "len(r.origin_input_ids)" in line
 
 
 def case_layers_of_one_pass_share_a_plan() -> None:

@@ -253,6 +253,17 @@ def _speculates(batch: Any) -> bool:
     return not none or getattr(batch, "spec_info", None) is not None
 
 
+def _prompt_lens(batch: Any, count: int) -> Tensor | None:
+    """How long the prompts of a batch's requests are in all their chunks, int32 on the device; None: it does not say.
+
+    SGLang counts what a request has generated before it was retracted as part of its prompt, once a chunk gets there.
+    """
+    lengths = getattr(batch, "orig_seq_lens", None)
+    if not isinstance(lengths, Tensor) or lengths.shape != (count,) or lengths.device != batch.seq_lens.device:
+        return None
+    return lengths.to(torch.int32)
+
+
 def _accepts(function: Callable[..., Any]) -> frozenset[str] | None:
     """Names of the keyword arguments that ``function`` takes; None: any."""
     parameters = inspect.signature(function).parameters
@@ -479,6 +490,7 @@ def backend_class() -> type[Any]:
                 starts,
                 lengths_k,
                 self.config.min_seqlen,
+                prompt_lens=_prompt_lens(batch, len(lengths)),
             )
 
         def _run(
