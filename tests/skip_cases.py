@@ -9,8 +9,9 @@ from torch import Tensor
 import bsfa
 import oracle
 import oracle_skip
+from bsfa.attending import mask_by_logits
 from bsfa.policies import ExactSkip
-from bsfa.stages import mask_by_logits, resolve_layout
+from bsfa.stages import resolve_layout
 from cases import F32, ROUNDING, Case, Inputs, assert_within, check_attention, poison
 
 #: What a key is multiplied by, per KV block and head: some blocks are all quiet.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 
 import bsfa
+from bsfa import _library, limits
 from bsfa.errors import ThresholdMismatchError
 from bsfa.identity import config_fields
 from bsfa.integrations import serving as shared
@@ -197,12 +200,41 @@ def test_contradicting_lengths_are_refused() -> None:
     table, three, two = torch.zeros((2, 4), dtype=torch.int32), torch.zeros(3), torch.zeros(2)
     with pytest.raises(ValueError, match="a batch of 1 requests needs 2 entries"):
         plan_prefill(table, three, two, [0, 1, 2], [4])
+    with pytest.raises(ValueError, match="2 requests has 3 prompt lengths"):
+        plan_prefill(table, three, two, [0, 1, 2], [4, 4], prompt_lens=three)
     with pytest.raises(ValueError, match="never decrease"):
         plan_prefill(table, three, two, [0, 3, 2], [4, 4])
     plan = plan_prefill(table, three, two, [0, 3, 5], [4, 4])
     cache = torch.zeros(4, 4, HKV, D)
     with pytest.raises(ValueError, match="q has 4 rows, the batch has 5"):
         run_prefill(plan, torch.zeros(4, HQ, D), cache, cache, policy=None, out=torch.zeros(4, HQ, D))
+
+
+LAST = RelativeMax(alpha=0.95, last_tiles=1, **SMALL)
+
+
+@pytest.mark.parametrize("shorts", [False, True])
+def test_last_tiles_are_at_the_end_of_the_prompt(shorts: bool) -> None:
+    """Of a chunk before the end no tile is a last one, in groups that are views and in those that are gathered."""
+    requests, prompts = [(256, 256), (40, 40), (128, 300), (64, 64), (96, 192)], [700, 40, 300, 64, 200]
+    if not shorts:
+        requests, prompts = requests[::2], prompts[::2]
+    batch = Batch(requests)
+    lens = torch.tensor(prompts, dtype=torch.int32)
+    told, untold = batch.run(LAST, 100, prompt_lens=lens), batch.run(LAST, 100)
+    assert torch.equal(batch.run(None, 100, prompt_lens=lens), batch.run(None, 100))
+    inside = replace(LAST, last_tiles=0)
+    for i, (n, length) in enumerate(requests):
+        rows, last = slice(batch.starts[i], batch.starts[i] + n), slice(batch.starts[i], batch.starts[i] + n - 32)
+        if length < 100:
+            assert torch.equal(told[rows], batch.alone(i, None))
+        elif prompts[i] == 300:  # which ends with this chunk
+            assert torch.equal(told[rows], untold[rows]) and not torch.equal(told[rows], batch.alone(i, inside))
+        elif prompts[i] == 200:  # the next chunk has 8 tokens, and they are all of the last tile
+            assert torch.equal(told[rows], batch.alone(i, inside)) and not torch.equal(told[rows], untold[rows])
+        else:
+            assert torch.equal(told[rows], batch.alone(i, inside)) and torch.equal(told[last], untold[last])
+            assert not torch.equal(told[rows], untold[rows])
 
 
 def test_padding_requests_are_left_out() -> None:
@@ -427,7 +459,7 @@ def test_what_kernels_cannot_run_is_known_before(monkeypatch: pytest.MonkeyPatch
         assert shared.unsupported_reason(policy, cpu, F32, 80) is None
     asked: list[tuple[Any, ...]] = []
 
-    def refuse(op: str, *args: Any) -> None:
+    def refuse(op: str, *args: Any, **options: Any) -> None:
         asked.append((op, *args))
         if op == "select_blocks":
             raise bsfa.UnsupportedError("no kernel")
@@ -439,6 +471,41 @@ def test_what_kernels_cannot_run_is_known_before(monkeypatch: pytest.MonkeyPatch
         asked[0][0] == "skip_attention" and asked[-1][-1] == 32 and asked[-1][-4:-1] == ("relative_max", None, "none")
     )
     assert shared.unsupported_reason(StaticPattern(), cpu, F32, 80) is None
+
+
+@pytest.mark.parametrize(
+    ("policy", "dims", "why"),
+    [
+        (None, (192, 128), None),
+        (Dense(), (192, 128), None),
+        (StaticPattern(), (192, 128), None),
+        (CumulativeMass(), (192, 128), None),
+        (RelativeMax(), (128, None), None),
+        (RelativeMax(), (128, 128), None),
+        (RelativeMax(), (192, 128), "'select_blocks' .*head_dim 192"),
+        (StaticPattern(), (192, None), "'attention' .*head_dim 192: .*192 .v: 128"),
+        (StaticPattern(), (128, 64), "'attention' .*head_dim 128 of q and k and 64 of v"),
+        (ExactSkip(ratio=0.1), (192, 128), "'skip_attention' .*192 of q and k and 128 of v"),
+        (ExactSkip(ratio=0.1, passes=2), (192, 128), "'skip_mask' .*head_dim 192"),
+        (ExactSkip(ratio=0.1, passes=2), (128, 64), "'attention' .*128 of q and k and 64 of v"),
+    ],
+    ids=lambda x: type(x).__name__ if isinstance(x, Policy) else str(x),
+)
+def test_the_head_dim_of_values_counts(
+    policy: Any, dims: tuple[int, int | None], why: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the kernel table alone, as the operators: what it says here is asked of a GPU that is not there."""
+    row = {"device": "cuda", "arch": "sm_90a", "dtypes": "bfloat16", "head_dim": "64, 128", "blocks": "128x128"}
+    rows = [{**row, "op": op} for op in ("skip_attention", "skip_mask")]
+    rows.append({**row, "op": "attention", "head_dim": "64, 128, 192/128"})
+    rows.append({**row, "op": "pool_blocks", "head_dim": "any", "blocks": "any"})
+    rows.append({**row, "op": "select_blocks", "rule": "relative_max"})
+    rows.append({**row, "op": "select_blocks", "rule": "pooled", "head_dim": "1..256"})
+    monkeypatch.setitem(_library.KERNELS, "cuda", frozenset(row["op"] for row in rows))
+    monkeypatch.setattr(limits, "LIMITS", limits.parse(rows))
+    monkeypatch.setattr(limits, "_capability_of", {0: 90})
+    reason = shared.unsupported_reason(policy, torch.device("cuda", 0), torch.bfloat16, dims[0], 1000, dims[1])
+    assert reason is None if why is None else reason is not None and re.search(why, reason), reason
 
 
 @pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "examples").glob("serve_*/*.toml")), ids=str)

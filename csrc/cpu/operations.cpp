@@ -1,4 +1,5 @@
-// pool_blocks, attention, skip_mask, block_mass and tile_max: from parameters to work items for the kernels. (Scores: select.cpp.)
+// pool_blocks, attention, skip_mask, block_mass and tile_max: from parameters to work items for the kernels. (Scores:
+// select.cpp.)
 #include <algorithm>
 #include <cstring>
 #include <limits>

@@ -1,5 +1,5 @@
-// Attention with skipping, skip_mask and tile_max on the CPU against the rule in float64, decision by decision, on every
-// instruction set that this machine has. Built as cpu_kernels_test.cpp is.
+// Attention with skipping, skip_mask and tile_max on the CPU against the rule in float64, decision by decision, on
+// every instruction set that this machine has. Built as cpu_kernels_test.cpp is.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -200,7 +200,8 @@ void check_skip(SkipFixture& f, const std::string& where, const Options& o) {
   }
 }
 
-// The mask of the first of two passes: of the blocks of another mask, those that one of the tile's groups would not skip.
+// The mask of the first of two passes: of the blocks of another mask, those that one of the tile's groups
+// would not skip.
 void check_first_pass(SkipFixture& f, const std::string& where, const Options& o) {
   const Case& c = f.c;
   const int num_words = (f.max_blocks + 31) / 32;

@@ -175,7 +175,8 @@ inline void set_lse_strides(const Tensor& q, int64_t* batch_stride, int64_t* hea
   *batch_stride = batched ? q.size(2) * tokens : 0;
 }
 
-// A contiguous [batch, blocks, KV heads, dim] tensor of what stands for the blocks, in the dtype and on the device of q.
+// A contiguous [batch, blocks, KV heads, dim] tensor of what stands for the blocks, in the dtype and on the device
+// of q.
 inline void check_summary(const Tensor& summary, const Tensor& q, const Problem& problem, int64_t dim,
                           const char* name) {
   STD_TORCH_CHECK(summary.dim() == 4 && summary.is_contiguous() && summary.scalar_type() == q.scalar_type() &&

@@ -333,8 +333,9 @@ std::string selection_rows(const std::string& op) {
          row(cuda::kMaxSelectBlocks, R"("head_dim": "1..256", "rule": "pooled")");
 }
 
-// JSON: one row per compiled CUDA kernel, with the keys of bsfa._C.kernels(); a head_dim 192/128 is one of 128 in v. Where
-// a row does not take all of them also `rule` and `sharing` (as in schemas.h), `stride` of antidiagonals, and `max_blocks`, the KV blocks of a mask row.
+// JSON: one row per compiled CUDA kernel, with the keys of bsfa._C.kernels(); a head_dim 192/128 is one of 128 in v.
+// Where a row does not take all of them also `rule` and `sharing` (as in schemas.h), `stride` of antidiagonals, and
+// `max_blocks`, the KV blocks of a mask row.
 std::string cuda_kernels() {
   return R"([
     {"op": "pool_blocks", "device": "cuda", "arch": "sm_90a", "dtypes": "bfloat16, float16", "head_dim": "any"},

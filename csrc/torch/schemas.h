@@ -8,13 +8,14 @@
 //   lse      [B, Hq, Sq], or [Hq, T], float32
 //   token_words  int32 [B, Sq, W], or [T, W] for packed q; W = ceil(max_seqlen_k / 32) rounded up to a multiple of 4
 //            (AttentionParams)
-//   indices  int32 [B, Sq, topk], or [T, topk] with cu_seqlens_q; token_counts of its shape without topk; status int64 [2]
-//            (TokenMaskParams)
+//   indices  int32 [B, Sq, topk], or [T, topk] with cu_seqlens_q; token_counts of its shape without topk;
+//            status int64 [2] (TokenMaskParams)
 //   out      q's shape with v's head_dim, dtype of q. attention_out writes into a given one: any strides, last one 1.
 // skip_attention: thresholds float32 [Hq, columns], skips int64 [Hq, 2] (SkipParams); tile_max [R, Hq, N] float32.
-// skip_mask (SkipMaskParams): the mask for the second pass, words [R, Hq, ceil(N / 32)]; R = num_rows, also of mask_words.
-// The enumerations of params.h go by name: form "absolute", "relative"; pooling "mean", "maxabs", "center"; rule "relative_max", "pooled", "flat64",
-// "antidiagonal"; sharing "none", "union", "group".
+// skip_mask (SkipMaskParams): the mask for the second pass, words [R, Hq, ceil(N / 32)]; R = num_rows, also of
+// mask_words.
+// The enumerations of params.h go by name: form "absolute", "relative"; pooling "mean", "maxabs", "center"; rule
+// "relative_max", "pooled", "flat64", "antidiagonal"; sharing "none", "union", "group".
 #pragma once
 
 #define BSFA_FOR_EACH_SCHEMA(DEF)                                                                                      \

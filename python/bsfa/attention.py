@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from bsfa.attending import attend, attend_skipping
 from bsfa.block_mask import BlockMask
 from bsfa.errors import warn_dense
 from bsfa.info import AttentionInfo
@@ -11,8 +12,6 @@ from bsfa.layout import Layout, check_out
 from bsfa.policies import Dense, ExactSkip, Policy, TokenTopK
 from bsfa.pooling import pool
 from bsfa.stages import (
-    attend,
-    attend_skipping,
     check_attention_kernel,
     check_correction,
     check_mask_heads,

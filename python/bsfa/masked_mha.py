@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bsfa.attending import attend
 from bsfa.attention import Result
 from bsfa.errors import UnsupportedError
 from bsfa.info import AttentionInfo
 from bsfa.layout import Layout, check_length, check_out
 from bsfa.policies import TokenTopK
-from bsfa.stages import attend, check_attention_kernel, check_tokens, resolve_layout, resolve_scale
+from bsfa.stages import check_attention_kernel, check_tokens, resolve_layout, resolve_scale
 from bsfa.token_mask import TokenMask
 
 #: Longest sequence, in keys, that :func:`masked_mha` masks unless it is told otherwise.

@@ -83,6 +83,28 @@ def test_dense_like_eager(kind: str, padded: bool) -> None:
     assert error["bsfa"] <= 2 * error["eager"]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sinks", [None, torch.tensor([-2.0, 0.0, 7.0, 9.0])])
+def test_decode_is_not_rounded_before_the_softmax(sinks: Tensor | None, dtype: torch.dtype) -> None:
+    """Large logits, with a softcap or sinks: float32 products of the cache as it is, without a copy of it."""
+    q, k, v = (torch.randn(2, heads, tokens, 64).to("cuda", dtype) for heads, tokens in ((4, 1), (2, 6000), (2, 7000)))
+    v = v[:, :, :6000]  # a part of a static cache
+    logits = (q.double() @ k.double().repeat_interleave(2, 1).transpose(2, 3)) * 2
+    if sinks is None:
+        logits = 50 * torch.tanh(logits / 50)
+    else:
+        logits = torch.cat([logits, sinks.cuda().double().view(1, 4, 1, 1).expand(2, 4, 1, 1)], -1)
+    want = (logits.softmax(-1)[..., :6000] @ v.double().repeat_interleave(2, 1)).transpose(1, 2)
+    options = {"scaling": 2.0, "softcap": 50.0 if sinks is None else None, "s_aux": sinks}
+    hf.bsfa_attention(torch.nn.Module(), q, k, v, None, **options)  # with which cuBLAS takes its workspace
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    out = hf.bsfa_attention(torch.nn.Module(), q, k, v, None, **options)[0]
+    unit = torch.finfo(dtype).eps
+    torch.testing.assert_close(out.double(), want, rtol=2 * unit, atol=2 * unit)
+    assert torch.cuda.max_memory_allocated() - before < k.nbytes
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt-oss"])
 def test_policy_acts(kind: str) -> None:
     ids, mask = batch()

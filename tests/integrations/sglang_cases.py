@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 from sglang.srt import plugins
@@ -32,6 +33,7 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, Shar
 from sglang.srt.layers.attention.hybrid_attn_backend import HybridAttnBackend
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
+from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 from sglang.srt.model_executor.cuda_graph_config import Phase, default_cuda_graph_config, with_phase
@@ -44,6 +46,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig
 
 import bsfa
+from bsfa import _library, limits
 from bsfa.integrations import sglang as backend_module
 from bsfa.integrations.serving import ServingConfig
 from bsfa.policies import RelativeMax
@@ -112,7 +115,8 @@ def make_runner(page_size: int = 1, dtype: torch.dtype = DTYPE, **changes: Any) 
         page_size=page_size,
         dtype=dtype,
         head_num=changes.pop("kv_heads", KV_HEADS),
-        head_dim=DIM,
+        head_dim=changes.pop("head_dim", DIM),
+        v_head_dim=changes.pop("v_head_dim", None),
         layer_num=LAYERS,
         device=DEVICE,
         enable_memory_saver=False,
@@ -142,19 +146,28 @@ def make_runner(page_size: int = 1, dtype: torch.dtype = DTYPE, **changes: Any) 
 
 
 def make_layer(index: int = 0, heads: int = HEADS, kv_heads: int = KV_HEADS, **changes: Any) -> RadixAttention:
-    return RadixAttention(heads, DIM, SCALE, kv_heads, index, **changes)
+    return RadixAttention(heads, changes.pop("head_dim", DIM), SCALE, kv_heads, index, **changes)
 
 
 class Request:
     """A sequence of ``prefix`` units of tokens in the cache and ``new`` ones (1: one token), with one layer's data."""
 
-    def __init__(self, prefix: int, new: int, seed: int, heads: int = HEADS, kv_heads: int = KV_HEADS) -> None:
+    def __init__(
+        self,
+        prefix: int,
+        new: int,
+        seed: int,
+        heads: int = HEADS,
+        kv_heads: int = KV_HEADS,
+        dim: int = DIM,
+        dim_v: int | None = None,
+    ) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.prefix, self.new, self.row = prefix * UNIT, new * UNIT if new > 1 else 1, -1
         total = self.prefix + self.new
-        shapes = ((total, heads, DIM), (total, kv_heads, DIM), (total, kv_heads, DIM))
+        shapes = ((total, heads, dim), (total, kv_heads, dim), (total, kv_heads, dim if dim_v is None else dim_v))
         q, k, v = (torch.randn(shape, generator=generator) for shape in shapes)
-        k += torch.randn(-(-total // BLOCK), 1, DIM, generator=generator).repeat_interleave(BLOCK, 0)[:total] / 2
+        k += torch.randn(-(-total // BLOCK), 1, dim, generator=generator).repeat_interleave(BLOCK, 0)[:total] / 2
         self.q, self.k, self.v = (t.to(DEVICE, DTYPE) for t in (3 * q, k, v))  # blocks of keys that differ
         self.slots = torch.empty(0, dtype=torch.int64)
 
@@ -226,8 +239,8 @@ class Server:
             torch.cat([getattr(r, name)[r.prefix : r.prefix + r.new] for r in requests]) for name in ("q", "k", "v")
         )
         out = backend.forward(q=q.flatten(1), k=k, v=v, layer=layer, forward_batch=batch, **options)
-        assert out.shape == (q.shape[0], q.shape[1] * DIM), out.shape
-        return list(out.view(q.shape).split([r.new for r in requests]))
+        assert out.shape == (q.shape[0], q.shape[1] * v.shape[2]), out.shape
+        return list(out.view(*q.shape[:2], v.shape[2]).split([r.new for r in requests]))
 
 
 def reference(
@@ -428,6 +441,33 @@ def case_chunks_equal_the_whole() -> None:
         outputs += server.run([parts])
     assert torch.equal(torch.cat(outputs), expected)
     close(expected, reference(whole, sparse=True))
+
+
+def case_last_tiles_are_at_the_end_of_the_prompt() -> None:
+    """SGLang tells of each chunk how long its prompt is: chunks give what the whole prompt does."""
+    text = RELATIVE.replace("ALPHA", "0.9").replace("last_tiles = 0", "last_tiles = 1")
+    whole, parts = Request(0, 150, 8), Request(0, 150, 8)
+    with published():
+        server = Server(16, text)
+    for r in (whole, parts):
+        server.place(r)
+    (expected,) = server.run([whole])
+    outputs: dict[bool, list[Tensor]] = {True: [], False: []}
+    lengths = torch.tensor([150 * UNIT], dtype=torch.int32, device=DEVICE)
+    for begin, end in ((0, 64), (64, 128), (128, 150)):
+        parts.prefix, parts.new = begin * UNIT, (end - begin) * UNIT
+        for told in (True, False):
+            batch = server.batch([parts], ForwardMode.EXTEND, orig_seq_lens=lengths if told else None)
+            outputs[told] += server.run([parts], batch=batch)
+    assert torch.equal(torch.cat(outputs[True]), expected)
+    assert not torch.equal(torch.cat(outputs[False]), expected)
+    # A ForwardBatch of another size than its lengths, as padding leaves it, says nothing.
+    batch = server.batch([parts], ForwardMode.EXTEND, orig_seq_lens=lengths.expand(2).contiguous())
+    assert torch.equal(server.run([parts], batch=batch)[0], outputs[False][-1])
+    # What SGLang's scheduler fills it with.
+    scheduled = inspect.getsource(ScheduleBatch.prepare_for_extend).splitlines()
+    (line,) = (x for x in scheduled if "orig_seq_lens = [" in x)
+    assert "max(" in line and "len(r.origin_input_ids)" in line
 
 
 def case_layers_of_one_pass_share_a_plan() -> None:
@@ -631,6 +671,37 @@ def case_a_pool_of_full_and_window_layers() -> None:
     weights = torch.softmax(k[seen, 0] @ q[last, 1] * SCALE, 0)
     close(out[last, 1], weights @ v[seen, 0])
     assert server.backend.served == 1 and server.backend.reasons.total() == 1
+
+
+def case_values_of_another_head_dim() -> None:
+    """A plain pool has buffers of both sizes: a policy runs where the table of kernels has the pair."""
+    dims = {"head_dim": 192, "v_head_dim": 128}
+    with published():
+        server = Server(16, **dims)
+        scored = Server(16, RELATIVE.replace("ALPHA", "0.5"), **dims)
+    request = Request(70, 60, 28, dim=192, dim_v=128)
+    server.place(request)
+    layer = make_layer(**dims)
+    (out,) = server.run([request], layer=layer)
+    close(out, reference(request, sparse=True))
+    assert server.backend.served == 1 and not server.backend.reasons
+
+    row = {"device": "cuda", "arch": "sm_90a", "dtypes": "bfloat16", "blocks": f"{BLOCK}x{BLOCK}"}
+    rows = [{**row, "op": op, "head_dim": "64, 128"} for op in ("pool_blocks", "select_blocks")]
+    rows.append({**row, "op": "attention", "head_dim": "64, 192/128"})
+    kernels = {"cuda": frozenset(row["op"] for row in rows)}
+    with (
+        mock.patch.dict(_library.KERNELS, kernels),
+        mock.patch.object(limits, "LIMITS", limits.parse(rows)),
+        mock.patch.object(limits, "_capability_of", {0: 90}),
+    ):
+        for there in (server, scored):
+            there.backend._layers.device = torch.device("cuda", 0)
+            there.backend._layers._reasons.clear()
+        assert server.backend._layers.reason(layer, torch.bfloat16) is None
+        assert "'pool_blocks'" in scored.backend._layers.reason(layer, torch.bfloat16)
+        other = make_layer(head_dim=64, v_head_dim=128)
+        assert "head_dim 64 of q and k and 128 of v" in server.backend._layers.reason(other, torch.bfloat16)
 
 
 def case_optional_arguments() -> None:

@@ -1,5 +1,5 @@
-// block_mass, tile_max and skip_mask on CUDA: from their parameters to the kernel that fits. It works on tiles of 128 query rows;
-// with block_m = 64 each half of one is a row of the results.
+// block_mass, tile_max and skip_mask on CUDA: from their parameters to the kernel that fits. It works on tiles of 128
+// query rows; with block_m = 64 each half of one is a row of the results.
 #include <algorithm>
 #include <numeric>
 

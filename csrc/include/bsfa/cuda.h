@@ -59,13 +59,13 @@ int64_t attention_workspace_bytes(const AttentionParams& params);
 // Whether attention() has a kernel for this dtype, head_dim and block sizes.
 bool attention_supports(const Problem& problem);
 
-// float16 and bfloat16 on sm_90; head_dim = head_dim_v, 64 or 128, or (without skipping) head_dim 192 and head_dim_v 128;
-// tiles and blocks of 128 tokens; skipping and token masks not together; q, k and v aligned to 16 bytes in base and strides. Three kernels; `workspace` may be reused once they are
-// done.
+// float16 and bfloat16 on sm_90; head_dim = head_dim_v, 64 or 128, or (without skipping) head_dim 192 and head_dim_v
+// 128; tiles and blocks of 128 tokens; skipping and token masks not together; q, k and v aligned to 16 bytes in base
+// and strides. Three kernels; `workspace` may be reused once they are done.
 cudaError_t attention(const AttentionParams& params, void* workspace, cudaStream_t stream);
 
-// Whether block_mass() and tile_max() have kernels for this: float16 and bfloat16 on sm_90, head_dim 64 or 128, tiles of
-// 64 or 128 query rows, blocks of 128 tokens.
+// Whether block_mass() and tile_max() have kernels for this: float16 and bfloat16 on sm_90, head_dim 64 or 128, tiles
+// of 64 or 128 query rows, blocks of 128 tokens.
 bool measure_supports(const Problem& problem);
 
 // Scratch memory of either, on the device; `query_tokens`: TensorView::tokens of q.

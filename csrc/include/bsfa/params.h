@@ -68,7 +68,8 @@ enum class Pooling : int32_t {
   kCenter = 2,  // the token in the middle: number count / 2 of the block's `count` tokens
 };
 
-// out[b, j, h, :] = the tokens of KV block j, pooled; contiguous [B, max_blocks, Hkv, D], dtype of k; zeros past the end.
+// out[b, j, h, :] = the tokens of KV block j, pooled; contiguous [B, max_blocks, Hkv, D], dtype of k;
+// zeros past the end.
 struct PoolParams {
   DType dtype = DType::kFloat32;
   int32_t batch = 0;
@@ -84,8 +85,8 @@ struct PoolParams {
 
 // How the score of a (query tile, KV block) pair is made, and compared with the head's threshold.
 //
-// The rules from kPooled on make weights w_J = exp(logit) or masses, and the score of a block is the share of the tile's
-// total weight that is ranked strictly before it (descending weight; ties: lower block first). Kept iff
+// The rules from kPooled on make weights w_J = exp(logit) or masses, and the score of a block is the share of the
+// tile's total weight that is ranked strictly before it (descending weight; ties: lower block first). Kept iff
 // score < threshold; the best block always.
 enum class ScoreRule : int32_t {
   // FlashPrefill: energy of a block = sum over rows of exp(scale * q_r . mean_k - tile max), divided by the largest
@@ -96,9 +97,9 @@ enum class ScoreRule : int32_t {
   // BFLA's flat64: logit = scale / 64 * max over the tile's groups g and the block's groups r of 64 tokens of
   // sum over t < 64 of q[64 g + t] . k[64 r + t]. Tokens beyond the sequence count as zeros.
   kFlat64 = 2,
-  // XAttention: groups of `stride` tokens at absolute positions; logit of query group r and key group c <= r (causal) is
-  // scale / stride * sum over s of q[r * stride + stride - 1 - s] . k[c * stride + s]; the weight of a block is the sum
-  // over the tile's groups of the softmax over key groups that falls into it. The blocks that sink_blocks and
+  // XAttention: groups of `stride` tokens at absolute positions; logit of query group r and key group c <= r (causal)
+  // is scale / stride * sum over s of q[r * stride + stride - 1 - s] . k[c * stride + s]; the weight of a block is the
+  // sum over the tile's groups of the softmax over key groups that falls into it. The blocks that sink_blocks and
   // window_blocks keep are ranked before all others, in order of their index.
   kAntidiagonal = 3,
 };
@@ -163,8 +164,8 @@ struct ProbeParams {
   float* slash = nullptr;     // [B, Hq, kv.max_seqlen]; causal only
 };
 
-// A mask from vertical and slash patterns: row i keeps block j iff vertical bit j, or slash bit (own - j) with `own` the
-// tile's own block and j <= own, or `base` keeps it and query_aware is set, or it is sink or window.
+// A mask from vertical and slash patterns: row i keeps block j iff vertical bit j, or slash bit (own - j) with `own`
+// the tile's own block and j <= own, or `base` keeps it and query_aware is set, or it is sink or window.
 struct PatternParams {
   Problem problem;
   int64_t num_rows = 0;
@@ -211,10 +212,10 @@ enum class SkipForm : int32_t {
 constexpr int32_t kSkipRows = 64;
 
 // Skipping after the exact product q . k. Logits are cap(softmax_scale * q . k), natural units, over visible keys. A
-// group of kSkipRows rows meets its kept blocks in this order: the tile's last one, block 0, then the others from the last
-// to the first; the running maximum of a row is over the blocks that its group met before and did not
-// skip (-inf: none). Sinks and window are never skipped, nor is what a NaN logit lies in. What is skipped is left out of
-// the softmax, or, if `counted`, out of the product with V only: then it stays in denominator and LSE.
+// group of kSkipRows rows meets its kept blocks in this order: the tile's last one, block 0, then the others from the
+// last to the first; the running maximum of a row is over the blocks that its group met before and did not skip
+// (-inf: none). Sinks and window are never skipped, nor is what a NaN logit lies in. What is skipped is left out
+// of the softmax, or, if `counted`, out of the product with V only: then it stays in denominator and LSE.
 struct SkipParams {
   SkipForm form = SkipForm::kNone;
   const float* thresholds = nullptr;  // [Hq, columns]; NaN and -inf: nothing is skipped
@@ -248,17 +249,17 @@ struct AttentionParams {
   // Token mask, shared by all heads: bit j % 32 of word j / 32 of a query row says whether it may see key position j of
   // its sequence, in addition to everything else that decides that. Rows lie as those of q do: row i of sequence b at
   // b * token_batch_stride + i * token_row_stride, or packed row r at r * token_row_stride. The words of a row are
-  // contiguous, at least ceil(kv.max_seqlen / 32) of them; bits past its keys are zero. Base and strides are multiples of
-  // 16 bytes (4 words), and a row may be read up to the next multiple of 4 words.
+  // contiguous, at least ceil(kv.max_seqlen / 32) of them; bits past its keys are zero. Base and strides are multiples
+  // of 16 bytes (4 words), and a row may be read up to the next multiple of 4 words.
   const int32_t* token_words = nullptr;  // null: none; not with means, window_left or skip
   int64_t token_batch_stride = 0;        // words; packed: unused
   int64_t token_row_stride = 0;          // words
 };
 
 // Skipping in two passes: the mask with which attention() without skipping is the second. Of the blocks that
-// attention.words keeps, a tile drops those that all of its groups would skip (SkipParams), were running maxima over all
-// blocks met, skipped or not. With thresholds of at most 0, and in the absolute form, these are the groups' own decisions
-// in one pass, and a tile keeps what one of its groups keeps.
+// attention.words keeps, a tile drops those that all of its groups would skip (SkipParams), were running maxima over
+// all blocks met, skipped or not. With thresholds of at most 0, and in the absolute form, these are the groups' own
+// decisions in one pass, and a tile keeps what one of its groups keeps.
 struct SkipMaskParams {
   AttentionParams attention;  // with `skip`, not counted, and num_rows; v, out, lse and window_left have no say
   int32_t num_words = 0;      // of a row and head of the result; with attention.words its num_words

@@ -300,9 +300,16 @@ def serving_config() -> ServingConfig:
 
 
 def unsupported_reason(
-    policy: Policy | None, device: torch.device, dtype: torch.dtype, head_dim: int, max_seqlen_k: int = 0
+    policy: Policy | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    max_seqlen_k: int = 0,
+    head_dim_v: int | None = None,
 ) -> str | None:
     """Why the kernels of ``device`` cannot run ``policy`` in this dtype and head_dim; None if they can.
+
+    head_dim: of queries and keys; head_dim_v: of values, None where it is the same.
 
     For the start of a server, which would else find out with the first prompt. Some limits, like the alignment of the
     cache, only a call can know.
@@ -311,10 +318,13 @@ def unsupported_reason(
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     blocks = None if policy is None or isinstance(policy, Dense) else (policy.block_m, policy.block_n)
+    op = "attention"
     try:
-        check_limits(
-            "skip_attention" if isinstance(policy, ExactSkip) else "attention", device, dtype, head_dim, blocks
-        )
+        if isinstance(policy, ExactSkip) and policy.passes == 1:
+            op = "skip_attention"
+        elif isinstance(policy, ExactSkip):
+            check_limits("skip_mask", device, dtype, head_dim, blocks)
+        check_limits(op, device, dtype, head_dim, blocks, head_dim_v=head_dim_v)
         _check_selection(policy, device, dtype, head_dim, max_seqlen_k)
     except UnsupportedError as error:
         return str(error)
@@ -348,7 +358,10 @@ def _check_selection(
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Requests of a batch that run in one call. ``rows``: their query rows, a slice or int64 indices on the device."""
+    """Requests of a batch that run in one call. ``rows``: their query rows, a slice or int64 indices on the device.
+
+    prompt_lens: int32, their whole prompts, where the server says how long these are.
+    """
 
     rows: slice | Tensor
     cu_seqlens_q: Tensor
@@ -356,6 +369,7 @@ class Group:
     block_table: Tensor
     max_seqlen_q: int
     max_seqlen_k: int
+    prompt_lens: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -388,14 +402,21 @@ def _group(whole: Group, members: list[int], starts: Sequence[int], lengths_k: S
         rows = slice(starts[members[0]], starts[members[-1] + 1])
     else:
         rows = _to_device([r for i in members for r in range(starts[i], starts[i + 1])], torch.int64, device)
-    if members[-1] - members[0] == len(members) - 1:
-        here = slice(members[0], members[-1] + 1)
-        seqlens_k, block_table = whole.seqlens_k[here], whole.block_table[here]
-    else:
-        index = _to_device(members, torch.int64, device)
-        seqlens_k, block_table = whole.seqlens_k.index_select(0, index), whole.block_table.index_select(0, index)
-    cu_seqlens_q = _to_device(cu, torch.int32, device)
-    return Group(rows, cu_seqlens_q, seqlens_k, block_table, max(lengths), max(lengths_k[i] for i in members))
+    along = members[-1] - members[0] == len(members) - 1
+    index = None if along else _to_device(members, torch.int64, device)
+
+    def of_members(values: Tensor) -> Tensor:
+        return values[members[0] : members[-1] + 1] if index is None else values.index_select(0, index)
+
+    return Group(
+        rows,
+        _to_device(cu, torch.int32, device),
+        of_members(whole.seqlens_k),
+        of_members(whole.block_table),
+        max(lengths),
+        max(lengths_k[i] for i in members),
+        None if whole.prompt_lens is None else of_members(whole.prompt_lens),
+    )
 
 
 def plan_prefill(
@@ -406,11 +427,14 @@ def plan_prefill(
     seqlens_k_host: Sequence[int],
     min_seqlen: int = DEFAULT_MIN_SEQLEN,
     decode_tokens: int = 1,
+    prompt_lens: Tensor | None = None,
 ) -> PrefillPlan:
     """Sort the requests of a batch by what runs them; waits for no device.
 
     block_table int32 [B, max_pages], cu_seqlens_q int32 [B + 1], seqlens_k int32 [B]: on the device.
     cu_seqlens_q_host, seqlens_k_host: the same numbers on the host. Those of seqlens_k may be upper bounds.
+    prompt_lens: int32 [B] on the device, how long each prompt is once all its chunks are there: the end that a policy's
+    ``last_tiles`` speak of. None, where the server does not say: each chunk ends its prompt.
 
     A policy is for requests with at least ``min_seqlen`` KV tokens and more than ``decode_tokens`` query tokens: a
     decode step is dense, whatever it shares the batch with. Requests without query tokens, with which servers pad, are
@@ -424,6 +448,8 @@ def plan_prefill(
             f"a batch of {batch} requests needs {batch + 1} entries in cu_seqlens_q, got {len(starts)} on the host, "
             f"{cu_seqlens_q.shape[0]} and {seqlens_k.shape[0]} lengths on the device"
         )
+    if prompt_lens is not None and prompt_lens.shape[0] != batch:
+        raise ValueError(f"a batch of {batch} requests has {prompt_lens.shape[0]} prompt lengths")
     lengths_q = [b - a for a, b in itertools.pairwise(starts)]
     if starts[0] != 0 or min(lengths_q, default=0) < 0:
         raise ValueError(f"cu_seqlens_q must start with 0 and never decrease, got {starts}")
@@ -434,6 +460,7 @@ def plan_prefill(
         block_table,
         max(lengths_q, default=0),
         max(lengths_k, default=0),
+        prompt_lens,
     )
     present = [i for i in range(batch) if lengths_q[i] > 0]
     if 0 < len(present) < batch:  # whose pages and lengths may be anything
@@ -466,6 +493,7 @@ def _run_group(
         cu_seqlens_q=group.cu_seqlens_q,
         max_seqlen_q=group.max_seqlen_q,
         max_seqlen_k=group.max_seqlen_k,
+        prompt_lens=group.prompt_lens,
         policy=policy,
         out=None if gathered else out[group.rows],
         **options,
@@ -518,12 +546,21 @@ def prefill_attention(
     policy: Policy | None,
     out: Tensor,
     min_seqlen: int = DEFAULT_MIN_SEQLEN,
+    prompt_lens: Tensor | None = None,
     softmax_scale: float | None = None,
     softcap: float = 0.0,
     causal: bool = True,
 ) -> Tensor:
     """:func:`plan_prefill` and :func:`run_prefill` in one, for a single layer."""
-    plan = plan_prefill(block_table, cu_seqlens_q, seqlens_k, cu_seqlens_q_host, seqlens_k_host, min_seqlen)
+    plan = plan_prefill(
+        block_table,
+        cu_seqlens_q,
+        seqlens_k,
+        cu_seqlens_q_host,
+        seqlens_k_host,
+        min_seqlen,
+        prompt_lens=prompt_lens,
+    )
     return run_prefill(
         plan,
         q,

@@ -241,11 +241,9 @@ class _Layers:
             return f"the positional encoding '{positions}' is part of attention"
         if temperature is not None and temperature > 0:
             return "logits are scaled by position"
-        if head_dim != v_head_dim and self.device.type != "cpu":
-            return f"keys have head_dim {head_dim} and values {v_head_dim}"
         index = layer.layer_id
         self.config.check_heads(index, layer.tp_q_head_num, layer.tp_k_head_num, self.rank, self.size)
-        return unsupported_reason(self.policy(index), self.device, dtype, head_dim, self.max_seqlen)
+        return unsupported_reason(self.policy(index), self.device, dtype, head_dim, self.max_seqlen, v_head_dim)
 
 
 def _speculates(batch: Any) -> bool:
@@ -253,6 +251,17 @@ def _speculates(batch: Any) -> bool:
     algorithm = getattr(batch, "spec_algorithm", None)
     none = algorithm is None or algorithm.is_none()
     return not none or getattr(batch, "spec_info", None) is not None
+
+
+def _prompt_lens(batch: Any, count: int) -> Tensor | None:
+    """How long the prompts of a batch's requests are in all their chunks, int32 on the device; None: it does not say.
+
+    SGLang counts what a request has generated before it was retracted as part of its prompt, once a chunk gets there.
+    """
+    lengths = getattr(batch, "orig_seq_lens", None)
+    if not isinstance(lengths, Tensor) or lengths.shape != (count,) or lengths.device != batch.seq_lens.device:
+        return None
+    return lengths.to(torch.int32)
 
 
 def _accepts(function: Callable[..., Any]) -> frozenset[str] | None:
@@ -481,6 +490,7 @@ def backend_class() -> type[Any]:
                 starts,
                 lengths_k,
                 self.config.min_seqlen,
+                prompt_lens=_prompt_lens(batch, len(lengths)),
             )
 
         def _run(

@@ -185,6 +185,17 @@ def _sink_logits(s_aux: Any, query: Tensor) -> Tensor | None:
     return s_aux.detach().to(device=query.device, dtype=torch.float32)
 
 
+def _products(q: Tensor, k: Tensor) -> Tensor:
+    """``q . k`` of ``[B, H, G, D]`` and ``[B, H, K, D]``: float32 ``[B, H, G, K]``, without a float32 copy of ``k``.
+
+    On the CPU torch rounds the products of a lower precision to it, as eager attention does everywhere.
+    """
+    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
+        products = torch.bmm(q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), out_dtype=torch.float32)
+        return products.unflatten(0, q.shape[:2])
+    return (q @ k.transpose(2, 3)).float()
+
+
 def _decode(
     query: Tensor,
     key: Tensor,
@@ -217,15 +228,15 @@ def _decode(
     if not softcap and sinks is None:
         out = nn.functional.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scale)
     else:
-        logits = (grouped.float() @ key.float().transpose(2, 3)) * scale
+        logits = _products(grouped, key) * scale
         if softcap:
             logits = softcap * torch.tanh(logits / softcap)
         if mask is not None:
             logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
-        weighted = logits.softmax(-1) @ value.float()
+        total = logits.logsumexp(-1, keepdim=True)
         if sinks is not None:
-            weighted = weighted * torch.sigmoid(logits.logsumexp(-1) - sinks.view(groups)).unsqueeze(-1)
-        out = weighted.to(query.dtype)
+            total = torch.logaddexp(total, sinks.view(*groups, 1))
+        out = (logits - total).exp().to(value.dtype) @ value
     return out.reshape(batch, 1, heads, value.shape[-1])
 
 

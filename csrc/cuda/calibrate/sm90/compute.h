@@ -191,7 +191,8 @@ class Consumer {
     }
   }
 
-  // The rows' largest scores become what they exceed the running maxima by, and enter those. Scores that are NaN do not.
+  // The rows' largest scores become what they exceed the running maxima by, and enter those.
+  // Scores that are NaN do not.
   template <class Tensor>
   __device__ __forceinline__ void above_running_maximum(const Tensor& s, float (&top)[2]) {
     const float before[2] = {rows_[0], rows_[1]};

@@ -5,8 +5,8 @@
 //
 // Tile      128 query rows x 128 keys a step; a CTA works on one (tile, query head) after the other until the queue is
 //           empty. Results are per 128 rows or per 64, as the caller's block_m says.
-// Roles     warpgroup 0: a warp each for keys and queries (TMA), for handing out tiles (load.h), and for writing results
-//           (write.h); warpgroups 1 and 2 compute 64 rows each (compute.h).
+// Roles     warpgroup 0: a warp each for keys and queries (TMA), for handing out tiles (load.h), and for writing
+//           results (write.h); warpgroups 1 and 2 compute 64 rows each (compute.h).
 // Memory    two query tiles, a ring of K blocks, two batches of results (config.h).
 // Waits     each ring has full and empty mbarriers: work, queries (with their TileRow and LSE), steps (with their K),
 //           results. Consumers wait for steps and queries; nobody waits for another consumer or for the host.

@@ -62,9 +62,9 @@ __device__ void write_results(SharedStorage<Config>& shared, const KernelParams&
   }
 }
 
-// In place of results a row of a mask: the blocks whose maximum over all rows of the tile is not below the threshold, and
-// those that are always kept. Nobody else writes the row; its words are set bit by bit since their blocks come in the
-// order of visits.
+// In place of results a row of a mask: the blocks whose maximum over all rows of the tile is not below the threshold,
+// and those that are always kept. Nobody else writes the row; its words are set bit by bit since their blocks come in
+// the order of visits.
 template <Quantity kQuantity, class Config>
 __device__ void write_mask(SharedStorage<Config>& shared, const KernelParams& p) {
   const MaskOutput& mask = p.mask;
