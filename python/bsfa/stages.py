@@ -42,6 +42,9 @@ from bsfa.policies.fixed import check_geometry
 from bsfa.pooling import check_pooling, pool
 from bsfa.token_mask import TokenMask
 
+#: The operator, found once: each look-up by name costs a call as much as a check of it.
+ATTENTION = torch.ops.bsfa.attention.default
+
 
 def resolve_scale(softmax_scale: float | None, head_dim: int, softcap: float) -> float:
     """The softmax scale to use (default ``1 / sqrt(head_dim)``), after checking it and the softcap."""
@@ -499,7 +502,7 @@ def attend(
         None if tokens is None else tokens.words,
     )
     if _copies(out):
-        result, lse = torch.ops.bsfa.attention(*arguments)
+        result, lse = ATTENTION(*arguments)
         return _copied(result, out), lse
     lse = torch.ops.bsfa.attention_out(out, *arguments)
     return _written(out), lse
