@@ -2,6 +2,7 @@
 // messages come earlier, from Python; these guard the raw operators.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -48,9 +49,43 @@ inline bool same_device(const Tensor& a, const Tensor& b) {
   return a.is_cpu() == b.is_cpu() && a.get_device_index() == b.get_device_index();
 }
 
+inline int32_t dtype_code(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return aoti_torch_dtype_float32();
+    case ScalarType::BFloat16:
+      return aoti_torch_dtype_bfloat16();
+    case ScalarType::Half:
+      return aoti_torch_dtype_float16();
+    case ScalarType::Int:
+      return aoti_torch_dtype_int32();
+    case ScalarType::Long:
+      return aoti_torch_dtype_int64();
+    case ScalarType::Byte:
+      return aoti_torch_dtype_uint8();
+    default:
+      STD_TORCH_CHECK(false, "no operator makes tensors of this dtype");
+  }
+  return 0;
+}
+
+// Contiguous, on the device of `like`. Not by torch::stable::new_empty, which finds aten::new_empty by its name each time
+// and packs its arguments: several times the work.
 inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
-  const std::vector<int64_t> s(sizes);
-  return torch::stable::new_empty(like, s, type);
+  constexpr size_t kMostDims = 4;
+  STD_TORCH_CHECK(sizes.size() <= kMostDims, "at most 4 dimensions");
+  int64_t strides[kMostDims], step = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = step;
+    step *= std::max<int64_t>(sizes.begin()[i], 1);
+  }
+  int32_t device_type = 0;
+  STD_TORCH_CHECK(aoti_torch_get_device_type(like.get(), &device_type) == 0, "torch gave no device type");
+  AtenTensorHandle made = nullptr;
+  STD_TORCH_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides, dtype_code(type),
+                                           device_type, like.get_device_index(), &made) == 0,
+                  "torch could not allocate a tensor");
+  return Tensor(made);
 }
 
 // An int32 vector or matrix of indices; null when absent.
