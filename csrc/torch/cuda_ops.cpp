@@ -158,8 +158,9 @@ Tensor run_attention(AttentionParams p, const Tensor& q, const Tensor& out, cons
   p.num_rows = rows;
   if (q.numel() == 0) return lse;
   const Launch launch(q);
-  Tensor workspace = new_workspace(q, cuda::attention_workspace_bytes(p));
-  check_launch(cuda::attention(p, workspace.data_ptr(), launch.stream()), op);
+  const int64_t bytes = cuda::attention_workspace_bytes(p);
+  const OptionalTensor workspace = bytes > 0 ? OptionalTensor(new_workspace(q, bytes)) : std::nullopt;
+  check_launch(cuda::attention(p, workspace ? workspace->data_ptr() : nullptr, launch.stream()), op);
   return lse;
 }
 

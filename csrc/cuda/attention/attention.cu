@@ -96,6 +96,14 @@ Tiling tiling_of(const AttentionParams& params) {
   return tiling;
 }
 
+// The order of a call that needs no workspace: known without the device, and so short that the tiles can be dealt out
+// beforehand, at most two to a CTA. Else one without pairs.
+KnownOrder dealt_order(const AttentionParams& params, int sms) {
+  const bool plain = params.words == nullptr && params.token_words == nullptr && params.skip.form == SkipForm::kNone;
+  const KnownOrder order = plain ? order_of(tiling_of(params), sms) : KnownOrder{};
+  return order.total <= 2 * sms ? order : KnownOrder{};
+}
+
 }  // namespace
 
 bool attention_supports(const Problem& p) {
@@ -106,6 +114,9 @@ bool attention_supports(const Problem& p) {
 }
 
 int64_t attention_workspace_bytes(const AttentionParams& params) {
+  int sms = 0;
+  // Without a device to ask it takes the longer way, and fails later.
+  if (num_sms(&sms) == cudaSuccess && dealt_order(params, sms).total > 0) return 0;
   return Workspace::bytes(params.num_rows, params.problem.num_q_heads);
 }
 
@@ -119,8 +130,12 @@ cudaError_t attention(const AttentionParams& params, void* workspace, cudaStream
   if ((skips || tokens) && (params.window_left >= 0 || params.k_means != nullptr)) return cudaErrorInvalidValue;
   if (skips && (tokens || p.head_dim == 192)) return cudaErrorInvalidValue;
 
+  int sms = 0;
+  cudaError_t error = num_sms(&sms);
+  if (error != cudaSuccess) return error;
   KernelParams k{};
-  k.workspace = Workspace::in(workspace, params.num_rows, p.num_q_heads);
+  k.known = dealt_order(params, sms);
+  if (k.known.total == 0) k.workspace = Workspace::in(workspace, params.num_rows, p.num_q_heads);
   k.words = params.words;
   k.num_words = params.num_words;
   k.mask_heads = params.mask_heads;
@@ -139,11 +154,9 @@ cudaError_t attention(const AttentionParams& params, void* workspace, cudaStream
   k.lse_batch_stride = params.lse_batch_stride;
   k.lse_head_stride = params.lse_head_stride;
 
-  int sms = 0;
-  cudaError_t error = num_sms(&sms);
-  if (error == cudaSuccess) error = make_maps(params, k);
+  error = make_maps(params, k);
   if (error == cudaSuccess) error = make_mean_maps(params, k);
-  if (error == cudaSuccess) error = make_order(tiling_of(params), k.workspace, sms, stream);
+  if (error == cudaSuccess && k.known.total == 0) error = make_order(tiling_of(params), k.workspace, sms, stream);
   if (error != cudaSuccess) return error;
   const int ctas = static_cast<int>(std::min<int64_t>(sms, pairs));
   const bool bf16 = p.dtype == DType::kBFloat16;

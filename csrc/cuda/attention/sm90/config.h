@@ -191,7 +191,8 @@ struct KernelParams {
   CUtensorMap k_means, v_means;  // [sequence, block, head, dim]; of the mean correction
   CUtensorMap tokens;            // [batch, query token, word]; of kTokens
   bool has_means;
-  Workspace workspace;
+  Workspace workspace;  // without a queue: the order is `known`, and each CTA has at most two tiles
+  KnownOrder known;
   const int32_t* words;  // null: dense
   int64_t num_words;     // of a row and head
   int32_t mask_heads;

@@ -79,9 +79,12 @@ cudaError_t launch_kernel(const KernelParams& params, int num_ctas, cudaStream_t
   constexpr int kBytes = sizeof(SharedStorage<Config>);
   static_assert(kBytes <= 227 * 1024, "shared memory of one SM");
   const auto kernel = attention_kernel<Config>;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  static DevicesDone allowed;
+  const cudaError_t error =
+      allowed.once([=] { return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes); });
   if (error != cudaSuccess) return error;
-  return launch_early(kernel, num_ctas, kThreads, kBytes, stream, params);
+  const bool after_own = params.workspace.queue != nullptr;  // the kernel before is the one that wrote the order
+  return launch_on_stream(after_own, kernel, num_ctas, kThreads, kBytes, stream, params);
 }
 
 template <typename Element, int kHeadDim, int kHeadDimV, Variant kVariant = Variant::kPlain>
