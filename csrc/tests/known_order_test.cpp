@@ -58,7 +58,7 @@ bool check(int batch, int seqlen_q, int seqlen_k, int heads, int group, bool cau
   p.kv.max_seqlen = seqlen_k;
   p.causal = causal;
   const std::vector<Entry> want = sorted(p, heads, group, sms);
-  const KnownOrder order = bsfa::cuda::known_order(p, heads, group, sms);
+  const KnownOrder order = bsfa::cuda::known_order(p, heads, group, 16 * sms);
   bool good = order.total == static_cast<int>(want.size());
   for (int i = 0; good && i < order.total; ++i) {
     const Pair got = order.pair(i);

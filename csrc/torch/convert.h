@@ -403,8 +403,21 @@ inline Tensor new_attention_out(const Tensor& q, const Tensor& v) {
                       : new_tensor(q, {q.size(0), q.size(1), dim}, q.scalar_type());
 }
 
-// Points `p`, made by attention_params, at `out` (any strides, last one 1) and `lse` (new_lse); checks `out`.
-inline void set_attention_outputs(AttentionParams& p, const Tensor& q, const Tensor& out, const Tensor& lse) {
+// What operator dense_attention computes, without its output.
+inline AttentionParams dense_params(const Tensor& q, const Tensor& k, const Tensor& v, bool causal,
+                                    double softmax_scale, double softcap, const OptionalTensor& cu_seqlens_q,
+                                    const OptionalTensor& cu_seqlens_k, const OptionalTensor& block_table,
+                                    const OptionalTensor& seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k) {
+  STD_TORCH_CHECK(q.dim() >= 3 && k.dim() >= 3, "q and k must have 3 (packed) or 4 dimensions");
+  const bool batched_keys = !cu_seqlens_k.has_value() && !block_table.has_value();
+  return attention_params(q, k, v, cu_seqlens_q, cu_seqlens_k, block_table, seqlens_k,
+                          cu_seqlens_q.has_value() ? max_seqlen_q : q.size(1), batched_keys ? k.size(1) : max_seqlen_k,
+                          std::nullopt, std::nullopt, std::nullopt, std::nullopt, 128, 128, causal, softmax_scale,
+                          softcap, -1);
+}
+
+// Points `p`, made by attention_params, at `out` (any strides, last one 1) and `lse` (new_lse, or none); checks `out`.
+inline void set_attention_outputs(AttentionParams& p, const Tensor& q, const Tensor& out, const OptionalTensor& lse) {
   STD_TORCH_CHECK(out.scalar_type() == q.scalar_type(), "out must have the dtype of q");
   STD_TORCH_CHECK(same_device(out, q), "out must be on the device of q");
   STD_TORCH_CHECK(out.dim() == q.dim() && out.size(q.dim() - 1) == p.problem.head_dim_v,
@@ -414,7 +427,7 @@ inline void set_attention_outputs(AttentionParams& p, const Tensor& q, const Ten
     STD_TORCH_CHECK(out.size(i) <= 1 || out.stride(i) != 0, "out must not overlap itself (it is expanded)");
   }
   p.out = view_of(out, "out");
-  p.lse = static_cast<float*>(lse.data_ptr());
+  p.lse = lse.has_value() ? static_cast<float*>(lse->data_ptr()) : nullptr;
   set_lse_strides(q, &p.lse_batch_stride, &p.lse_head_stride);
 }
 

@@ -13,6 +13,7 @@ from bsfa.policies import Dense, ExactSkip, Policy, TokenTopK
 from bsfa.pooling import pool
 from bsfa.stages import (
     ATTENTION,
+    DENSE_ATTENTION,
     attend,
     attend_skipping,
     check_attention_kernel,
@@ -231,13 +232,17 @@ def _call(
     passed = None if key is None else _passed.get(key)
     if passed is not None:
         longest_q, longest_k, default_scale = passed
-        cu_q, cu_k, table, lengths = indices or _NO_INDICES
+        scale = default_scale if softmax_scale is None else softmax_scale
+        if not indices and not return_lse:
+            return DENSE_ATTENTION(q, k, v, causal, scale, softcap)
         if indices:
             _check_values(q, k, indices, longest_q, longest_k)
-        scale = default_scale if softmax_scale is None else softmax_scale
-        arguments = (cu_q, cu_k, table, lengths, longest_q, longest_k, None, None, None, None, 128, 128, causal, scale)
-        result, lse = ATTENTION(q, k, v, *arguments, softcap, -1)
-        return (result, lse) if return_lse else result
+        else:
+            indices = _NO_INDICES
+        if not return_lse:
+            return DENSE_ATTENTION(q, k, v, causal, scale, softcap, *indices, longest_q, longest_k)
+        maths = (None, None, None, None, 128, 128, causal, scale, softcap, -1)
+        return ATTENTION(q, k, v, *indices, longest_q, longest_k, *maths)
     cu_q, cu_k, table, lengths = indices or _NO_INDICES
     layout = resolve_layout(q, k, v, causal, cu_q, cu_k, max_seqlen_q, max_seqlen_k, table, lengths)
     options = (softmax_scale, softcap, window_left, prompt_lens, mean_correction, out, return_lse, return_info)

@@ -42,8 +42,9 @@ from bsfa.policies.fixed import check_geometry
 from bsfa.pooling import check_pooling, pool
 from bsfa.token_mask import TokenMask
 
-#: The operator, found once: each look-up by name costs a call as much as a check of it.
+#: Operators of dense calls, found once: each look-up by name costs a call as much as a check of it.
 ATTENTION = torch.ops.bsfa.attention.default
+DENSE_ATTENTION = torch.ops.bsfa.dense_attention.default
 
 
 def resolve_scale(softmax_scale: float | None, head_dim: int, softcap: float) -> float:

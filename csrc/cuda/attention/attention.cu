@@ -97,12 +97,15 @@ Tiling tiling_of(const AttentionParams& params) {
 }
 
 // The order of a call that needs no workspace: known without the device, and so short that the tiles can be dealt out
-// beforehand, at most two to a CTA. Else one without pairs.
-KnownOrder dealt_order(const AttentionParams& params, int sms) {
+// beforehand, at most two to each of the `workers`. Else one without pairs.
+KnownOrder dealt_order(const AttentionParams& params, int workers) {
   const bool plain = params.words == nullptr && params.token_words == nullptr && params.skip.form == SkipForm::kNone;
-  const KnownOrder order = plain ? order_of(tiling_of(params), sms) : KnownOrder{};
-  return order.total <= 2 * sms ? order : KnownOrder{};
+  const KnownOrder order = plain ? order_of(tiling_of(params), workers) : KnownOrder{};
+  return order.total <= 2 * workers ? order : KnownOrder{};
 }
+
+// CTAs that run at a time.
+cudaError_t num_workers(const AttentionParams&, int* workers) { return num_sms(workers); }
 
 }  // namespace
 
@@ -114,9 +117,9 @@ bool attention_supports(const Problem& p) {
 }
 
 int64_t attention_workspace_bytes(const AttentionParams& params) {
-  int sms = 0;
-  // Without a device to ask it takes the longer way, and fails later.
-  if (num_sms(&sms) == cudaSuccess && dealt_order(params, sms).total > 0) return 0;
+  int workers = 0;
+  // Where no device answers, attention() says so.
+  if (num_workers(params, &workers) == cudaSuccess && dealt_order(params, workers).total > 0) return 0;
   return Workspace::bytes(params.num_rows, params.problem.num_q_heads);
 }
 
@@ -130,11 +133,11 @@ cudaError_t attention(const AttentionParams& params, void* workspace, cudaStream
   if ((skips || tokens) && (params.window_left >= 0 || params.k_means != nullptr)) return cudaErrorInvalidValue;
   if (skips && (tokens || p.head_dim == 192)) return cudaErrorInvalidValue;
 
-  int sms = 0;
-  cudaError_t error = num_sms(&sms);
+  int workers = 0;
+  cudaError_t error = num_workers(params, &workers);
   if (error != cudaSuccess) return error;
   KernelParams k{};
-  k.known = dealt_order(params, sms);
+  k.known = dealt_order(params, workers);
   if (k.known.total == 0) k.workspace = Workspace::in(workspace, params.num_rows, p.num_q_heads);
   k.words = params.words;
   k.num_words = params.num_words;
@@ -156,9 +159,9 @@ cudaError_t attention(const AttentionParams& params, void* workspace, cudaStream
 
   error = make_maps(params, k);
   if (error == cudaSuccess) error = make_mean_maps(params, k);
-  if (error == cudaSuccess && k.known.total == 0) error = make_order(tiling_of(params), k.workspace, sms, stream);
+  if (error == cudaSuccess && k.known.total == 0) error = make_order(tiling_of(params), k.workspace, workers, stream);
   if (error != cudaSuccess) return error;
-  const int ctas = static_cast<int>(std::min<int64_t>(sms, pairs));
+  const int ctas = static_cast<int>(std::min<int64_t>(workers, pairs));
   const bool bf16 = p.dtype == DType::kBFloat16;
   using namespace attn::sm90;
   using Launch = decltype(&launch_bf16_d64);

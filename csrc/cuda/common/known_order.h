@@ -17,8 +17,7 @@ struct Pair {
   int32_t head;
 };
 
-constexpr int kLongShare = 16;  // a tile of more than 1 / kLongShare of an SM's share of all work is long
-constexpr int kSubBits = 2;     // buckets of long tiles in an octave: 2^kSubBits
+constexpr int kSubBits = 2;  // buckets of long tiles in an octave: 2^kSubBits
 
 BSFA_HOST_DEVICE inline int floor_log2(int32_t positive) {
 #if defined(__CUDA_ARCH__)
@@ -82,8 +81,9 @@ struct KnownOrder {
   static BSFA_HOST_DEVICE int32_t greater(int32_t a, int32_t b) { return a > b ? a : b; }
 };
 
-// Of a problem with tiles and blocks of 128 tokens whose sequences are all alike, without a mask or window.
-inline KnownOrder known_order(const Problem& problem, int32_t heads, int32_t group, int num_sms) {
+// Of a problem with tiles and blocks of 128 tokens whose sequences are all alike, without a mask or window. Tiles of more
+// blocks than all work divided by `shares` are long.
+inline KnownOrder known_order(const Problem& problem, int32_t heads, int32_t group, int64_t shares) {
   KnownOrder order;
   order.geometry = sequence_geometry(problem, 0);
   order.batch = problem.batch;
@@ -98,9 +98,8 @@ inline KnownOrder known_order(const Problem& problem, int32_t heads, int32_t gro
     work = most < least ? 0 : (least + most) * (most - least + 1) / 2;
   }
   work *= int64_t{order.batch} * heads;
-  const int64_t share = work / (int64_t{num_sms} * kLongShare);
   const int64_t longest = std::max(int64_t{order.first_count} + order.tiles, int64_t{1});
-  order.longest_short = static_cast<int32_t>(std::clamp<int64_t>(share, 1, longest));
+  order.longest_short = static_cast<int32_t>(std::clamp<int64_t>(work / shares, 1, longest));
   return order;
 }
 

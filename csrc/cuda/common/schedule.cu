@@ -34,6 +34,7 @@ constexpr int kWindow = 1024;  // pairs, about eight for each SM
 // Longest sequence whose keys stay in L2 in any order of tiles: 16 MB of K in 16 bits and head_dim 128, as much of V.
 constexpr int32_t kLevelKeys = 1 << 16;
 constexpr int kKnownThreads = 256;
+constexpr int kLongShare = 16;
 constexpr int kBuckets = (32 - kSubBits) << kSubBits;  // of any count that fits in 31 bits
 
 static_assert(kBuckets <= kOrderThreads, "one thread per bucket in the scan");
@@ -224,7 +225,7 @@ Workspace Workspace::in(void* memory, int64_t num_rows, int64_t num_heads) {
   return w;
 }
 
-KnownOrder order_of(const Tiling& tiling, int num_sms) {
+KnownOrder order_of(const Tiling& tiling, int workers) {
   const Problem& problem = tiling.problem;
   if (tiling.words != nullptr || tiling.counts != nullptr || tiling.window_left >= 0 || !all_alike(problem) ||
       problem.block_m != kTileRows || problem.block_n != kBlockKeys || tiling.num_rows * tiling.heads > INT32_MAX) {
@@ -232,7 +233,8 @@ KnownOrder order_of(const Tiling& tiling, int num_sms) {
   }
   // Rows beyond those of the sequences belong to none, which the formula does not say.
   const int64_t rows = int64_t{problem.batch} * sequence_geometry(problem, 0).num_tiles();
-  return rows == tiling.num_rows ? known_order(problem, tiling.heads, tiling.group, num_sms) : KnownOrder{};
+  if (rows != tiling.num_rows) return {};
+  return known_order(problem, tiling.heads, tiling.group, int64_t{workers} * kLongShare);
 }
 
 cudaError_t make_order(const Tiling& tiling, const Workspace& workspace, int num_sms, cudaStream_t stream) {

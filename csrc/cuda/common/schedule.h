@@ -128,8 +128,8 @@ struct Workspace {
   static Workspace in(void* memory, int64_t num_rows, int64_t num_heads);
 };
 
-// The order of this work where it is a formula, else one without pairs.
-KnownOrder order_of(const Tiling& tiling, int num_sms);
+// The order of this work where it is a formula, else one without pairs. `workers`: as for make_order.
+KnownOrder order_of(const Tiling& tiling, int workers);
 
 // Fills the workspace.
 cudaError_t make_order(const Tiling& tiling, const Workspace& workspace, int num_sms, cudaStream_t stream);

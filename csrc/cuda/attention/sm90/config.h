@@ -212,7 +212,7 @@ struct KernelParams {
   void* out_data;
   int64_t out_batch_stride, out_token_stride, out_head_stride;
   bool store_by_tma;
-  float* lse;
+  float* lse;  // null: not wanted
   int64_t lse_batch_stride, lse_head_stride;
   LogitScale scale;
   SkipKernelParams skip;
