@@ -128,6 +128,20 @@ def test_opcheck_attention(case: Case, masked: bool) -> None:
 
 
 @pytest.mark.parametrize("case", SAMPLES, ids=str)
+def test_opcheck_dense_attention(case: Case) -> None:
+    inputs = finite(case.make())
+    shared = (inputs.q, inputs.k, inputs.v, case.causal, 0.25, 2.0)
+    lengths = (inputs.cu_q, *kv(inputs))
+    given = (*shared, *lengths, inputs.max_q, inputs.max_k)
+    torch.library.opcheck(torch.ops.bsfa.dense_attention.default, given)
+    maths = (*[None] * 4, 128, 128, case.causal, 0.25, 2.0, -1)
+    want = torch.ops.bsfa.attention(*shared[:3], *lengths, inputs.max_q, inputs.max_k, *maths)[0]
+    assert torch.equal(torch.ops.bsfa.dense_attention(*given), want)
+    if all(x is None for x in lengths):
+        assert torch.equal(torch.ops.bsfa.dense_attention(*shared), want)
+
+
+@pytest.mark.parametrize("case", SAMPLES, ids=str)
 def test_opcheck_attention_out(case: Case) -> None:
     inputs = finite(case.make())
     lengths = (inputs.cu_q, *kv(inputs), inputs.max_q, inputs.max_k)

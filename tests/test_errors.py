@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -235,6 +236,129 @@ def test_grad_is_refused_only_where_it_would_be_lost() -> None:
     with torch.inference_mode():
         bsfa.attention(q, q, q, policy=RelativeMax())
     bsfa.attention(q.detach(), q.detach(), q.detach())
+
+
+# --- remembered checks ------------------------------------------------------------------------------------------------
+
+module = sys.modules["bsfa.attention"]
+
+
+@pytest.fixture
+def remembered(monkeypatch: pytest.MonkeyPatch) -> dict[Any, Any]:
+    """What plain dense calls have left behind: nothing yet."""
+    monkeypatch.setattr(module, "_passed", {})
+    return module._passed
+
+
+def shifted(t: Tensor) -> Tensor:
+    """The same values and strides, one element further in their storage."""
+    return torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)
+
+
+# Calls that are like one that passed, but for what is changed. None: valid too.
+AFTERWARDS: list[tuple[str, Change, type[Exception] | None]] = [
+    ("batched", every_tensor(Tensor.double), TypeError),
+    ("batched", put(k=Tensor.half), TypeError),
+    ("batched", put(v=Tensor.bfloat16), TypeError),
+    ("batched", put(v=lambda t: t.to("meta")), ValueError),
+    ("batched", every_tensor(lambda t: t.to("meta")), bsfa.UnsupportedError),
+    ("batched", put(q=strided), ValueError),
+    ("batched", put(k=strided), ValueError),
+    ("batched", put(v=lambda t: t[:, 1:]), ValueError),
+    ("batched", put(q=lambda t: t.requires_grad_()), ValueError),
+    ("batched", put(v=lambda t: t.requires_grad_()), ValueError),
+    ("batched", put(q=lambda t: t.tolist()), TypeError),
+    ("batched", put(causal=1), TypeError),
+    ("batched", put(softcap=False), TypeError),
+    ("batched", put(softcap=-1.0), ValueError),
+    ("batched", put(softmax_scale=True), TypeError),
+    ("batched", put(softmax_scale=NAN), ValueError),
+    ("batched", put(mean_correction=0), TypeError),
+    ("batched", put(window_left=-1), ValueError),
+    ("batched", put(policy="dense"), TypeError),
+    ("batched", put(out=torch.zeros(1)), ValueError),
+    ("batched", put(q=shifted), None),
+    ("batched", put(q=lambda t: t.transpose(0, 1).contiguous().transpose(0, 1)), None),
+    ("batched", put(causal=False), None),
+    ("batched", put(softmax_scale=0.5), None),
+    ("batched", put(softcap=2.0), None),
+    ("batched", put(softcap=0), None),
+    ("batched", put(window_left=3), None),
+    ("batched", put(return_lse=True), None),
+    (PACKED, put(cu_seqlens_q=lambda t: t.long()), TypeError),
+    (PACKED, put(cu_seqlens_k=lambda t: t.repeat_interleave(2)[::2]), ValueError),
+    (PACKED, put(cu_seqlens_k=lambda t: t[:-1]), ValueError),
+    (PACKED, put(cu_seqlens_q=lambda t: t + 1), ValueError),
+    (PACKED, put(cu_seqlens_k=lambda t: t - 1), ValueError),
+    (PACKED, put(max_seqlen_q=lambda n: float(n)), TypeError),
+    (PACKED, put(max_seqlen_k=129), ValueError),
+    (PAGED, put(seqlens_k=lambda t: t + 1000), ValueError),
+    (PAGED, put(seqlens_k=lambda t: t.long()), TypeError),
+    (PAGED, put(block_table=lambda t: t * 0 - 1), ValueError),
+    (PAGED, put(block_table=lambda t: t[:, :1]), ValueError),
+    (PAGED, put(summary=0), TypeError),
+    (PAGED_PACKED, put(cu_seqlens_q=lambda t: t + 1), ValueError),
+    (PAGED_PACKED, put(max_seqlen_q=None), ValueError),
+]
+
+
+@pytest.mark.parametrize(("layout", "change", "error"), AFTERWARDS)
+def test_remembered_checks_let_nothing_through(
+    remembered: dict[Any, Any], layout: str, change: Change, error: type[Exception] | None
+) -> None:
+    """A call that differs is refused after a good one as it is without, and a valid one computes what it would."""
+    kwargs, changed = arguments(layout), arguments(layout)
+    change(changed)
+    if error is None:
+        want = call(layout, changed)
+        remembered.clear()
+    call(layout, kwargs)
+    assert len(remembered) == 1
+    if error is None:
+        for _ in range(2):
+            for a, b in zip(as_tuple(call(layout, changed)), as_tuple(want), strict=True):
+                assert torch.equal(a, b)
+    else:
+        for _ in range(2):
+            with pytest.raises(error):
+                call(layout, changed)
+        assert len(remembered) == 1  # a call that failed is not remembered
+
+
+def as_tuple(result: Any) -> tuple[Any, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+@pytest.mark.parametrize("layout", ["batched", PACKED, PAGED, PAGED_PACKED])
+def test_remembered_calls_compute_the_same(
+    monkeypatch: pytest.MonkeyPatch, remembered: dict[Any, Any], layout: str
+) -> None:
+    """The second call takes the short way, for other tensors of the same kind too."""
+    kwargs, other = arguments(layout), arguments(layout, seed=7)
+    want = [bsfa.block_sparse_attention(*call_tensors(x), mask=None, **call_layout(x)) for x in (kwargs, other)]
+    call(layout, kwargs)
+    monkeypatch.setattr(module, "resolve_layout", None)  # would raise
+    for x, (out, lse) in zip((kwargs, other), want, strict=True):
+        got = call(layout, {**x, "return_lse": True})
+        assert torch.equal(got[0], out) and torch.equal(got[1], lse)
+        assert torch.equal(call(layout, x), out)
+
+
+def call_tensors(kwargs: dict[str, Any]) -> list[Tensor]:
+    return [value for name, value in kwargs.items() if name in ("q", "k", "v", "k_cache", "v_cache")]
+
+
+def call_layout(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in kwargs.items() if name not in ("q", "k", "v", "k_cache", "v_cache")}
+
+
+def test_memory_of_checks_is_bounded(monkeypatch: pytest.MonkeyPatch, remembered: dict[Any, Any]) -> None:
+    monkeypatch.setattr(module, "_MOST_PASSED", 4)
+    for length in range(1, 12):
+        q = torch.randn(1, length, 2, 16)
+        want = bsfa.attention(q, q, q)
+        assert 1 <= len(remembered) <= 4
+        assert torch.equal(bsfa.attention(q, q, q), want)
 
 
 def test_meta_tensors_are_unsupported() -> None:

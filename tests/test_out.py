@@ -171,6 +171,31 @@ def test_raw_operator_raises_rather_than_crash() -> None:
             torch.ops.bsfa.attention_out(bad, *rest)
 
 
+def test_raw_dense_operator_raises_rather_than_crash() -> None:
+    q = torch.randn(2, 70, 4, 16)
+    maths = (True, 0.25, 0.0)
+    table, lengths = torch.zeros(2, 1, dtype=torch.int32), torch.full((2,), 70, dtype=torch.int32)
+    attend = torch.ops.bsfa.dense_attention
+    assert torch.equal(attend(q, q, q, *maths, None, None, table, lengths, 0, 70)[0], attend(q, q, q, *maths)[0])
+    for bad in (
+        (q[0], q, q, *maths),
+        (q, q[:1], q[:1], *maths),
+        (q, q, q[:, :-1], *maths),
+        (q, q.half(), q.half(), *maths),
+        (q[0, 0, 0], q, q, *maths),
+        (q, q[0, 0], q[0, 0], *maths),
+        (q[..., :3, :], q[..., :2, :], q[..., :2, :], *maths),
+        (q, q, q, *maths, None, None, table, None, 0, 70),
+        (q, q, q, *maths, None, None, table, lengths + 1, 0, 70),
+        (q, q, q, *maths, None, None, table + 2, lengths, 0, 70),
+        (q, q, q, *maths, None, None, table, lengths, 0, 71),
+        (q[0], q[0], q[0], *maths, lengths[:1] * 0, None, None, None, 70, 70),
+        (q[0], q[0], q[0], *maths, lengths - lengths[0], lengths, None, None, 70, 70),
+    ):
+        with pytest.raises(RuntimeError):
+            attend(*bad)
+
+
 # --- torch ------------------------------------------------------------------------------------------------------------
 
 

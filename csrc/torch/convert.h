@@ -2,6 +2,7 @@
 // messages come earlier, from Python; these guard the raw operators.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -48,9 +49,43 @@ inline bool same_device(const Tensor& a, const Tensor& b) {
   return a.is_cpu() == b.is_cpu() && a.get_device_index() == b.get_device_index();
 }
 
+inline int32_t dtype_code(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return aoti_torch_dtype_float32();
+    case ScalarType::BFloat16:
+      return aoti_torch_dtype_bfloat16();
+    case ScalarType::Half:
+      return aoti_torch_dtype_float16();
+    case ScalarType::Int:
+      return aoti_torch_dtype_int32();
+    case ScalarType::Long:
+      return aoti_torch_dtype_int64();
+    case ScalarType::Byte:
+      return aoti_torch_dtype_uint8();
+    default:
+      STD_TORCH_CHECK(false, "no operator makes tensors of this dtype");
+  }
+  return 0;
+}
+
+// Contiguous, on the device of `like`. Not by torch::stable::new_empty, which finds aten::new_empty by its name each time
+// and packs its arguments: several times the work.
 inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
-  const std::vector<int64_t> s(sizes);
-  return torch::stable::new_empty(like, s, type);
+  constexpr size_t kMostDims = 4;
+  STD_TORCH_CHECK(sizes.size() <= kMostDims, "at most 4 dimensions");
+  int64_t strides[kMostDims], step = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = step;
+    step *= std::max<int64_t>(sizes.begin()[i], 1);
+  }
+  int32_t device_type = 0;
+  STD_TORCH_CHECK(aoti_torch_get_device_type(like.get(), &device_type) == 0, "torch gave no device type");
+  AtenTensorHandle made = nullptr;
+  STD_TORCH_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides, dtype_code(type),
+                                           device_type, like.get_device_index(), &made) == 0,
+                  "torch could not allocate a tensor");
+  return Tensor(made);
 }
 
 // An int32 vector or matrix of indices; null when absent.
@@ -369,8 +404,21 @@ inline Tensor new_attention_out(const Tensor& q, const Tensor& v) {
                       : new_tensor(q, {q.size(0), q.size(1), dim}, q.scalar_type());
 }
 
-// Points `p`, made by attention_params, at `out` (any strides, last one 1) and `lse` (new_lse); checks `out`.
-inline void set_attention_outputs(AttentionParams& p, const Tensor& q, const Tensor& out, const Tensor& lse) {
+// What operator dense_attention computes, without its output.
+inline AttentionParams dense_params(const Tensor& q, const Tensor& k, const Tensor& v, bool causal,
+                                    double softmax_scale, double softcap, const OptionalTensor& cu_seqlens_q,
+                                    const OptionalTensor& cu_seqlens_k, const OptionalTensor& block_table,
+                                    const OptionalTensor& seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k) {
+  STD_TORCH_CHECK(q.dim() >= 3 && k.dim() >= 3, "q and k must have 3 (packed) or 4 dimensions");
+  const bool batched_keys = !cu_seqlens_k.has_value() && !block_table.has_value();
+  return attention_params(q, k, v, cu_seqlens_q, cu_seqlens_k, block_table, seqlens_k,
+                          cu_seqlens_q.has_value() ? max_seqlen_q : q.size(1), batched_keys ? k.size(1) : max_seqlen_k,
+                          std::nullopt, std::nullopt, std::nullopt, std::nullopt, 128, 128, causal, softmax_scale,
+                          softcap, -1);
+}
+
+// Points `p`, made by attention_params, at `out` (any strides, last one 1) and `lse` (new_lse, or none); checks `out`.
+inline void set_attention_outputs(AttentionParams& p, const Tensor& q, const Tensor& out, const OptionalTensor& lse) {
   STD_TORCH_CHECK(out.scalar_type() == q.scalar_type(), "out must have the dtype of q");
   STD_TORCH_CHECK(same_device(out, q), "out must be on the device of q");
   STD_TORCH_CHECK(out.dim() == q.dim() && out.size(q.dim() - 1) == p.problem.head_dim_v,
@@ -380,7 +428,7 @@ inline void set_attention_outputs(AttentionParams& p, const Tensor& q, const Ten
     STD_TORCH_CHECK(out.size(i) <= 1 || out.stride(i) != 0, "out must not overlap itself (it is expanded)");
   }
   p.out = view_of(out, "out");
-  p.lse = static_cast<float*>(lse.data_ptr());
+  p.lse = lse.has_value() ? static_cast<float*>(lse->data_ptr()) : nullptr;
   set_lse_strides(q, &p.lse_batch_stride, &p.lse_head_stride);
 }
 

@@ -149,6 +149,20 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
   return {out, lse};
 }
 
+Tensor dense_attention(const Tensor& q, const Tensor& k, const Tensor& v, bool causal, double softmax_scale,
+                       double softcap, const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+                       const OptionalTensor& block_table, const OptionalTensor& seqlens_k, int64_t max_seqlen_q,
+                       int64_t max_seqlen_k) {
+  AttentionParams p = dense_params(q, k, v, causal, softmax_scale, softcap, cu_seqlens_q, cu_seqlens_k, block_table,
+                                   seqlens_k, max_seqlen_q, max_seqlen_k);
+  Tensor out = new_attention_out(q, v);
+  set_attention_outputs(p, q, out, std::nullopt);
+  check_kv_values(p.problem.kv, k, p.problem.batch);
+  check_problem_values(p.problem, q, -1);
+  if (q.numel() > 0) cpu::attention(p, executor());
+  return out;
+}
+
 std::tuple<Tensor, Tensor> skip_attention_out(const Tensor& out, const Tensor& q, const Tensor& k, const Tensor& v,
                                               const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
                                               const OptionalTensor& block_table, const OptionalTensor& seqlens_k,
@@ -302,6 +316,7 @@ STABLE_TORCH_LIBRARY_IMPL(bsfa, CPU, m) {
   m.impl("select_blocks", TORCH_BOX(&select_blocks));
   m.impl("token_mask", TORCH_BOX(&token_mask));
   m.impl("attention", TORCH_BOX(&attention));
+  m.impl("dense_attention", TORCH_BOX(&dense_attention));
   m.impl("attention_out", TORCH_BOX(&attention_out));
   m.impl("skip_attention", TORCH_BOX(&skip_attention));
   m.impl("skip_attention_out", TORCH_BOX(&skip_attention_out));

@@ -147,20 +147,19 @@ TokenMaskTensors token_mask(const Tensor& indices, const OptionalTensor& cu_seql
   return made;
 }
 
-// Launches what `p`, made by attention_params, describes; returns the LSE.
-Tensor run_attention(AttentionParams p, const Tensor& q, const Tensor& out, const char* op) {
+// Launches what `p`, made by attention_params, describes.
+void run_attention(AttentionParams p, const Tensor& q, const Tensor& out, const OptionalTensor& lse, const char* op) {
   STD_TORCH_CHECK(cuda::attention_supports(p.problem), "this dtype, head_dim or block size has no CUDA kernel");
-  Tensor lse = new_lse(q);
   set_attention_outputs(p, q, out, lse);
   const int64_t rows = max_mask_rows(p.problem, p.q.tokens);
   STD_TORCH_CHECK(p.words == nullptr || p.num_rows >= rows, "the mask has ", p.num_rows, " rows, this problem needs ",
                   rows);
   p.num_rows = rows;
-  if (q.numel() == 0) return lse;
+  if (q.numel() == 0) return;
   const Launch launch(q);
-  Tensor workspace = new_workspace(q, cuda::attention_workspace_bytes(p));
-  check_launch(cuda::attention(p, workspace.data_ptr(), launch.stream()), op);
-  return lse;
+  const int64_t bytes = cuda::attention_workspace_bytes(p);
+  const OptionalTensor workspace = bytes > 0 ? OptionalTensor(new_workspace(q, bytes)) : std::nullopt;
+  check_launch(cuda::attention(p, workspace ? workspace->data_ptr() : nullptr, launch.stream()), op);
 }
 
 Tensor attention_out(const Tensor& out, const Tensor& q, const Tensor& k, const Tensor& v,
@@ -170,10 +169,23 @@ Tensor attention_out(const Tensor& out, const Tensor& q, const Tensor& k, const 
                      const OptionalTensor& k_means, const OptionalTensor& v_means, int64_t block_m, int64_t block_n,
                      bool causal, double softmax_scale, double softcap, int64_t window_left,
                      const OptionalTensor& token_words) {
-  return run_attention(attention_params(q, k, v, cu_seqlens_q, cu_seqlens_k, block_table, seqlens_k, max_seqlen_q,
-                                        max_seqlen_k, mask_words, mask_counts, k_means, v_means, block_m, block_n,
-                                        causal, softmax_scale, softcap, window_left, token_words),
-                       q, out, "attention");
+  const AttentionParams p = attention_params(q, k, v, cu_seqlens_q, cu_seqlens_k, block_table, seqlens_k, max_seqlen_q,
+                                             max_seqlen_k, mask_words, mask_counts, k_means, v_means, block_m, block_n,
+                                             causal, softmax_scale, softcap, window_left, token_words);
+  Tensor lse = new_lse(q);
+  run_attention(p, q, out, lse, "attention");
+  return lse;
+}
+
+Tensor dense_attention(const Tensor& q, const Tensor& k, const Tensor& v, bool causal, double softmax_scale,
+                       double softcap, const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+                       const OptionalTensor& block_table, const OptionalTensor& seqlens_k, int64_t max_seqlen_q,
+                       int64_t max_seqlen_k) {
+  const AttentionParams p = dense_params(q, k, v, causal, softmax_scale, softcap, cu_seqlens_q, cu_seqlens_k,
+                                         block_table, seqlens_k, max_seqlen_q, max_seqlen_k);
+  Tensor out = new_attention_out(q, v);
+  run_attention(p, q, out, std::nullopt, "dense_attention");
+  return out;
 }
 
 std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v,
@@ -207,7 +219,9 @@ std::tuple<Tensor, Tensor> skip_attention_out(const Tensor& out, const Tensor& q
   check_launch(cudaMemsetAsync(skips.data_ptr(), 0, skips.numel() * sizeof(int64_t), launch.stream()),
                "skip_attention");
   set_skip(p, q, thresholds, form, sink_blocks, window_blocks, counted, skips);
-  return {run_attention(p, q, out, "skip_attention"), skips};
+  Tensor lse = new_lse(q);
+  run_attention(p, q, out, lse, "skip_attention");
+  return {lse, skips};
 }
 
 std::tuple<Tensor, Tensor, Tensor> skip_attention(
@@ -382,6 +396,7 @@ STABLE_TORCH_LIBRARY_IMPL(bsfa, CUDA, m) {
   m.impl("pattern_mask", TORCH_BOX(&pattern_mask));
   m.impl("token_mask", TORCH_BOX(&token_mask));
   m.impl("attention", TORCH_BOX(&attention));
+  m.impl("dense_attention", TORCH_BOX(&dense_attention));
   m.impl("attention_out", TORCH_BOX(&attention_out));
   m.impl("skip_attention", TORCH_BOX(&skip_attention));
   m.impl("skip_attention_out", TORCH_BOX(&skip_attention_out));

@@ -11,6 +11,8 @@
 //   indices  int32 [B, Sq, topk], or [T, topk] with cu_seqlens_q; token_counts of its shape without topk;
 //            status int64 [2] (TokenMaskParams)
 //   out      q's shape with v's head_dim, dtype of q. attention_out writes into a given one: any strides, last one 1.
+// dense_attention is attention without a mask, window or lse, in few arguments: reading them is most of a short call.
+// max_seqlen_q goes with cu_seqlens_q, max_seqlen_k with cu_seqlens_k or block_table.
 // skip_attention: thresholds float32 [Hq, columns], skips int64 [Hq, 2] (SkipParams); tile_max [R, Hq, N] float32.
 // skip_mask (SkipMaskParams): the mask for the second pass, words [R, Hq, ceil(N / 32)]; R = num_rows, also of
 // mask_words.
@@ -47,6 +49,9 @@
       "Tensor? seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? mask_words, Tensor? mask_counts, "         \
       "Tensor? k_means, Tensor? v_means, int block_m, int block_n, bool causal, float softmax_scale, float softcap, "  \
       "int window_left, Tensor? token_words=None) -> (Tensor out, Tensor lse)")                                        \
+  DEF("dense_attention(Tensor q, Tensor k, Tensor v, bool causal, float softmax_scale, float softcap, "                \
+      "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, Tensor? block_table=None, Tensor? seqlens_k=None, "       \
+      "SymInt max_seqlen_q=0, SymInt max_seqlen_k=0) -> Tensor")                                                       \
   DEF("attention_out(Tensor(a!) out, Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "       \
       "Tensor? block_table, Tensor? seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? mask_words, "         \
       "Tensor? mask_counts, Tensor? k_means, Tensor? v_means, int block_m, int block_n, bool causal, "                 \

@@ -12,6 +12,11 @@ from bsfa.policies import ExactSkip
 from bsfa.token_mask import TokenMask
 
 
+#: Operators of dense calls, found once: each look-up by name costs a call as much as a check of it.
+ATTENTION = torch.ops.bsfa.attention.default
+DENSE_ATTENTION = torch.ops.bsfa.dense_attention.default
+
+
 def attend(
     q: Tensor,
     k: Tensor,
@@ -58,7 +63,7 @@ def attend(
         None if tokens is None else tokens.words,
     )
     if _copies(out):
-        result, lse = torch.ops.bsfa.attention(*arguments)
+        result, lse = ATTENTION(*arguments)
         return _copied(result, out), lse
     lse = torch.ops.bsfa.attention_out(out, *arguments)
     return _written(out), lse

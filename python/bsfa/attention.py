@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from bsfa.attending import attend, attend_skipping
+from bsfa.attending import ATTENTION, DENSE_ATTENTION, attend, attend_skipping
 from bsfa.block_mask import BlockMask
 from bsfa.errors import warn_dense
 from bsfa.info import AttentionInfo
-from bsfa.layout import Layout, check_out
+from bsfa.layout import Layout, check_out, check_values
 from bsfa.policies import Dense, ExactSkip, Policy, TokenTopK
 from bsfa.pooling import pool
 from bsfa.stages import (
@@ -28,6 +29,85 @@ from bsfa.token_mask import TokenMask
 
 Result = Tensor | tuple[Tensor | AttentionInfo, ...]
 
+# Plain dense calls that have passed the checks, by all that the checks look at except the values of index tensors:
+# shapes, strides, dtypes, devices, where memory begins, and options. What is remembered of one: max_seqlen_q,
+# max_seqlen_k, and the default softmax_scale. In short calls those checks take longer than the kernel.
+_passed: dict[tuple[object, ...], tuple[int, int, float]] = {}
+_MOST_PASSED = 1024
+_is_compiling = torch.compiler.is_compiling
+
+# cu_seqlens_q, cu_seqlens_k, block_table, seqlens_k; or none of them
+Indices = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None] | tuple[()]
+_NO_INDICES = (None, None, None, None)
+
+
+def _signature(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    indices: Indices,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+    softmax_scale: float | None,
+    softcap: float,
+) -> tuple[object, ...] | None:
+    """The key in ``_passed`` of a dense call; None for what has to be looked at each time.
+
+    Types are compared here since equal keys may be of unequal types (1, 1.0 and True), and since a subclass of Tensor
+    may mean anything. Offsets count modulo 8 elements, by which 16 bytes are judged (:func:`bsfa.limits.check_tma`).
+    """
+    if not (type(q) is type(k) is type(v) is Tensor) or q.requires_grad or k.requires_grad or v.requires_grad:
+        return None
+    if type(causal) is not bool or type(softcap) is not float:
+        return None
+    if softmax_scale is not None and type(softmax_scale) is not float:
+        return None
+    key = (
+        q.shape,
+        k.shape,
+        v.shape,
+        q.stride(),
+        k.stride(),
+        v.stride(),
+        q.dtype,
+        k.dtype,
+        v.dtype,
+        q.device,
+        k.device,
+        v.device,
+        (q.storage_offset() & 7, k.storage_offset() & 7, v.storage_offset() & 7),
+        causal,
+        softmax_scale,
+        softcap,
+    )
+    if not indices:
+        return key
+    if type(max_seqlen_q) is not int and max_seqlen_q is not None:
+        return None
+    if type(max_seqlen_k) is not int and max_seqlen_k is not None:
+        return None
+    parts: list[object] = [max_seqlen_q, max_seqlen_k]
+    for index in indices:
+        if index is None:
+            parts.append(None)
+        elif type(index) is Tensor:
+            parts += (index.shape, index.stride(), index.dtype, index.device)
+        else:
+            return None
+    return (*key, *parts)
+
+
+def _check_values(q: Tensor, k: Tensor, indices: Indices, max_seqlen_q: int, max_seqlen_k: int) -> None:
+    """:func:`bsfa.layout.check_values` of a packed or paged call whose signature is known."""
+    if not indices or not q.is_cpu:
+        return
+    cu_q, cu_k, table, lengths = indices
+    paged = table is not None
+    total_q = q.shape[0] if cu_q is not None else q.shape[0] * q.shape[1]
+    layout = Layout(0, max_seqlen_q, max_seqlen_k, True, total_q, cu_q, cu_k, table, lengths)
+    check_values(layout, None if paged else k.shape[0], k.shape[0] if paged else None, k.shape[1] if paged else None)
+
 
 def _run(
     q: Tensor,
@@ -43,7 +123,7 @@ def _run(
     out: Tensor | None,
     return_lse: bool,
     return_info: bool,
-    kept: BlockSummary | None = None,
+    kept: BlockSummary | None,
 ) -> Result:
     check_policy(policy)
     check_correction(mean_correction, window_left)
@@ -115,6 +195,62 @@ def _run(
     return (out, *extra)
 
 
+def _call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    indices: Indices,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+    policy: Policy | None,
+    kept: BlockSummary | None,
+    softmax_scale: float | None,
+    softcap: float,
+    window_left: int | None,
+    prompt_lens: Tensor | None,
+    mean_correction: bool,
+    out: Tensor | None,
+    return_lse: bool,
+    return_info: bool,
+) -> Result:
+    """Check and run a call; of a plain dense one that passed before, only what may differ is checked."""
+    key = None
+    if (
+        policy is None
+        and kept is None
+        and window_left is None
+        and out is None
+        and mean_correction is False
+        and not return_info
+        and not _is_compiling()
+    ):
+        key = _signature(q, k, v, causal, indices, max_seqlen_q, max_seqlen_k, softmax_scale, softcap)
+    passed = None if key is None else _passed.get(key)
+    if passed is not None:
+        longest_q, longest_k, default_scale = passed
+        scale = default_scale if softmax_scale is None else softmax_scale
+        if not indices and not return_lse:
+            return DENSE_ATTENTION(q, k, v, causal, scale, softcap)
+        if indices:
+            _check_values(q, k, indices, longest_q, longest_k)
+        else:
+            indices = _NO_INDICES
+        if not return_lse:
+            return DENSE_ATTENTION(q, k, v, causal, scale, softcap, *indices, longest_q, longest_k)
+        maths = (None, None, None, None, 128, 128, causal, scale, softcap, -1)
+        return ATTENTION(q, k, v, *indices, longest_q, longest_k, *maths)
+    cu_q, cu_k, table, lengths = indices or _NO_INDICES
+    layout = resolve_layout(q, k, v, causal, cu_q, cu_k, max_seqlen_q, max_seqlen_k, table, lengths)
+    options = (softmax_scale, softcap, window_left, prompt_lens, mean_correction, out, return_lse, return_info)
+    answer = _run(q, k, v, layout, policy, *options, kept)
+    if key is not None:
+        if len(_passed) >= _MOST_PASSED:
+            _passed.clear()
+        _passed[key] = (layout.max_seqlen_q, layout.max_seqlen_k, resolve_scale(None, q.shape[-1], 0.0))
+    return answer
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -159,9 +295,8 @@ def attention(
     on CUDA, dtypes, head dims and block sizes outside of the kernel table (:func:`bsfa.doctor`), and q, k or v whose
     rows do not start at multiples of 16 bytes.
     """
-    layout = resolve_layout(q, k, v, causal, None, None, None, None, None, None)
     options = (softmax_scale, softcap, window_left, prompt_lens, mean_correction, out, return_lse, return_info)
-    return _run(q, k, v, layout, policy, *options)
+    return _call(q, k, v, causal, (), None, None, policy, None, *options)
 
 
 def attention_varlen(
@@ -189,9 +324,9 @@ def attention_varlen(
     ``cu_seqlens_*``: int32 [B + 1], starting with 0; ``max_seqlen_*``: longest sequence, tokens. Sequences may be
     empty. LSE is ``[Hq, total_q]``.
     """
-    layout = resolve_layout(q, k, v, causal, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, None, None)
+    indices = (cu_seqlens_q, cu_seqlens_k, None, None)
     options = (softmax_scale, softcap, window_left, prompt_lens, mean_correction, out, return_lse, return_info)
-    return _run(q, k, v, layout, policy, *options)
+    return _call(q, k, v, causal, indices, max_seqlen_q, max_seqlen_k, policy, None, *options)
 
 
 def attention_paged(
@@ -228,8 +363,6 @@ def attention_paged(
     """
     if summary is not None and not isinstance(summary, BlockSummary):
         raise TypeError(f"summary must be a bsfa.BlockSummary or None, got {type(summary).__name__}")
-    layout = resolve_layout(
-        q, k_cache, v_cache, causal, cu_seqlens_q, None, max_seqlen_q, max_seqlen_k, block_table, seqlens_k
-    )
+    indices = (cu_seqlens_q, None, block_table, seqlens_k)
     options = (softmax_scale, softcap, window_left, prompt_lens, mean_correction, out, return_lse, return_info)
-    return _run(q, k_cache, v_cache, layout, policy, *options, kept=summary)
+    return _call(q, k_cache, v_cache, causal, indices, max_seqlen_q, max_seqlen_k, policy, summary, *options)

@@ -204,6 +204,24 @@ def _attention(
     return q.new_empty((*q.shape[:-1], v.shape[-1])), _new_lse(q)
 
 
+@torch.library.register_fake("bsfa::dense_attention")
+def _dense_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    softmax_scale: float,
+    softcap: float,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    block_table: Tensor | None = None,
+    seqlens_k: Tensor | None = None,
+    max_seqlen_q: int = 0,
+    max_seqlen_k: int = 0,
+) -> Tensor:
+    return q.new_empty((*q.shape[:-1], v.shape[-1]))
+
+
 @torch.library.register_fake("bsfa::attention_out")
 def _attention_out(
     out: Tensor,

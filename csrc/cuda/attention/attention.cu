@@ -109,15 +109,45 @@ bool fits_pages(const AttentionParams& params, KernelParams& k) {
   return k.k_head_pieces >= 0 && k.v_head_pieces >= 0;
 }
 
-Tiling tiling_of(const AttentionParams& params, int ctas_per_sm) {
+// But for pages, which have another kernel only.
+Variant work_of(const AttentionParams& params) {
+  if (params.skip.form != SkipForm::kNone) return Variant::kSkip;
+  return params.token_words != nullptr ? Variant::kTokens : Variant::kPlain;
+}
+
+Variant variant_of(const AttentionParams& params, KernelParams& k) {
+  const Variant work = work_of(params);
+  return work == Variant::kPlain && fits_pages(params, k) ? Variant::kPages : work;
+}
+
+int ctas_of_sm(const AttentionParams& params) {
+  return attn::sm90::ctas_per_sm(params.problem.head_dim, work_of(params));
+}
+
+Tiling tiling_of(const AttentionParams& params) {
   const Problem& p = params.problem;
   Tiling tiling{p, params.num_rows, p.num_q_heads, p.num_q_heads / p.num_kv_heads, params.window_left, params.words};
   tiling.counts = params.window_left < 0 ? params.counts : nullptr;
   tiling.mask_heads = params.mask_heads;
   tiling.num_words = params.num_words;
   // Where CTAs share an SM a tile takes longer, so shorter ones count as long.
-  if (ctas_per_sm > 1) tiling.long_share *= 4;
+  if (ctas_of_sm(params) > 1) tiling.long_share *= 4;
   return tiling;
+}
+
+// The order of a call that needs no workspace: known without the device, and so short that the tiles can be dealt out
+// beforehand, at most two to each of the `workers`. Else one without pairs.
+KnownOrder dealt_order(const AttentionParams& params, int workers) {
+  const bool plain = params.words == nullptr && params.token_words == nullptr && params.skip.form == SkipForm::kNone;
+  const KnownOrder order = plain ? order_of(tiling_of(params), workers) : KnownOrder{};
+  return order.total <= 2 * workers ? order : KnownOrder{};
+}
+
+// CTAs that run at a time.
+cudaError_t num_workers(const AttentionParams& params, int* workers) {
+  const cudaError_t error = num_sms(workers);
+  *workers *= ctas_of_sm(params);
+  return error;
 }
 
 }  // namespace
@@ -130,6 +160,9 @@ bool attention_supports(const Problem& p) {
 }
 
 int64_t attention_workspace_bytes(const AttentionParams& params) {
+  int workers = 0;
+  // Where no device answers, attention() says so.
+  if (num_workers(params, &workers) == cudaSuccess && dealt_order(params, workers).total > 0) return 0;
   return Workspace::bytes(params.num_rows, params.problem.num_q_heads);
 }
 
@@ -143,8 +176,12 @@ cudaError_t attention(const AttentionParams& params, void* workspace, cudaStream
   if ((skips || tokens) && (params.window_left >= 0 || params.k_means != nullptr)) return cudaErrorInvalidValue;
   if (skips && (tokens || p.head_dim == 192)) return cudaErrorInvalidValue;
 
+  int workers = 0;
+  cudaError_t error = num_workers(params, &workers);
+  if (error != cudaSuccess) return error;
   KernelParams k{};
-  k.workspace = Workspace::in(workspace, params.num_rows, p.num_q_heads);
+  k.known = dealt_order(params, workers);
+  if (k.known.total == 0) k.workspace = Workspace::in(workspace, params.num_rows, p.num_q_heads);
   k.words = params.words;
   k.num_words = params.num_words;
   k.mask_heads = params.mask_heads;
@@ -163,17 +200,10 @@ cudaError_t attention(const AttentionParams& params, void* workspace, cudaStream
   k.lse_batch_stride = params.lse_batch_stride;
   k.lse_head_stride = params.lse_head_stride;
 
-  const Variant variant = skips                   ? Variant::kSkip
-                          : tokens                ? Variant::kTokens
-                          : fits_pages(params, k) ? Variant::kPages
-                                                  : Variant::kPlain;
-  int workers = 0;  // CTAs that run at a time
-  cudaError_t error = num_sms(&workers);
-  const int ctas_per_sm = attn::sm90::ctas_per_sm(p.head_dim, variant);
-  workers *= ctas_per_sm;
-  if (error == cudaSuccess) error = make_maps(params, variant, k);
+  const Variant variant = variant_of(params, k);
+  error = make_maps(params, variant, k);
   if (error == cudaSuccess) error = make_mean_maps(params, variant, k);
-  if (error == cudaSuccess) error = make_order(tiling_of(params, ctas_per_sm), k.workspace, workers, stream);
+  if (error == cudaSuccess && k.known.total == 0) error = make_order(tiling_of(params), k.workspace, workers, stream);
   if (error != cudaSuccess) return error;
   const int ctas = static_cast<int>(std::min<int64_t>(workers, pairs));
   const bool bf16 = p.dtype == DType::kBFloat16;

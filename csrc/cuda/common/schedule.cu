@@ -10,9 +10,11 @@
 //          Each warp owns one contiguous piece: count, scan, scatter. Stable, so the same inputs give the same order.
 // level    where the keys of one KV head outgrow L2: sorts every kWindow pairs of that order by length. CTAs that work
 //          on pairs of one length side by side stay in step: they walk the same keys at the same time, from L2.
+// known    instead of count and order where the order is a formula: one thread per pair writes its entry.
 // Memory   the words of the mask once; 4 bytes written and thrice read per pair, 8 bytes written.
-// Waits    count for the stream; order for count, and attention for order, each launched while the one before still
-//          runs (programmatic dependent launch).
+// Waits    count and known for the stream; order for count, and attention for order or known, each launched while the
+//          one before still runs (programmatic dependent launch).
+#include <atomic>
 #include <utility>
 
 #include "alignment.h"
@@ -31,7 +33,7 @@ constexpr int kOrderWarps = kOrderThreads / 32;
 constexpr int kWindow = 1024;  // pairs, about eight for each SM
 // Longest sequence whose keys stay in L2 in any order of tiles: 16 MB of K in 16 bits and head_dim 128, as much of V.
 constexpr int32_t kLevelKeys = 1 << 16;
-constexpr int kSubBits = 2;                            // buckets per octave: 2^kSubBits
+constexpr int kKnownThreads = 256;
 constexpr int kBuckets = (32 - kSubBits) << kSubBits;  // of any count that fits in 31 bits
 
 static_assert(kBuckets <= kOrderThreads, "one thread per bucket in the scan");
@@ -154,6 +156,22 @@ __global__ void __launch_bounds__(kOrderThreads)
   }
 }
 
+__global__ void __launch_bounds__(kKnownThreads)
+    known_kernel(const __grid_constant__ KnownOrder order, const Workspace workspace) {
+  cudaTriggerProgrammaticLaunchCompletion();
+  const int64_t index = int64_t{blockIdx.x} * kKnownThreads + threadIdx.x;
+  const int32_t num_rows = order.batch * order.tiles;
+  if (index >= order.total) return;
+  if (index == 0) *workspace.queue = {0, order.total};
+  const auto i = static_cast<int32_t>(index);
+  if (i < num_rows) workspace.rows[i] = tile_row(order, i);  // there are as many pairs as rows, or more
+  const Pair pair = order.pair(i);
+  workspace.order[i] = pair;
+  const int64_t natural =
+      (int64_t{pair.head / order.group} * num_rows + (num_rows - 1 - pair.row)) * order.group + pair.head % order.group;
+  workspace.counts[natural] = order.count(pair.row % order.tiles);
+}
+
 // Bitonic sort of one window, longest first; equal ones stay in order.
 __global__ void __launch_bounds__(kWindow)
     level_kernel(const Workspace workspace, const int32_t num_rows, const int32_t group) {
@@ -206,7 +224,25 @@ Workspace Workspace::in(void* memory, int64_t num_rows, int64_t num_heads) {
   return w;
 }
 
+KnownOrder order_of(const Tiling& tiling, int workers) {
+  const Problem& problem = tiling.problem;
+  if (tiling.words != nullptr || tiling.counts != nullptr || tiling.window_left >= 0 || !all_alike(problem) ||
+      problem.block_m != kTileRows || problem.block_n != kBlockKeys || tiling.num_rows * tiling.heads > INT32_MAX) {
+    return {};
+  }
+  // Rows beyond those of the sequences belong to none, which the formula does not say.
+  const int64_t rows = int64_t{problem.batch} * sequence_geometry(problem, 0).num_tiles();
+  if (rows != tiling.num_rows) return {};
+  return known_order(problem, tiling.heads, tiling.group, int64_t{workers} * tiling.long_share);
+}
+
 cudaError_t make_order(const Tiling& tiling, const Workspace& workspace, int workers, cudaStream_t stream) {
+  const KnownOrder known = order_of(tiling, workers);
+  if (known.total > 0) {
+    const auto ctas = static_cast<unsigned>((int64_t{known.total} + kKnownThreads - 1) / kKnownThreads);
+    known_kernel<<<ctas, kKnownThreads, 0, stream>>>(known, workspace);
+    return cudaGetLastError();
+  }
   count_kernel<<<static_cast<unsigned>(tiling.num_rows), kCountThreads, 0, stream>>>(tiling, workspace);
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess) return error;
@@ -220,9 +256,17 @@ cudaError_t make_order(const Tiling& tiling, const Workspace& workspace, int wor
 }
 
 cudaError_t num_sms(int* count) {
+  constexpr int kMostDevices = DevicesDone::kMostDevices;
+  static std::atomic<int> known[kMostDevices];  // 0: not asked yet
   int device = 0;
-  const cudaError_t error = cudaGetDevice(&device);
-  return error == cudaSuccess ? cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device) : error;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  const bool keeps = device >= 0 && device < kMostDevices;
+  if (keeps) *count = known[device].load(std::memory_order_relaxed);
+  if (keeps && *count > 0) return cudaSuccess;
+  error = cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess && keeps) known[device].store(*count, std::memory_order_relaxed);
+  return error;
 }
 
 }  // namespace bsfa::cuda

@@ -3,6 +3,7 @@
 // Two small kernels prepare it on the device, so that no length and no mask is ever read by the host:
 //   count   one CTA per mask row: where the tile lies (TileRow), and how many blocks each of its heads will visit
 //   order   one CTA: a stable counting sort of all (tile, head) pairs
+// Where there is no mask and all sequences are alike the order is a formula (known_order.h): one kernel writes it out.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -11,6 +12,7 @@
 
 #include "bsfa/geometry.h"
 #include "bsfa/params.h"
+#include "known_order.h"
 
 namespace bsfa::cuda {
 
@@ -46,21 +48,32 @@ struct alignas(32) TileRow {
 };
 
 #if defined(__CUDACC__)
-// Where local tile `tile` of `sequence` lies.
-__device__ inline TileRow tile_row(const Problem& problem, int32_t sequence, int32_t tile) {
-  const SequenceGeometry geometry = sequence_geometry(problem, sequence);
+// Where local tile `tile` of `sequence` lies; query_token and key_token: of the sequence's first query and key.
+__device__ inline TileRow tile_row(const SequenceGeometry& geometry, int32_t sequence, int32_t tile,
+                                   int32_t query_token, int32_t query_batch, int32_t key_token) {
   const int32_t first_row = (geometry.first_tile() + tile) * kTileRows - geometry.offset();
-  const bool packed = problem.query.cu_seqlens != nullptr;
   TileRow row;
-  row.query_token = first_row + (packed ? problem.query.cu_seqlens[sequence] : 0);
-  row.query_batch = packed ? 0 : sequence;
+  row.query_token = first_row + query_token;
+  row.query_batch = query_batch;
   row.sequence = sequence;
-  row.key_token = problem.kv.cu_seqlens != nullptr ? problem.kv.cu_seqlens[sequence] : 0;
+  row.key_token = key_token;
   row.position = first_row + geometry.offset();
   row.row_begin = geometry.row_begin(tile) - first_row;
   row.row_end = geometry.row_end(tile) - first_row;
   row.seqlen_k = geometry.seqlen_k;
   return row;
+}
+
+__device__ inline TileRow tile_row(const Problem& problem, int32_t sequence, int32_t tile) {
+  const bool packed = problem.query.cu_seqlens != nullptr;
+  return tile_row(sequence_geometry(problem, sequence), sequence, tile, packed ? problem.query.cu_seqlens[sequence] : 0,
+                  packed ? 0 : sequence, problem.kv.cu_seqlens != nullptr ? problem.kv.cu_seqlens[sequence] : 0);
+}
+
+// Where row `row` of a problem lies whose order is known.
+__device__ inline TileRow tile_row(const KnownOrder& order, int32_t row) {
+  const int32_t sequence = row / order.tiles;
+  return tile_row(order.geometry, sequence, row - sequence * order.tiles, 0, sequence, 0);
 }
 
 __device__ inline int32_t absolute_tile(const TileRow& tile) { return floor_div(tile.position, kTileRows); }
@@ -97,11 +110,6 @@ struct Queue {
   int32_t total;  // pairs in `order`
 };
 
-struct Pair {
-  int32_t row;
-  int32_t head;
-};
-
 #if defined(__CUDACC__)
 // Natural order, without a look at lengths: groups of heads, rows from the last to the first, the group's heads.
 __device__ inline Pair natural_pair(int32_t index, int32_t num_rows, int32_t group) {
@@ -122,10 +130,13 @@ struct Workspace {
   static Workspace in(void* memory, int64_t num_rows, int64_t num_heads);
 };
 
+// The order of this work where it is a formula, else one without pairs. `workers`: as for make_order.
+KnownOrder order_of(const Tiling& tiling, int workers);
+
 // Fills the workspace. `workers`: CTAs that will work on it at a time.
 cudaError_t make_order(const Tiling& tiling, const Workspace& workspace, int workers, cudaStream_t stream);
 
-// SMs of the current device.
+// SMs of the current device, which is asked once.
 cudaError_t num_sms(int* count);
 
 }  // namespace bsfa::cuda

@@ -53,15 +53,18 @@ constexpr int32_t kMaxTokenBlocks = 131072;
 // Tiles and blocks of 128 tokens. Reads the indices at 16 bytes a time where their rows start at multiples of that.
 cudaError_t token_mask(const TokenMaskParams& params, cudaStream_t stream);
 
-// Scratch memory of attention(), on the device: 32 bytes per mask row and 12 per mask row and query head.
+// Scratch memory of attention(), on the device: 32 bytes per mask row and 12 per mask row and query head; none for
+// dense calls of few tiles (see attention()). Asks the current device.
 int64_t attention_workspace_bytes(const AttentionParams& params);
 
 // Whether attention() has a kernel for this dtype, head_dim and block sizes.
 bool attention_supports(const Problem& problem);
 
 // float16 and bfloat16 on sm_90; head_dim = head_dim_v, 64 or 128, or (without skipping) head_dim 192 and head_dim_v
-// 128; tiles and blocks of 128 tokens; skipping and token masks not together; q, k and v aligned to 16 bytes in base
-// and strides. Three kernels; `workspace` may be reused once they are done.
+// 128; tiles and blocks of 128 tokens; skipping and token masks not together; q, k and v aligned to 16 bytes in base and
+// strides. Three kernels, or four with masks over more than 64K keys; `workspace` may be reused once they are done. Two
+// where there is no mask or window and all sequences are alike; one, without workspace, where besides that there are at
+// most two tiles to a CTA that runs.
 cudaError_t attention(const AttentionParams& params, void* workspace, cudaStream_t stream);
 
 // Whether block_mass() and tile_max() have kernels for this: float16 and bfloat16 on sm_90, head_dim 64 or 128, tiles

@@ -232,7 +232,7 @@ struct AttentionParams {
   Problem problem;
   TensorView q, k, v;
   TensorView out;                  // [.., token, Hq, Dv], same layout kind as q
-  float* lse = nullptr;            // natural log; head stride lse_head_stride, sequence stride lse_batch_stride
+  float* lse = nullptr;            // natural log; strides as below; null: not wanted
   int64_t lse_batch_stride = 0;    // batched: Hq * seqlen_q; packed: unused
   int64_t lse_head_stride = 0;     // batched: seqlen_q; packed: total_q
   const int32_t* words = nullptr;  // [num_rows, mask_heads, num_words]; null: dense

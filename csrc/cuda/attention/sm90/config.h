@@ -218,7 +218,8 @@ struct KernelParams {
   CUtensorMap k_means, v_means;  // [sequence, block, head, dim]; of the mean correction
   CUtensorMap tokens;            // [batch, query token, word]; of kTokens
   bool has_means;
-  Workspace workspace;
+  Workspace workspace;  // without a queue: the order is `known`, and each CTA has at most two tiles
+  KnownOrder known;
   const int32_t* words;  // null: dense
   int64_t num_words;     // of a row and head
   int32_t mask_heads;
@@ -240,7 +241,7 @@ struct KernelParams {
   void* out_data;
   int64_t out_batch_stride, out_token_stride, out_head_stride;
   bool store_by_tma;
-  float* lse;
+  float* lse;  // null: not wanted
   int64_t lse_batch_stride, lse_head_stride;
   LogitScale scale;
   SkipKernelParams skip;

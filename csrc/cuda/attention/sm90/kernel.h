@@ -81,13 +81,15 @@ cudaError_t launch_kernel(const KernelParams& params, int num_ctas, cudaStream_t
   constexpr int kBytes = sizeof(SharedStorage<Config>);
   static_assert(Config::kCtas * (kBytes + 1024) <= 228 * 1024, "shared memory of one SM");
   const auto kernel = attention_kernel<Config>;
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-  if (error == cudaSuccess && Config::kPaired) {
-    error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
-  }
+  static DevicesDone prepared;
+  const cudaError_t error = prepared.once([=] {
+    const cudaError_t failed = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+    if (failed != cudaSuccess || !Config::kPaired) return failed;
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  });
   if (error != cudaSuccess) return error;
-  return launch_early(kernel, num_ctas, kThreads, kBytes, stream, params);
+  const bool after_own = params.workspace.queue != nullptr;  // the kernel before is the one that wrote the order
+  return launch_on_stream(after_own, kernel, num_ctas, kThreads, kBytes, stream, params);
 }
 
 template <typename Element, int kHeadDim, int kHeadDimV, Variant kVariant = Variant::kPlain>

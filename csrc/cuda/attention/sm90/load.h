@@ -115,7 +115,8 @@ __device__ void schedule(SharedStorage<Config>& shared, const KernelParams& p) {
   const int lane = threadIdx.x % 32;
   const Workspace& workspace = p.workspace;
   cudaGridDependencySynchronize();  // everything else in this kernel waits for this warp's work
-  const int32_t total = workspace.queue->total;
+  const bool known = workspace.queue == nullptr;
+  const int32_t total = known ? p.known.total : workspace.queue->total;
   RingPosition<kWorkSlots> slot;
   for (int32_t index = blockIdx.x;; slot.advance()) {
     Work& work = shared.work[slot.slot];
@@ -128,9 +129,13 @@ __device__ void schedule(SharedStorage<Config>& shared, const KernelParams& p) {
       return;
     }
     int32_t next = 0;
-    if (lane == 0) next = gridDim.x + atomicAdd(&workspace.queue->next, 1);
-    const Pair pair = workspace.order[index];
-    const TileRow tile = workspace.rows[pair.row];
+    if (known) {
+      next = p.known.dealt_after(index, gridDim.x);
+    } else if (lane == 0) {
+      next = gridDim.x + atomicAdd(&workspace.queue->next, 1);
+    }
+    const Pair pair = known ? p.known.pair(index) : workspace.order[index];
+    const TileRow tile = known ? tile_row(p.known, pair.row) : workspace.rows[pair.row];
     const BlockRange range = visible_range(tile, p.causal, p.window_left);
     const int32_t* words = nullptr;
     if (p.words != nullptr) {

@@ -44,7 +44,7 @@ __device__ __forceinline__ void store_tile(char* buffer, const KernelParams& p, 
     const float sum = sum_over_quad(rows.sum[r]);
     inverse[r] = sum == 0.0f ? 0.0f : 1.0f / sum;
     const int row = first_row + lane / 4 + 8 * r;
-    if (lane % 4 == 0 && row >= tile.row_begin && row < tile.row_end) {
+    if (p.lse != nullptr && lane % 4 == 0 && row >= tile.row_begin && row < tile.row_end) {
       const float natural = (rows.base[r] + log2f(sum)) * 0.6931471805599453f;
       p.lse[batch * p.lse_batch_stride + head * p.lse_head_stride + tile.query_token + row] =
           sum == 0.0f ? -INFINITY : natural;
