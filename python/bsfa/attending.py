@@ -11,7 +11,6 @@ from bsfa.layout import Layout
 from bsfa.policies import ExactSkip
 from bsfa.token_mask import TokenMask
 
-
 #: Operators of dense calls, found once: each look-up by name costs a call as much as a check of it.
 ATTENTION = torch.ops.bsfa.attention.default
 DENSE_ATTENTION = torch.ops.bsfa.dense_attention.default

@@ -42,6 +42,7 @@ from bsfa.policies.fixed import check_geometry
 from bsfa.pooling import check_pooling, pool
 from bsfa.token_mask import TokenMask
 
+
 def resolve_scale(softmax_scale: float | None, head_dim: int, softcap: float) -> float:
     """The softmax scale to use (default ``1 / sqrt(head_dim)``), after checking it and the softcap."""
     for name, value in (("softmax_scale", softmax_scale), ("softcap", softcap)):
