@@ -119,7 +119,13 @@ PAGES = [
         page_size=[1, 3, 16, 24, 64, 96, 128, 256],
         causal=[True, False],
     ),
-    *table(replace(BASE, lengths=CHUNKS, layout=PAGED, strides="head-major", dim=128), page_size=[7, 16, 64, 192]),
+    *table(
+        replace(BASE, lengths=CHUNKS, layout=PAGED, dim=128),
+        strides=["head-major", "interleaved", "wide-gaps"],
+        page_size=[7, 16, 64, 192],
+        mask=["none", "random"],
+    ),
+    *table(replace(BASE, lengths=CHUNKS, layout=PAGED, dim=128, hkv=1), page_size=[8, 128]),
 ]
 GROUPS = ((1, 1), (4, 4), (4, 1), (8, 2), (8, 1), (6, 2), (12, 4), (32, 8), (7, 7))
 HEADS = [

@@ -70,7 +70,12 @@ CASES = [
         replace(BASE, hq=2, hkv=1), lengths=[(pair,) for pair in PAIRS], causal=[True, False], mask=["mixed", "empty"]
     ),
     *table(replace(BASE, lengths=RAGGED), layout=[PACKED, PAGED_PACKED], causal=[True, False], dim=[64, 128]),
-    *table(replace(BASE, lengths=CHUNKS, layout=PAGED), page_size=[1, 16, 64, 96, 256], causal=[True, False]),
+    *table(
+        replace(BASE, lengths=CHUNKS, layout=PAGED),
+        page_size=[1, 16, 24, 64, 96, 256],
+        causal=[True, False],
+        dim=[64, 128],
+    ),
     *table(BASE, softcap=[0.0, 0.5, 20.0], scale=[None, 0.0, -0.3, 1.5, 1e-36], dim=[64, 128]),
     *table(replace(BASE, causal=False, dim=128), softcap=[0.0, 5.0], scale=[None, -0.3]),
     *table(replace(BASE, lengths=((141, 270),)), hq=[1, 7], hkv=[1]),
