@@ -1,6 +1,6 @@
 """Holds bsfa's vLLM backend against vLLM itself, for each version, without a GPU and without installing vLLM.
 
-The Python files of the wheel (5 and 12 MB of 430 and 340) and a few small packages (5 MB) are downloaded once, to
+The Python files of the wheel (5 to 12 MB of hundreds) and a few small packages (5 MB) are downloaded once, to
 ``$BSFA_CACHE`` or ``~/.cache/bsfa``; torch and transformers are those of this environment. Without a network: skipped.
 ``BSFA_VLLM`` names further versions, or "newest" for the newest of the index.
 """
@@ -17,7 +17,7 @@ import fetch_wheels
 import pytest
 from fetch_wheels import Unavailable, cache_folder, fetch_packages, fetch_python
 
-VERSIONS = ("0.19.1", "0.33.0", *os.environ.get("BSFA_VLLM", "").split())
+VERSIONS = ("0.19.1", "0.25.1", "0.33.0", *os.environ.get("BSFA_VLLM", "").split())
 #: What vLLM's attention and configuration classes import, and torch and transformers do not bring.
 PACKAGES = [
     "annotated-types==0.8.0",

@@ -133,6 +133,8 @@ def vllm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     }
     for name, function in kernels.items():
         monkeypatch.setattr(flash_attn, name, function, raising=False)
+    if not torch.cuda.is_available():  # some versions take every machine for one that can pin memory
+        monkeypatch.setattr("vllm.utils.torch_utils.PIN_MEMORY", False, raising=False)
     calls.clear()
     configure(monkeypatch, tmp_path, TOML)
 
@@ -320,8 +322,8 @@ def test_only_a_policy_restricts_the_server(monkeypatch: pytest.MonkeyPatch, tmp
 # ---- a model, its layers and batches --------------------------------------------------------------------------------
 
 
-def make_spec(page_size: int = 16) -> Any:
-    return FullAttentionSpec(block_size=page_size, num_kv_heads=HKV, head_size=D, dtype=BF16)
+def make_spec(page_size: int = 16, **changes: Any) -> Any:
+    return FullAttentionSpec(block_size=page_size, num_kv_heads=HKV, head_size=D, dtype=BF16, **changes)
 
 
 HF = LlamaConfig(
@@ -389,8 +391,8 @@ def make_cache(pages: int, page_size: int, heads_first: bool) -> Tensor:
     """A layer's cache full of NaN, as this vLLM lays it out, in either order of tokens and heads in memory."""
     if OLD_LAYOUT:
         shape = ours.BsfaBackend.get_kv_cache_shape(pages, page_size, HKV, D)
-        assert shape == (2, pages, page_size, HKV, D)
-        memory = torch.full((2, pages, HKV, page_size, D) if heads_first else shape, torch.nan, **BF16_THERE)
+        assert sorted(shape[:2]) == sorted((2, pages)) and shape[2:] == (page_size, HKV, D)
+        memory = torch.full((*shape[:2], HKV, page_size, D) if heads_first else shape, torch.nan, **BF16_THERE)
         return memory.transpose(2, 3) if heads_first else memory
     shape = (pages, HKV, page_size, 2 * D) if heads_first else (pages, page_size, HKV, 2 * D)
     memory = torch.full(shape, torch.nan, **BF16_THERE)
@@ -657,7 +659,9 @@ def test_layers_that_stay_with_vllm(changes: dict[str, Any], reason: str, log: A
 
 def test_a_window_reaches_flash_attention() -> None:
     batch, impl = Batch([(160, 160)]), make_impl(sliding_window=64)
-    batch.run(impl, make_builder().build(0, batch.common()))
+    spec = make_spec(sliding_window=64)  # where some versions take it from
+    builder = ours.BsfaMetadataBuilder(spec, ["model.layers.0.self_attn.attn"], vllm_config(), DEVICE)
+    batch.run(impl, builder.build(0, batch.common()))
     assert [c["window_size"] for c in calls] == [[63, 0]]
 
 
@@ -711,8 +715,20 @@ def test_kernels_that_cannot_run_are_said_at_start(log: Any, monkeypatch: pytest
     assert impl._bsfa_policy is None and "head_size 64 in torch.bfloat16: no kernel for it" in messages(log)[0]
 
 
+@pytest.mark.skipif(not OLD_LAYOUT, reason="keys and values lie in the last dimension")
+def test_a_cache_of_two_pages() -> None:
+    """Its shape begins with 2, 2, whichever of them stands for keys and values."""
+    cache = make_cache(2, 16, False)
+    slots = torch.arange(32)
+    key, value = (torch.full((32, HKV, D), x, **BF16_THERE) for x in (1.0, 2.0))
+    make_impl().do_kv_cache_update(make_layer(), key, value, cache, slots)
+    k, v = ours.cache_views(cache, D)
+    assert bool((k == 1).all()) and bool((v == 2).all())
+
+
 def test_an_unknown_cache_is_refused() -> None:
-    for shape in ((2, 4, 16, HKV, D, 1), (4, HKV, 16, D), (3, 4, 16, HKV, D)):
+    of_another_generation = (4, HKV, 16, 2 * D) if OLD_LAYOUT else (4, 2, 16, HKV, D)
+    for shape in ((2, 4, 16, HKV, D, 1), (4, HKV, 16, D), (3, 4, 16, HKV, D), of_another_generation):
         with pytest.raises(bsfa.UnsupportedError, match="does not know a KV cache of shape"):
             ours.cache_views(torch.zeros(shape), D)
 

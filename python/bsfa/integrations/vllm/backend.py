@@ -64,15 +64,26 @@ def layer_index(name: str) -> int | None:
     return int(parts[numbers[0]]) if len(numbers) == 1 else None
 
 
+@functools.cache
+def _pair_dim() -> int | None:
+    """Where a cache of five dimensions has its keys and its values; None: this vLLM has no such caches."""
+    shape_of = getattr(FlashAttentionBackend, "get_kv_cache_shape", None)
+    if shape_of is None:
+        return None
+    shape = tuple(shape_of(num_blocks=3, block_size=16, num_kv_heads=1, head_size=64))
+    return shape.index(2) if shape in ((2, 3, 16, 1, 64), (3, 2, 16, 1, 64)) else None
+
+
 def cache_views(kv_cache: Tensor, head_size: int) -> tuple[Tensor, Tensor]:
     """Keys and values ``[pages, page_size, Hkv, D]`` of a layer's cache, as views.
 
-    Older vLLM has ``[2, pages, page_size, Hkv, D]``, newer ``[pages, Hkv, page_size, 2 D]`` with the keys first; both
-    in several orders of memory, which only the strides show.
+    vLLM's versions have ``[2, pages, page_size, Hkv, D]``, then ``[pages, 2, page_size, Hkv, D]``, then
+    ``[pages, Hkv, page_size, 2 D]`` with the keys first; each in several orders of memory, which only the strides show.
     """
-    if kv_cache.dim() == 5 and kv_cache.shape[0] == 2 and kv_cache.shape[-1] == head_size:
-        k, v = kv_cache.unbind(0)
-    elif kv_cache.dim() == 4 and kv_cache.shape[-1] == 2 * head_size:
+    pair = _pair_dim()
+    if pair is not None and kv_cache.dim() == 5 and kv_cache.shape[pair] == 2 and kv_cache.shape[-1] == head_size:
+        k, v = kv_cache.unbind(pair)  # by vLLM's own word, since there may be two pages
+    elif pair is None and kv_cache.dim() == 4 and kv_cache.shape[-1] == 2 * head_size:
         k, v = kv_cache.transpose(1, 2).split(head_size, dim=-1)
     else:
         raise UnsupportedError(
