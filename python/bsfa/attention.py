@@ -55,7 +55,8 @@ def _signature(
     """The key in ``_passed`` of a dense call; None for what has to be looked at each time.
 
     Types are compared here since equal keys may be of unequal types (1, 1.0 and True), and since a subclass of Tensor
-    may mean anything. Offsets count modulo 8 elements, by which 16 bytes are judged (:func:`bsfa.limits.check_tma`).
+    may mean anything. Of offsets it counts whether all are multiples of 8 or 4 elements, 16 bytes
+    (:func:`bsfa.limits.check_tma`).
     """
     if not (type(q) is type(k) is type(v) is Tensor) or q.requires_grad or k.requires_grad or v.requires_grad:
         return None
@@ -63,6 +64,10 @@ def _signature(
         return None
     if softmax_scale is not None and type(softmax_scale) is not float:
         return None
+    dtype, device = q.dtype, q.device
+    if k.dtype is not dtype or v.dtype is not dtype or k.device != device or v.device != device:
+        return None
+    offsets = (q.storage_offset() | k.storage_offset() | v.storage_offset()) & 7  # type: ignore[operator]  # no symbols
     key = (
         q.shape,
         k.shape,
@@ -70,13 +75,9 @@ def _signature(
         q.stride(),
         k.stride(),
         v.stride(),
-        q.dtype,
-        k.dtype,
-        v.dtype,
-        q.device,
-        k.device,
-        v.device,
-        (q.storage_offset() & 7, k.storage_offset() & 7, v.storage_offset() & 7),
+        dtype,
+        device,
+        offsets,
         causal,
         softmax_scale,
         softcap,
@@ -87,15 +88,15 @@ def _signature(
         return None
     if type(max_seqlen_k) is not int and max_seqlen_k is not None:
         return None
-    parts: list[object] = [max_seqlen_q, max_seqlen_k]
+    parts: list[object] = [key, max_seqlen_q, max_seqlen_k]
     for index in indices:
         if index is None:
             parts.append(None)
-        elif type(index) is Tensor:
-            parts += (index.shape, index.stride(), index.dtype, index.device)
+        elif type(index) is Tensor and index.dtype is torch.int32 and index.device == device:
+            parts += (index.shape, index.stride())
         else:
             return None
-    return (*key, *parts)
+    return tuple(parts)
 
 
 def _check_values(q: Tensor, k: Tensor, indices: Indices, max_seqlen_q: int, max_seqlen_k: int) -> None:

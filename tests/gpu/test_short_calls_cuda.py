@@ -36,7 +36,8 @@ def everything(q: Tensor, k: Tensor, causal: bool) -> bsfa.BlockMask:
 
 # One tile to each head, or a few: fewer pairs than SMs, as many, twice as many, and one more of each.
 COUNTS = [
-    *((1, 100, 100, heads, 1) for heads in (1, SMS - 1, SMS, SMS + 1, 2 * SMS - 1, 2 * SMS, 2 * SMS + 1, 5 * SMS)),
+    *((1, 100, 100, heads, 1) for heads in (1, SMS - 1, SMS, SMS + 1, 2 * SMS - 1, 2 * SMS, 2 * SMS + 1)),
+    *((1, 100, 100, heads, 1) for heads in (4 * SMS - 1, 4 * SMS, 4 * SMS + 1)),  # with two CTAs to an SM
     *((3, 128, 128, heads, heads) for heads in (1, 2 * SMS // 3, 2 * SMS // 3 + 1)),
     *((1, 1024, 1024, heads, 8) for heads in (8, 32, 40)),
     *((2, 300, 1500, heads, 2) for heads in (2, 32, 36)),
