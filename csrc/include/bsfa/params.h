@@ -260,6 +260,9 @@ struct AttentionParams {
 // attention.words keeps, a tile drops those that all of its groups would skip (SkipParams), were running maxima over
 // all blocks met, skipped or not. With thresholds of at most 0, and in the absolute form, these are the groups' own
 // decisions in one pass, and a tile keeps what one of its groups keeps.
+//
+// bound_mask() fills the same struct: the mask then keeps every block that a group of the tile may keep, judged by upper
+// bounds of its logits. Attention that skips does over it what it would do over attention.words, to the bit.
 struct SkipMaskParams {
   AttentionParams attention;  // with `skip`, not counted, and num_rows; v, out, lse and window_left have no say
   int32_t num_words = 0;      // of a row and head of the result; with attention.words its num_words
