@@ -13,6 +13,8 @@
 #include "bsfa/cuda.h"
 #include "bsfa/geometry.h"
 #include "convert.h"
+#include "convert_select.h"
+#include "convert_skip.h"
 
 namespace bsfa::torch_ops {
 namespace {
