@@ -138,51 +138,68 @@ def checked(what: str, plant: Plant, p: ExactSkip) -> float:
     return check_counts(what, info.skips, plant.visible, plant.low if p.passes == 1 else plant.low_tiles())
 
 
-def rows_of(turns: base.Turns, name: str, over: str, **facts: float) -> list[Row]:
-    """Speed-up over the peer ``over``, and ms, of peer ``name``."""
+def has(op: str) -> bool:
+    """Whether the device has an operator."""
+    return op in KERNELS.get(base.DEVICE, frozenset())
+
+
+def ways(p: ExactSkip) -> dict[str, ExactSkip]:
+    """The forms in which the device can run a policy: in one pass, in two, and in one after bounds."""
+    found = {"one_pass": p}
+    if not p.counted and has("skip_mask"):
+        found["two_pass"] = replace(p, passes=2)
+    if not p.counted and (has("bound_mask") or base.DEVICE == "cpu"):  # the CPU ignores bounds
+        found["bounds"] = replace(p, bounds=True)
+    return found
+
+
+def rows_of(turns: base.Turns, name: str, peer: str, over: str, **facts: float) -> list[Row]:
+    """Under ``name``: the speed-up of ``peer`` over the peer ``over``, and its ms."""
     peers = {f"{over}_ms": turns.ms[over], **facts}
     speedup = measurement(
-        f"skip.{name}.x_{over}", turns.ms[over] / turns.ms[name], "speed-up", turns.n, turns.clock_mhz, peers
+        f"skip.{name}.x_{over}", turns.ms[over] / turns.ms[peer], "speed-up", turns.n, turns.clock_mhz, peers
     )
-    return [speedup, measurement(f"skip.{name}.ms", turns.ms[name], "ms", turns.n, turns.clock_mhz, peers)]
+    return [speedup, measurement(f"skip.{name}.ms", turns.ms[peer], "ms", turns.n, turns.clock_mhz, peers)]
+
+
+def rows_of_ways(turns: base.Turns, name: str, shares: dict[str, float], over: str, **facts: float) -> list[Row]:
+    """What was timed as ``<way>.<name>`` for the ways of ``shares`` (skipped, by way): under ``name`` the fastest, with
+    the times of all as peers, and each under its own name if there are several.
+    """
+    ms = {way: turns.ms[f"{way}.{name}"] for way in shares}
+    best = min(ms, key=ms.__getitem__)
+    times = {f"{way}_ms": value for way, value in ms.items()}
+    rows = rows_of(turns, name, f"{best}.{name}", over, skipped=shares[best], **times, **facts)
+    for way, share in shares.items() if len(shares) > 1 else ():
+        rows += rows_of(turns, f"{way}.{name}", f"{way}.{name}", over, skipped=share, **facts)
+    return rows
 
 
 # --- sections ---------------------------------------------------------------------------------------------------------
 
 
-def compared(length: int, plant: Plant, forms: dict[str, ExactSkip]) -> list[Row]:
-    """Policies by name against dense attention over the same inputs, and beside each that takes one pass, where it can
-    be, the same policy in two.
-    """
-    twice = {name: replace(p, passes=2) for name, p in forms.items() if not p.counted and two_passes()}
-    both = {**forms, **{f"two_pass.{name}": p for name, p in twice.items()}}
-    shares = {name: checked(f"skip, {name}", plant, p) for name, p in both.items()}
-    peers = {"dense": [base.dense_call(*plant.inputs)], **{name: [skip_call(plant, p)] for name, p in both.items()}}
+def compared(length: int, plant: Plant, policies: dict[str, ExactSkip]) -> list[Row]:
+    """Policies by name, in all their forms, against dense attention over the same inputs, in turns."""
+    runs = {name: ways(p) for name, p in policies.items()}
+    shares = {
+        name: {way: checked(f"skip, {way}.{name}", plant, p) for way, p in of_name.items()}
+        for name, of_name in runs.items()
+    }
+    peers = {"dense": [base.dense_call(*plant.inputs)]}
+    peers |= {f"{way}.{name}": [skip_call(plant, p)] for name, found in runs.items() for way, p in found.items()}
     turns = base.take_turns(length, peers)
-    rows = []
-    for name, share in shares.items():
-        facts = {"skipped": share}
-        if name in twice:
-            ms = turns.ms[f"two_pass.{name}"]
-            facts |= {"two_pass_ms": ms, "two_pass_x_dense": turns.ms["dense"] / ms}
-        rows += rows_of(turns, name, "dense", **facts)
-    return rows
-
-
-def two_passes() -> bool:
-    """Whether the device has the first of two passes."""
-    return "skip_mask" in KERNELS.get(base.DEVICE, frozenset())
+    return [row for name, found in shares.items() for row in rows_of_ways(turns, name, found, "dense")]
 
 
 def against_dense() -> list[Row]:
-    """Both forms, in one pass and in two, against dense attention over the same inputs."""
+    """Both forms of threshold against dense attention over the same inputs."""
     length, rows = 64 * base.K, []
     for percent in PERCENTS:
-        forms = {f"{percent}": policy()}
+        policies = {f"{percent}": policy()}
         if percent == 70:
-            forms[f"relative.{percent}"] = policy("relative")
-            forms[f"counted.{percent}"] = policy(counted=True)
-        rows += compared(length, planted(length, percent), forms)
+            policies[f"relative.{percent}"] = policy("relative")
+            policies[f"counted.{percent}"] = policy(counted=True)
+        rows += compared(length, planted(length, percent), policies)
     return rows
 
 
@@ -195,18 +212,19 @@ def groups_that_differ() -> list[Row]:
 def on_a_mask() -> list[Row]:
     """On 10 % of the blocks at random, of which half can be skipped, against the same mask without skipping."""
     length = 64 * base.K
-    plant, p = planted(length, 50), policy()
+    plant, runs = planted(length, 50), ways(policy())
     mask = base.random_mask(length, 0.10)
-    out, _, skips = bsfa.block_sparse_attention(*plant.inputs, mask, skip=p, return_skips=True)
-    base.verify("skip on a mask", out, *plant.inputs, mask & plant.kept())
     kept = mask.to_rows().repeat_interleave(groups_per_tile(), dim=0) & plant.visible
-    share = check_counts("skip on a mask", skips, kept, kept & plant.low)
-    peers: dict[str, list[Callable[[], object]]] = {
-        "sparse": [base.sparse_call(*plant.inputs, mask)],
-        "sparse10": [lambda: bsfa.block_sparse_attention(*plant.inputs, mask, skip=p)[0]],
-    }
+    peers: dict[str, list[Callable[[], object]]] = {"sparse": [base.sparse_call(*plant.inputs, mask)]}
+    shares = {}
+    for way, p in runs.items():
+        what = f"skip on a mask, {way}"
+        out, _, skips = bsfa.block_sparse_attention(*plant.inputs, mask, skip=p, return_skips=True)
+        base.verify(what, out, *plant.inputs, mask & plant.kept())
+        shares[way] = check_counts(what, skips, kept, kept & (plant.low if p.passes == 1 else plant.low_tiles()))
+        peers[f"{way}.sparse10"] = [lambda p=p: bsfa.block_sparse_attention(*plant.inputs, mask, skip=p)[0]]
     turns = base.take_turns(length, peers, dict.fromkeys(peers, 0.10))
-    return rows_of(turns, "sparse10", "sparse", skipped=share, density=float(mask.density()))
+    return rows_of_ways(turns, "sparse10", shares, "sparse", density=float(mask.density()))
 
 
 @torch.no_grad()
