@@ -5,9 +5,9 @@
 //
 //   |q . k - q' . k'| = |q . (k - k') + (q - q') . k'| <= |q| |k - k'| + |q - q'| |k'|
 //
-// and the norms of what rounding took away are known. The sum inside of an FP8 product is rounded too: its terms are
-// aligned to the largest one and cut off 13 bits below it, in every instruction of 32 terms, so it is off by at most
-// (head_dim + 4) 2^-13 |q'| |k'|.
+// and the norms of what rounding took away are known. The product itself is off by at most kProductLoss |q'| |k'|: in every
+// instruction of 32 terms these are aligned to the largest one and cut off 13 bits below it, and the sum is rounded to the
+// 11 bits of float16. Rows are brought to magnitudes of at most 16, so that no sum leaves float16's range.
 #pragma once
 
 #include <cute/tensor.hpp>
@@ -51,8 +51,9 @@ struct Config {
   using KeyLayout = decltype(cute::tile_to_shape(Atom{}, cute::Shape<cute::Int<kBlockKeys>, cute::Int<kHeadDim>>{}));
   using Mma = decltype(cute::make_tiled_mma(
       cute::SM90::GMMA::rs_op_selector<
-          Fp8, Fp8, float, cute::Shape<cute::Int<kGroupRows>, cute::Int<kBlockKeys>, cute::Int<kHeadDim>>>()));
-  static constexpr float kProductLoss = (kHeadDim + 4) / 8192.0f;
+          Fp8, Fp8, cute::half_t, cute::Shape<cute::Int<kGroupRows>, cute::Int<kBlockKeys>, cute::Int<kHeadDim>>>()));
+  static constexpr float kProductLoss = (kHeadDim + kSteps) / 8192.0f + kSteps / 1024.0f;
+  static_assert(16 * 16 * kHeadDim < 65504);
 };
 
 // Images [Hkv, blocks, kImageBytes] and facts [Hkv, blocks] of all sequences.
@@ -88,14 +89,14 @@ struct KernelParams {
   unsigned long long* skips;  // zeroed
 };
 
-// The power of two that brings `largest` to 128 .. 256, where e4m3 (up to 448) holds it, and its inverse. Beyond 2^100
-// either way values are held badly, or not at all, which the norms of what is lost then say.
+// The power of two that brings `largest` to 8 .. 16, and its inverse. Beyond 2^100 either way values are held badly, or
+// not at all, which the norms of what is lost then say.
 struct Power {
   float up, down;
 };
 __device__ __forceinline__ Power power_for(float largest) {
   const int exponent = static_cast<int>(__float_as_uint(largest) >> 23 & 0xff) - 127;
-  const int up = min(max(7 - exponent, -100), 100);
+  const int up = min(max(3 - exponent, -100), 100);
   return {__uint_as_float((127 + up) << 23), __uint_as_float((127 - up) << 23)};
 }
 

@@ -3,6 +3,7 @@
 // Tile      a CTA takes one (tile, query head) pair: 128 rows against 128 keys a step. Two CTAs share an SM, so that four
 //           warpgroups fill the tensor cores; what one waits for, the others hide.
 // Roles     both warpgroups compute, 64 rows each; one thread also fetches the images of blocks, three steps ahead.
+// Products  two sets of scores in turn: one is made while the other is looked at.
 // Decision  a thread looks at the largest of its scores of a row; a warp keeps a block by one vote. No warp waits for
 //           another one: each sets the bits that it keeps in the row of words in shared memory, 32 blocks at a time.
 // Order     the blocks in question are listed before the first step. Absolute: from the last to the first, without those
@@ -133,21 +134,24 @@ class KeyLoader {
   RingPosition<kStages> slot_;
 };
 
-// The largest of the thread's scores of each row: element 4 j + 2 r + c is row r, column 8 j + 2 (lane % 4) + c.
+// The largest of the thread's scores of each row. Word 2 j + r of the accumulator holds row r, columns
+// 8 j + 2 (lane % 4) and the next.
 template <class Tensor>
-__device__ __forceinline__ float largest_of_row(const Tensor& s, int r) {
-  float tops[4];
+__device__ __forceinline__ float largest_of_row(const Tensor& words, int r) {
+  const auto at = [&](int j) {
+    const uint32_t word = words(2 * j + r);
+    return *reinterpret_cast<const __half2*>(&word);
+  };
+  __half2 tops[4] = {at(0), at(1), at(2), at(3)};
 #pragma unroll
-  for (int j = 0; j < kBlockKeys / 8; ++j) {
-    const float pair = fmaxf(s(4 * j + 2 * r), s(4 * j + 2 * r + 1));
-    tops[j % 4] = j < 4 ? pair : fmaxf(tops[j % 4], pair);
-  }
-  return fmaxf(fmaxf(tops[0], tops[1]), fmaxf(tops[2], tops[3]));
+  for (int j = 4; j < kBlockKeys / 8; ++j) tops[j % 4] = __hmax2(tops[j % 4], at(j));
+  const __half2 top = __hmax2(__hmax2(tops[0], tops[1]), __hmax2(tops[2], tops[3]));
+  return fmaxf(__low2float(top), __high2float(top));
 }
 
 // Scores of keys that a row does not see become -inf.
 template <class Tensor>
-__device__ __forceinline__ void mask_scores(Tensor& s, const TileRow& tile, int32_t first_key, int first_row,
+__device__ __forceinline__ void mask_scores(Tensor& words, const TileRow& tile, int32_t first_key, int first_row,
                                             bool causal) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -156,11 +160,10 @@ __device__ __forceinline__ void mask_scores(Tensor& s, const TileRow& tile, int3
         (causal ? min(position + 1, tile.seqlen_k) : tile.seqlen_k) - first_key - 2 * static_cast<int>(threadIdx.x % 4);
 #pragma unroll
     for (int j = 0; j < kBlockKeys / 8; ++j) {
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        float& x = s(4 * j + 2 * r + c);
-        x = 8 * j + c < end ? x : -INFINITY;
-      }
+      constexpr uint32_t kNone = 0xfc00;  // -inf
+      uint32_t& word = words(2 * j + r);
+      if (8 * j >= end) word = (word & 0xffff0000u) | kNone;
+      if (8 * j + 1 >= end) word = (word & 0xffffu) | kNone << 16;
     }
   }
 }
@@ -194,7 +197,8 @@ __device__ void compare(SharedStorage<C>& shared, uint32_t* kept_words, const ui
       make_tensor(make_smem_ptr(reinterpret_cast<typename C::Fp8*>(shared.key[0])),
                   tile_to_shape(typename C::KeyLayout{}, Shape<Int<kBlockKeys>, Int<C::kHeadDim>, Int<kStages>>{}));
   const auto key_part = slice.partition_fragment_B(keys);
-  auto s = partition_fragment_C(mma, Shape<Int<kGroupRows>, Int<kBlockKeys>>{});
+  auto even = partition_fragment_C(mma, Shape<Int<kGroupRows>, Int<kBlockKeys>>{});
+  auto odd = partition_fragment_C(mma, Shape<Int<kGroupRows>, Int<kBlockKeys>>{});
   auto query_part = make_tensor<typename C::Fp8>(Shape<Shape<_4, _2, _2>, _1, Int<C::kSteps>>{});
   Rows rows;
   {
@@ -214,28 +218,19 @@ __device__ void compare(SharedStorage<C>& shared, uint32_t* kept_words, const ui
   const auto flush = [&]() {
     if (lane == 0 && kept != 0) atomicOr(kept_words + word, kept);
   };
-  for (int32_t step = 0; step < num_steps; ++step) {
-    shared.key_full[slot.slot].wait(slot.parity);
-    warpgroup_fence_operand(query_part);
-    issue(mma, query_part, key_part(_, _, _, slot.slot), s, false);
-    if (fetches) loader.load(step + kAhead, num_steps);
-    __syncwarp();
-    const int32_t block = __shfl_sync(kAllLanes, static_cast<int32_t>(steps[step]), 0);
-    const BlockFacts facts = shared.facts[slot.slot];
-    const float errors[2] = {rows.error(0, facts), rows.error(1, facts)};
-    warpgroup_wait<0>();
-    warpgroup_fence_operand(s);
-    if (lane == 0) shared.key_empty[slot.slot].arrive();
-    slot.advance();
-    if (kRelative && block >= whole) mask_scores(s, work.tile, block * kBlockKeys, first_row, p.problem.causal);
+  // What becomes of a step's scores.
+  const auto judge = [&](auto& s, int32_t block, const BlockFacts& facts) __attribute__((always_inline)) {
+    auto scores = recast<uint32_t>(s);
+    if (kRelative && block >= whole) mask_scores(scores, work.tile, block * kBlockKeys, first_row, p.problem.causal);
     bool keep = false;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float middle = rows.factor[r] * facts.factor * largest_of_row(s, r);
-      const float above = bound_above(middle + errors[r], cap);
+      const float middle = rows.factor[r] * facts.factor * largest_of_row(scores, r);
+      const float error = rows.error(r, facts);
+      const float above = bound_above(middle + error, cap);
       const float limit = kRelative ? floor[r] + cut : cut;
       keep |= rows.counts[r] & !(above < limit);  // NaN keeps
-      if constexpr (kRelative) floor[r] = fmaxf(floor[r], max_over_quad(bound_below(middle - errors[r], cap)));
+      if constexpr (kRelative) floor[r] = fmaxf(floor[r], max_over_quad(bound_below(middle - error, cap)));
     }
     keep = __any_sync(kAllLanes, keep);
     if (block / 32 != word) {
@@ -244,6 +239,40 @@ __device__ void compare(SharedStorage<C>& shared, uint32_t* kept_words, const ui
       kept = 0;
     }
     kept |= static_cast<uint32_t>(keep) << (block % 32);
+  };
+  if (num_steps == 0) return;
+  int32_t step = 0, block = 0;
+  BlockFacts facts;
+  const auto start = [&](auto& s) __attribute__((always_inline)) {
+    shared.key_full[slot.slot].wait(slot.parity);
+    issue(mma, query_part, key_part(_, _, _, slot.slot), s, false);
+  };
+  const auto finish = [&](auto& s) __attribute__((always_inline)) {
+    block = __shfl_sync(kAllLanes, static_cast<int32_t>(steps[step]), 0);
+    facts = shared.facts[slot.slot];
+    warpgroup_wait<0>();
+    warpgroup_fence_operand(s);
+    if (lane == 0) shared.key_empty[slot.slot].arrive();
+    slot.advance();
+    ++step;
+  };
+  warpgroup_fence_operand(query_part);
+  start(even);
+  finish(even);
+  // Judges the scores `s` of the step before while those of the next one are made; false if there is none.
+  const auto advance = [&](auto& s, auto& other) __attribute__((always_inline)) {
+    if (step == num_steps) {
+      judge(s, block, facts);
+      return false;
+    }
+    start(other);
+    if (fetches) loader.load(step + kAhead - 1, num_steps);
+    __syncwarp();
+    judge(s, block, facts);
+    finish(other);
+    return true;
+  };
+  while (advance(even, odd) && advance(odd, even)) {
   }
   flush();
 }
