@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bsfa import prepared
 from bsfa.attending import ATTENTION, DENSE_ATTENTION, attend, attend_skipping
 from bsfa.block_mask import BlockMask
 from bsfa.errors import warn_dense
@@ -248,7 +249,12 @@ def _call(
     if key is not None:
         if len(_passed) >= _MOST_PASSED:
             _passed.clear()
-        _passed[key] = (layout.max_seqlen_q, layout.max_seqlen_k, resolve_scale(None, q.shape[-1], 0.0))
+            prepared.forget()
+        default_scale = resolve_scale(None, q.shape[-1], 0.0)
+        _passed[key] = (layout.max_seqlen_q, layout.max_seqlen_k, default_scale)
+        if not indices:
+            scale = default_scale if softmax_scale is None else softmax_scale
+            prepared.remember(q, k, v, causal, softmax_scale, softcap, scale)
     return answer
 
 
@@ -296,6 +302,19 @@ def attention(
     on CUDA, dtypes, head dims and block sizes outside of the kernel table (:func:`bsfa.doctor`), and q, k or v whose
     rows do not start at multiples of 16 bytes.
     """
+    if (
+        prepared.READY
+        and policy is None
+        and window_left is None
+        and out is None
+        and mean_correction is False
+        and not return_lse
+        and not return_info
+        and not _is_compiling()
+    ):
+        result = prepared.run(q, k, v, causal, softmax_scale, softcap)
+        if result is not None:
+            return result
     options = (softmax_scale, softcap, window_left, prompt_lens, mean_correction, out, return_lse, return_info)
     return _call(q, k, v, causal, (), None, None, policy, None, *options)
 
