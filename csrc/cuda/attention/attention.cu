@@ -94,8 +94,8 @@ struct HeadPieces {
   int32_t k, v;
 };
 
-// Of pages that come in boxes of whole groups of rows, with all columns; below 0 where they cannot. At head_dim 64 boxes
-// are that anyway.
+// Of pages that come in boxes of whole groups of rows, with all columns; below 0 where they cannot. At head_dim 64
+// boxes are that anyway.
 HeadPieces head_pieces_of(const AttentionParams& params) {
   const Problem& p = params.problem;
   if (p.kv.block_table == nullptr || p.head_dim != 128 || p.head_dim_v != 128) return {-1, -1};
@@ -124,8 +124,7 @@ Tiling tiling_of(const AttentionParams& params) {
   return tiling;
 }
 
-using attn::sm90::launch_bf16_d64;
-using Launch = decltype(&launch_bf16_d64);
+using Launch = decltype(&attn::sm90::launch_bf16_d64);
 
 // The kernel of a variant; null: there is none.
 Launch launch_of(const Problem& p, Variant variant) {

@@ -11,8 +11,8 @@
 
 namespace bsfa::cuda {
 
-// Sets what a kernel's parameters say of that: pages of page_size tokens, in boxes of box_rows (1 << box_shift) tokens of
-// one page; or without pages one box of kBlockKeys tokens.
+// Sets what a kernel's parameters say of that: pages of page_size tokens, in boxes of box_rows (1 << box_shift) tokens
+// of one page; or without pages one box of kBlockKeys tokens.
 template <class KernelParams>
 void set_key_boxes(const KvLayout& kv, KernelParams& k) {
   k.block_table = kv.block_table;
