@@ -148,10 +148,9 @@ TokenMaskTensors token_mask(const Tensor& indices, const OptionalTensor& cu_seql
   return made;
 }
 
-// Completes `p`, made by attention_params.
-void finish_attention_params(AttentionParams& p, const Tensor& q, const Tensor& out, const OptionalTensor& lse) {
+// Checks `p`, made by attention_params, and completes it but for its outputs.
+void finish_attention_params(AttentionParams& p) {
   STD_TORCH_CHECK(cuda::attention_supports(p.problem), "this dtype, head_dim or block size has no CUDA kernel");
-  set_attention_outputs(p, q, out, lse);
   const int64_t rows = max_mask_rows(p.problem, p.q.tokens);
   STD_TORCH_CHECK(p.words == nullptr || p.num_rows >= rows, "the mask has ", p.num_rows, " rows, this problem needs ",
                   rows);
@@ -160,7 +159,8 @@ void finish_attention_params(AttentionParams& p, const Tensor& q, const Tensor& 
 
 // Launches what `p`, made by attention_params, describes.
 void run_attention(AttentionParams p, const Tensor& q, const Tensor& out, const OptionalTensor& lse, const char* op) {
-  finish_attention_params(p, q, out, lse);
+  finish_attention_params(p);
+  set_attention_outputs(p, q, out, lse);
   if (q.numel() == 0) return;
   const Launch launch(q);
   cuda::AttentionCall call;
@@ -210,8 +210,10 @@ Tensor prepare_dense(const Tensor& q, const Tensor& k, const Tensor& v, bool cau
   if (q.numel() > 0) {
     AttentionParams p = dense_params(q, k, v, causal, softmax_scale, softcap, std::nullopt, std::nullopt, std::nullopt,
                                      std::nullopt, 0, 0);
-    const Tensor out = new_attention_out(q, v);
-    finish_attention_params(p, q, out, std::nullopt);
+    finish_attention_params(p);
+    const int64_t row = int64_t{p.problem.num_q_heads} * p.problem.head_dim_v;
+    // Where it will lie comes with each call; until then any place does.
+    p.out = {p.q.data, p.q.tokens * row, row, p.problem.head_dim_v, p.q.batch_size, p.q.tokens};
     const Launch launch(q);
     check_launch(cuda::prepare_attention(p, &prepared.call), "prepare_dense");
     prepared.device = q.get_device_index();

@@ -76,8 +76,8 @@ int64_t attention_workspace_bytes(const AttentionCall& call);
 cudaError_t run_attention(AttentionCall& call, void* workspace, cudaStream_t stream);
 
 // Whether a prepared call is dense, of one launch, and has no outputs but `out`; and such a call for tensors that
-// differ in nothing but where they lie. An error, and nothing to run, unless they are aligned to 16 bytes and the device is
-// current that the call was prepared for.
+// differ in nothing but where they lie. An error, and nothing to run, unless they are aligned to 16 bytes and that
+// device is current which the call was prepared for.
 bool attention_moves(const AttentionCall& call);
 cudaError_t move_attention(AttentionCall& call, void* q, void* k, void* v, void* out);
 
