@@ -6,6 +6,7 @@ The runner here is a function of these tests in place of a launch; tests/gpu/tes
 from __future__ import annotations
 
 import ctypes
+import math
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -68,6 +69,7 @@ def runner() -> Iterator[Runner]:
     runner = Runner()
     runner.connect(prepared.idle_functions())
     yield runner
+    ATTENTION._passed.clear()  # what it says about preparation is no longer so
     if not prepared._connect():
         prepared.connect(0, CPU, Tensor.__dlpack_c_exchange_api__, ())
 
@@ -274,6 +276,20 @@ def test_compiled_calls_are_graphs_of_the_operator(runner: Runner, monkeypatch: 
     assert torch.equal(compiled(q, k, v), want + 0) and runner.calls == []
 
 
+def test_calls_that_could_not_be_prepared_are_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = [False, False, True]
+    asked: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(prepared, "remember", lambda *call: asked.append(call[3:]) or answers[len(asked) - 1])
+    monkeypatch.setattr(ATTENTION, "_passed", {})
+    q, k, v = tensors()
+    results = [bsfa.attention(q, k, v) for _ in range(5)]
+    assert asked == [(True, None, 0.0, 1 / math.sqrt(D))] * 3
+    assert all(torch.equal(result, results[0]) for result in results)
+    cu = torch.tensor([0, SQ], dtype=torch.int32)
+    bsfa.attention_varlen(q[0], k[0], v[0], cu, torch.tensor([0, SK], dtype=torch.int32), SQ, SK)
+    assert len(asked) == 3
+
+
 def test_forgets_with_the_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     forgotten: list[int] = []
     monkeypatch.setattr(prepared, "forget", lambda: forgotten.append(1))
@@ -283,6 +299,22 @@ def test_forgets_with_the_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     for scale in (0.1, 0.2, 0.3, 0.4):
         bsfa.attention(q, k, v, softmax_scale=scale)
     assert len(forgotten) == 1 and len(ATTENTION._passed) == 2
+
+
+def test_another_version_of_the_table_is_not_used(runner: Runner) -> None:
+    new_capsule = ctypes.pythonapi.PyCapsule_New
+    new_capsule.restype, new_capsule.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+    name = b"dlpack_exchange_api"
+    for major, works in ((1, True), (2, False)):
+        table = (ctypes.c_uint32 * 32)(major, *[1] * 31)  # functions that are not called here
+        capsule = new_capsule(ctypes.addressof(table), name, None)
+        assert prepared.connect(runner.address, CPU, capsule, ()) is works
+    q, k, v = tensors()
+    assert prepared.run(q, k, v, True, None, 0.0) is None and not _C.prepared_idle()
+    with pytest.raises(ValueError, match="PyCapsule"):
+        prepared.connect(runner.address, CPU, object(), ())
+    with pytest.raises(TypeError, match="6 arguments"):
+        _C.prepared_run(q, k, v)  # type: ignore[call-arg]
 
 
 def test_threads(runner: Runner) -> None:

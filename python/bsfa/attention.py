@@ -32,8 +32,9 @@ Result = Tensor | tuple[Tensor | AttentionInfo, ...]
 
 # Plain dense calls that have passed the checks, by all that the checks look at except the values of index tensors:
 # shapes, strides, dtypes, devices, where memory begins, and options. What is remembered of one: max_seqlen_q,
-# max_seqlen_k, and the default softmax_scale. In short calls those checks take longer than the kernel.
-_passed: dict[tuple[object, ...], tuple[int, int, float]] = {}
+# max_seqlen_k, the default softmax_scale, and whether it is settled if it can be prepared. In short calls those checks
+# take longer than the kernel.
+_passed: dict[tuple[object, ...], tuple[int, int, float, bool]] = {}
 _MOST_PASSED = 1024
 _is_compiling = torch.compiler.is_compiling
 
@@ -230,8 +231,11 @@ def _call(
         key = _signature(q, k, v, causal, indices, max_seqlen_q, max_seqlen_k, softmax_scale, softcap)
     passed = None if key is None else _passed.get(key)
     if passed is not None:
-        longest_q, longest_k, default_scale = passed
+        longest_q, longest_k, default_scale, settled = passed
         scale = default_scale if softmax_scale is None else softmax_scale
+        if not settled and prepared.remember(q, k, v, causal, softmax_scale, softcap, scale):
+            assert key is not None
+            _passed[key] = (longest_q, longest_k, default_scale, True)
         if not indices and not return_lse:
             return DENSE_ATTENTION(q, k, v, causal, scale, softcap)
         if indices:
@@ -251,10 +255,9 @@ def _call(
             _passed.clear()
             prepared.forget()
         default_scale = resolve_scale(None, q.shape[-1], 0.0)
-        _passed[key] = (layout.max_seqlen_q, layout.max_seqlen_k, default_scale)
-        if not indices:
-            scale = default_scale if softmax_scale is None else softmax_scale
-            prepared.remember(q, k, v, causal, softmax_scale, softcap, scale)
+        scale = default_scale if softmax_scale is None else softmax_scale
+        settled = bool(indices) or prepared.remember(q, k, v, causal, softmax_scale, softcap, scale)
+        _passed[key] = (layout.max_seqlen_q, layout.max_seqlen_k, default_scale, settled)
     return answer
 
 

@@ -51,14 +51,16 @@ def remember(
 ) -> bool:
     """Prepare a call of batched ``q``, ``k``, ``v`` that has passed the checks, if it is of the kind that can be.
 
-    scale: what ``softmax_scale`` stands for.
+    scale: what ``softmax_scale`` stands for. False if it cannot be told now, since more than the kernel has a say.
     """
-    if not (READY and q.is_cuda and _C.prepared_idle()):
+    if not (READY and q.is_cuda):
+        return True
+    if not _C.prepared_idle():
         return False
     call = torch.ops.bsfa.prepare_dense(q, k, v, causal, scale, softcap)
-    return call.numel() > 0 and _C.prepared_remember(
-        q, k, v, causal, softmax_scale, softcap, call.data_ptr(), call.numel()
-    )
+    if call.numel() > 0:
+        _C.prepared_remember(q, k, v, causal, softmax_scale, softcap, call.data_ptr(), call.numel())
+    return True
 
 
 #: The result for (q, k, v, causal, softmax_scale, softcap) if such a call has been prepared and can be run, else None.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any
 
@@ -158,7 +159,7 @@ def test_packed_and_paged_calls_remember(packed: bool) -> None:
 
 
 def by_operator(q: Tensor, k: Tensor, v: Tensor, causal: bool = True) -> Tensor:
-    return torch.ops.bsfa.dense_attention(q, k, v, causal, q.shape[-1] ** -0.5, 0.0)
+    return torch.ops.bsfa.dense_attention(q, k, v, causal, 1 / math.sqrt(q.shape[-1]), 0.0)
 
 
 def is_prepared(q: Tensor, k: Tensor, v: Tensor, causal: bool = True) -> bool:
@@ -227,6 +228,17 @@ def test_prepared_calls_in_another_stream_and_in_a_graph() -> None:
     q.mul_(2)
     graph.replay()
     assert torch.equal(out, want)
+
+
+@needs_prepared
+def test_calls_are_prepared_once_nothing_else_is_going_on() -> None:
+    q, k, v = qkv(1, 200, 201, 4, 2)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        for _ in range(2):
+            bsfa.attention(q, k, v)
+    assert not is_prepared(q, k, v)
+    bsfa.attention(q, k, v)
+    assert is_prepared(q, k, v)
 
 
 @needs_prepared
