@@ -212,6 +212,7 @@ def test_prepared_calls_in_another_stream_and_in_a_graph() -> None:
     bsfa.attention(q, k, v)
     assert is_prepared(q, k, v)
     want = by_operator(q * 2, k, v)
+    torch.cuda.synchronize()
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         for _ in range(20):
