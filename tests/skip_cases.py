@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -89,14 +91,17 @@ def first_pass(
 
 
 def first_masks(
-    inputs: Inputs, policy: ExactSkip, masks: list[np.ndarray] | None = None
+    inputs: Inputs,
+    policy: ExactSkip,
+    masks: list[np.ndarray] | None = None,
+    by: Callable[..., tuple[bsfa.BlockMask, Tensor]] = mask_by_logits,
 ) -> tuple[bsfa.BlockMask, Tensor]:
-    """The mask between the two passes over ``inputs``, and the counts."""
+    """The mask between the two passes over ``inputs`` (or that of bounds, ``by``), and the counts."""
     case, names = inputs.case, ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
     where = {name: inputs.layout.get(name) for name in (*names, "block_table", "seqlens_k")}
     layout = resolve_layout(inputs.q, inputs.k, None, case.causal, **where)
     within = None if masks is None else inputs.block_mask(masks)
-    return mask_by_logits(inputs.q, inputs.k, within, layout, case.softmax_scale, case.softcap, policy)
+    return by(inputs.q, inputs.k, within, layout, case.softmax_scale, case.softcap, policy)
 
 
 def check_two_passes(

@@ -513,8 +513,13 @@ def test_calibrate_command(form: str, places: list[object], lm: tuple[Any, Any],
     assert result.exit_code == 0, result.output
     assert sorted(p.name for p in tmp_path.iterdir()) == ["t-0.5.safetensors", "t-0.6.safetensors"]  # nothing partial
     table = bsfa.ThresholdTable.load(tmp_path / "t-0.5.safetensors", block_m=64, block_n=64)
-    direct = choose_skip(collect_skip(*lm, runs(10), replace(RELATIVE, form=form), max_length=500), 0.5)
+    bounded = replace(RELATIVE, form=form, bounds=True)  # which changes nothing, and is kept
+    direct = choose_skip(collect_skip(*lm, runs(10), bounded, max_length=500), 0.5)
     assert torch.equal(table.thresholds, direct.thresholds) and torch.equal(table.density, direct.density)
+    direct.save(tmp_path / "bounded.safetensors")
+    assert "bounds=True" in run("inspect", tmp_path / "bounded.safetensors").output
+    again = bsfa.ThresholdTable.load(tmp_path / "bounded.safetensors", block_m=64, block_n=64)
+    assert again.layer(0).bounds and not table.layer(0).bounds  # type: ignore[union-attr]
     result = run("inspect", tmp_path / "t-0.5.safetensors", "--plot", tmp_path / "heat.png")
     assert result.exit_code == 0, result.output
     for text in ("1 chose the references, 4 chose, 5 checked", f"form={form}", "target recall", "ratio"):

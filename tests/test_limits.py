@@ -20,6 +20,7 @@ POOL = {"op": "pool_blocks", "device": "cuda", "arch": "sm_90a", "dtypes": "bflo
 ATTENTION = {**POOL, "op": "attention", "head_dim": "64, 128, 192/128", "blocks": "128x128"}
 SKIP = {**ATTENTION, "op": "skip_attention", "head_dim": "64, 128"}
 SKIP_MASK = {**SKIP, "op": "skip_mask"}
+BOUND_MASK = {**SKIP, "op": "bound_mask"}
 SELECT = {**SKIP, "op": "select_blocks", "rule": "relative_max", "sharing": "none, group", "max_blocks": 40}
 SELECT_STRIDED = {**SKIP, "op": "select_blocks", "rule": "flat64, antidiagonal", "stride": "4..64"}
 SELECT_STRIDED = {**SELECT_STRIDED, "max_blocks": 100}
@@ -27,7 +28,7 @@ SELECT_POOLED = {**ATTENTION, "op": "select_blocks", "head_dim": "1..256", "rule
 MASS = {**SKIP, "op": "block_mass", "blocks": "64x128, 128x128"}
 MAXIMA = {**MASS, "op": "tile_max"}
 TOKENS = {**POOL, "op": "token_mask", "dtypes": "int32", "blocks": "128x128", "max_blocks": 100}
-ROWS = [POOL, ATTENTION, TOKENS, SKIP, SKIP_MASK, SELECT, SELECT_STRIDED, SELECT_POOLED, MASS, MAXIMA]
+ROWS = [POOL, ATTENTION, TOKENS, SKIP, SKIP_MASK, BOUND_MASK, SELECT, SELECT_STRIDED, SELECT_POOLED, MASS, MAXIMA]
 CPU = {**POOL, "device": "cpu", "dtypes": "float32", "head_dim": "1..256"}
 
 
@@ -151,6 +152,8 @@ SUPPORTED: list[Callable[[], Any]] = [
     lambda: attend(q=make(2, 0, 4, 64)),
     lambda: attend(policy=ExactSkip(ratio=0.1)),
     lambda: attend(policy=ExactSkip(within=RelativeMax())),
+    lambda: attend(policy=ExactSkip(ratio=0.1, bounds=True)),
+    lambda: attend(policy=ExactSkip(ratio=0.1, bounds=True, passes=2, within=RelativeMax())),
     lambda: attend(policy=ExactSkip(block_n=64), window_left=5),
     lambda: bsfa.pool_blocks(make(2, 300, 2, 33)),
     lambda: select(RelativeMax()),
@@ -205,6 +208,8 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
         lambda: attend(k=make(2, 300, 2, 64, strides=(0, 128, 64, 1)), policy=ExactSkip(passes=2)),
         r"'attention'.*k\.contiguous",
     ),
+    (lambda: attend(policy=ExactSkip(block_n=64, bounds=True)), "'skip_attention'.*128 x 64 .*take 128 x 128"),
+    (lambda: attend(make(2, 300, 4, 80), policy=ExactSkip(passes=2, bounds=True)), "'skip_mask'.*head_dim 80"),
     (lambda: attend(make(2, 300, 4, 64, strides=(300 * 260, 260, 65, 1))), r"q of strides .*q\.contiguous\(\)"),
     (lambda: attend(make(2, 300, 4, 64, strides=(300 * 257, 257, 64, 1))), r"q\.contiguous"),
     (lambda: attend(k=make(2, 300, 2, 64, strides=(0, 128, 64, 1))), r"k\.contiguous"),

@@ -487,6 +487,8 @@ def test_what_kernels_cannot_run_is_known_before(monkeypatch: pytest.MonkeyPatch
         (StaticPattern(), (128, 64), "'attention' .*head_dim 128 of q and k and 64 of v"),
         (ExactSkip(ratio=0.1), (192, 128), "'skip_attention' .*192 of q and k and 128 of v"),
         (ExactSkip(ratio=0.1, passes=2), (192, 128), "'skip_mask' .*head_dim 192"),
+        (ExactSkip(ratio=0.1, bounds=True), (64, None), None),
+        (ExactSkip(ratio=0.1, bounds=True), (128, None), "bounds=True.: .*'bound_mask' .*take 64. .*leave bounds off"),
         (ExactSkip(ratio=0.1, passes=2), (128, 64), "'attention' .*128 of q and k and 64 of v"),
     ],
     ids=lambda x: type(x).__name__ if isinstance(x, Policy) else str(x),
@@ -497,6 +499,7 @@ def test_the_head_dim_of_values_counts(
     """By the kernel table alone, as the operators: what it says here is asked of a GPU that is not there."""
     row = {"device": "cuda", "arch": "sm_90a", "dtypes": "bfloat16", "head_dim": "64, 128", "blocks": "128x128"}
     rows = [{**row, "op": op} for op in ("skip_attention", "skip_mask")]
+    rows.append({**row, "op": "bound_mask", "head_dim": "64"})
     rows.append({**row, "op": "attention", "head_dim": "64, 128, 192/128"})
     rows.append({**row, "op": "pool_blocks", "head_dim": "any", "blocks": "any"})
     rows.append({**row, "op": "select_blocks", "rule": "relative_max"})

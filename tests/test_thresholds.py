@@ -36,7 +36,7 @@ POLICIES: list[ThresholdPolicy] = [
     ),
     Antidiagonal(stride=32, block_n=64),
     ExactSkip(form="absolute", counted=True, sink_blocks=2),
-    ExactSkip(form="relative", window_blocks=3, passes=2),
+    ExactSkip(form="relative", window_blocks=3, passes=2, bounds=True),
 ]
 POSITIONS = (0, 128, 1000)
 
@@ -301,16 +301,21 @@ def test_unsound_exact_skip_content_is_refused(case: str, path: Path) -> None:
     assert str(path) in str(caught.value)
 
 
-def test_files_from_before_two_passes(path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "value", "before", "odd", "message"),
+    [("passes", 2, 1, 3, "passes must be 1 or 2"), ("bounds", True, False, 1, "bounds must be a bool")],
+)
+def test_files_from_before_a_parameter(name: str, value: Any, before: Any, odd: Any, message: str, path: Path) -> None:
     make_table(POLICIES[-1]).save(path)
-    assert ThresholdTable.load(path).policy.passes == 2  # type: ignore[attr-defined]
+    assert getattr(ThresholdTable.load(path).policy, name) is value
+    assert getattr(ThresholdTable.load(path).layer(1), name) is value
     metadata, tensors = read(path)
-    del metadata["policy"]["parameters"]["passes"]
+    del metadata["policy"]["parameters"][name]
     write(path, metadata, tensors)
-    assert ThresholdTable.load(path).policy.passes == 1  # type: ignore[attr-defined]
-    metadata["policy"]["parameters"]["passes"] = 3
+    assert getattr(ThresholdTable.load(path).policy, name) is before
+    metadata["policy"]["parameters"][name] = odd
     write(path, metadata, tensors)
-    with pytest.raises(ValueError, match="passes must be 1 or 2"):
+    with pytest.raises(ValueError, match=message):
         ThresholdTable.load(path)
 
 

@@ -5,6 +5,8 @@
 #include "bsfa/cpu.h"
 #include "bsfa/geometry.h"
 #include "convert.h"
+#include "convert_select.h"
+#include "convert_skip.h"
 #include "schedule.h"
 #include "schemas.h"
 

@@ -9,11 +9,14 @@
 #include <cstring>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "bsfa/cuda.h"
 #include "bsfa/geometry.h"
 #include "convert.h"
+#include "convert_select.h"
+#include "convert_skip.h"
 
 namespace bsfa::torch_ops {
 namespace {
@@ -350,6 +353,18 @@ Tensor block_mass(const Tensor& q, const Tensor& k, const Tensor& lse, const Opt
   return mass;
 }
 
+// New tensors for the mask of skip_mask or bound_mask; `p` points at them.
+std::tuple<Tensor, Tensor> new_skip_mask(SkipMaskParams& p, const Tensor& q) {
+  const Problem& problem = p.attention.problem;
+  const int64_t num_rows = p.attention.num_rows, rows = max_mask_rows(problem, p.attention.q.tokens);
+  STD_TORCH_CHECK(num_rows >= rows, "num_rows is ", num_rows, ", this problem needs ", rows);
+  Tensor words = new_tensor(q, {num_rows, problem.num_q_heads, p.num_words}, ScalarType::Int);
+  Tensor counts = new_tensor(q, {num_rows, problem.num_q_heads}, ScalarType::Int);
+  p.words = static_cast<int32_t*>(words.data_ptr());
+  p.counts = static_cast<int32_t*>(counts.data_ptr());
+  return {words, counts};
+}
+
 std::tuple<Tensor, Tensor, Tensor> skip_mask(const Tensor& q, const Tensor& k, const OptionalTensor& cu_seqlens_q,
                                              const OptionalTensor& cu_seqlens_k, const OptionalTensor& block_table,
                                              const OptionalTensor& seqlens_k, int64_t max_seqlen_q,
@@ -364,14 +379,36 @@ std::tuple<Tensor, Tensor, Tensor> skip_mask(const Tensor& q, const Tensor& k, c
                                       softcap, thresholds, form, sink_blocks, window_blocks, skips);
   const Problem& problem = p.attention.problem;
   STD_TORCH_CHECK(cuda::skip_mask_supports(problem), "this dtype, head_dim or block size has no CUDA kernel");
-  const int64_t rows = max_mask_rows(problem, p.attention.q.tokens);
-  STD_TORCH_CHECK(num_rows >= rows, "num_rows is ", num_rows, ", this problem needs ", rows);
-  Tensor words = new_tensor(q, {num_rows, problem.num_q_heads, p.num_words}, ScalarType::Int);
-  Tensor counts = new_tensor(q, {num_rows, problem.num_q_heads}, ScalarType::Int);
-  p.words = static_cast<int32_t*>(words.data_ptr());
-  p.counts = static_cast<int32_t*>(counts.data_ptr());
+  auto [words, counts] = new_skip_mask(p, q);
   Tensor workspace = new_workspace(q, cuda::measure_workspace_bytes(problem, p.attention.q.tokens));
   check_launch(cuda::skip_mask(p, workspace.data_ptr(), launch.stream()), "skip_mask");
+  return {words, counts, skips};
+}
+
+std::tuple<Tensor, Tensor, Tensor> bound_mask(const Tensor& q, const Tensor& k, const OptionalTensor& cu_seqlens_q,
+                                              const OptionalTensor& cu_seqlens_k, const OptionalTensor& block_table,
+                                              const OptionalTensor& seqlens_k, int64_t max_seqlen_q,
+                                              int64_t max_seqlen_k, int64_t num_rows, const OptionalTensor& mask_words,
+                                              int64_t block_m, int64_t block_n, bool causal, double softmax_scale,
+                                              double softcap, const Tensor& thresholds, std::string form,
+                                              int64_t sink_blocks, int64_t window_blocks) {
+  const Launch launch(q);
+  Tensor skips = new_tensor(q, {q.size(q.dim() - 2), 2}, ScalarType::Long);
+  SkipMaskParams p = skip_mask_params(q, k, cu_seqlens_q, cu_seqlens_k, block_table, seqlens_k, max_seqlen_q,
+                                      max_seqlen_k, num_rows, mask_words, block_m, block_n, causal, softmax_scale,
+                                      softcap, thresholds, form, sink_blocks, window_blocks, skips);
+  STD_TORCH_CHECK(cuda::bound_mask_supports(p.attention.problem),
+                  "this dtype, head_dim or block size has no CUDA kernel");
+  auto [words, counts] = new_skip_mask(p, q);
+  if (words.numel() == 0 || q.numel() == 0 || k.numel() == 0) {  // nobody sees anything
+    for (const auto& [tensor, bytes] : {std::pair(words, 4), std::pair(counts, 4), std::pair(skips, 8)}) {
+      if (tensor.numel() == 0) continue;
+      check_launch(cudaMemsetAsync(tensor.data_ptr(), 0, tensor.numel() * bytes, launch.stream()), "bound_mask");
+    }
+    return {words, counts, skips};
+  }
+  Tensor workspace = new_workspace(q, cuda::bound_mask_workspace_bytes(p));
+  check_launch(cuda::bound_mask(p, workspace.data_ptr(), launch.stream()), "bound_mask");
   return {words, counts, skips};
 }
 
@@ -423,6 +460,8 @@ std::string cuda_kernels() {
      "head_dim": "64, 128", "blocks": "128x128"},
     {"op": "skip_mask", "device": "cuda", "arch": "sm_90a", "dtypes": "bfloat16, float16", "head_dim": "64, 128",
      "blocks": "128x128"},
+    {"op": "bound_mask", "device": "cuda", "arch": "sm_90a", "dtypes": "bfloat16, float16", "head_dim": "64, 128",
+     "blocks": "128x128"},
     {"op": "block_mass", "device": "cuda", "arch": "sm_90a", "dtypes": "bfloat16, float16", "head_dim": "64, 128",
      "blocks": "64x128, 128x128"},
     {"op": "tile_max", "device": "cuda", "arch": "sm_90a", "dtypes": "bfloat16, float16", "head_dim": "64, 128",
@@ -462,6 +501,7 @@ STABLE_TORCH_LIBRARY_IMPL(bsfa, CUDA, m) {
   m.impl("skip_attention_out", TORCH_BOX(&skip_attention_out));
   m.impl("block_mass", TORCH_BOX(&block_mass));
   m.impl("skip_mask", TORCH_BOX(&skip_mask));
+  m.impl("bound_mask", TORCH_BOX(&bound_mask));
   m.impl("tile_max", TORCH_BOX(&tile_max));
 }
 

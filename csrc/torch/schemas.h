@@ -15,7 +15,7 @@
 // max_seqlen_q goes with cu_seqlens_q, max_seqlen_k with cu_seqlens_k or block_table.
 // skip_attention: thresholds float32 [Hq, columns], skips int64 [Hq, 2] (SkipParams); tile_max [R, Hq, N] float32.
 // skip_mask (SkipMaskParams): the mask for the second pass, words [R, Hq, ceil(N / 32)]; R = num_rows, also of
-// mask_words.
+// mask_words. bound_mask: likewise, a mask for skip_attention or skip_mask; CUDA alone.
 // The enumerations of params.h go by name: form "absolute", "relative"; pooling "mean", "maxabs", "center"; rule
 // "relative_max", "pooled", "flat64", "antidiagonal"; sharing "none", "union", "group".
 #pragma once
@@ -65,6 +65,10 @@
       "Tensor? mask_counts, int block_m, int block_n, bool causal, float softmax_scale, float softcap, "               \
       "Tensor thresholds, str form, int sink_blocks, int window_blocks, bool counted) -> (Tensor lse, Tensor skips)")  \
   DEF("skip_mask(Tensor q, Tensor k, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? block_table, "                \
+      "Tensor? seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, SymInt num_rows, Tensor? mask_words, "             \
+      "int block_m, int block_n, bool causal, float softmax_scale, float softcap, Tensor thresholds, str form, "       \
+      "int sink_blocks, int window_blocks) -> (Tensor words, Tensor counts, Tensor skips)")                            \
+  DEF("bound_mask(Tensor q, Tensor k, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? block_table, "               \
       "Tensor? seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, SymInt num_rows, Tensor? mask_words, "             \
       "int block_m, int block_n, bool causal, float softmax_scale, float softcap, Tensor thresholds, str form, "       \
       "int sink_blocks, int window_blocks) -> (Tensor words, Tensor counts, Tensor skips)")                            \

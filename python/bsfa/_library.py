@@ -19,8 +19,8 @@ except ImportError as error:  # pragma: no cover - depends on the installation
         f"({torch.__version__}). Cause: {error}"
     ) from error
 
-# The operations. attention_out and skip_attention_out are no further ones but the same into a given tensor, and
-# dense_attention is the plain part of attention; a device has all or none.
+# The operations; bound_mask is CUDA's alone. attention_out and skip_attention_out are no further ones but the same into
+# a given tensor, and dense_attention is the plain part of attention; a device has all or none.
 OPERATORS = (
     "pool_blocks",
     "score_blocks",
@@ -31,6 +31,7 @@ OPERATORS = (
     "attention",
     "skip_attention",
     "skip_mask",
+    "bound_mask",
     "block_mass",
     "tile_max",
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -80,8 +82,43 @@ def attend_skipping(
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`attend` that skips, on inputs that have been checked: also the counts int64 [Hq, 2] of what was."""
+    run = _attend_after_bounds if skip.bounds and q.device.type != "cpu" else _attend_over
+    return run(q, k, v, mask, layout, softmax_scale, softcap, skip, skip_cuts(q, layout, skip), out)
+
+
+def _attend_after_bounds(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask | None,
+    layout: Layout,
+    softmax_scale: float,
+    softcap: float,
+    skip: ExactSkip,
+    cuts: Tensor,
+    out: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`attend_skipping` over what bounds leave of ``mask``."""
+    kept, bounded = mask_by_bounds(q, k, mask, layout, softmax_scale, softcap, skip, cuts)
+    result, lse, skips = _attend_over(q, k, v, kept, layout, softmax_scale, softcap, skip, cuts, out)
+    return result, lse, skips + bounded.narrow(1, 1, 1)  # what bounds left out was met, and is skipped
+
+
+def _attend_over(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask | None,
+    layout: Layout,
+    softmax_scale: float,
+    softcap: float,
+    skip: ExactSkip,
+    cuts: Tensor,
+    out: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`attend_skipping` by exact logits alone."""
     if skip.passes == 2:
-        kept, skips = mask_by_logits(q, k, mask, layout, softmax_scale, softcap, skip)
+        kept, skips = mask_by_logits(q, k, mask, layout, softmax_scale, softcap, skip, cuts)
         return (*attend(q, k, v, kept, layout, softmax_scale, softcap, None, out), skips)
     arguments = (
         q,
@@ -100,7 +137,7 @@ def attend_skipping(
         layout.causal,
         softmax_scale,
         softcap,
-        skip_cuts(q, layout, skip),
+        cuts,
         skip.form,
         skip.sink_blocks,
         skip.window_blocks,
@@ -121,10 +158,56 @@ def skip_cuts(q: Tensor, layout: Layout, skip: ExactSkip) -> Tensor:
 
 
 def mask_by_logits(
-    q: Tensor, k: Tensor, mask: BlockMask | None, layout: Layout, softmax_scale: float, softcap: float, skip: ExactSkip
+    q: Tensor,
+    k: Tensor,
+    mask: BlockMask | None,
+    layout: Layout,
+    softmax_scale: float,
+    softcap: float,
+    skip: ExactSkip,
+    cuts: Tensor | None = None,
 ) -> tuple[BlockMask, Tensor]:
-    """The first of two passes of ``skip``: what attention is left to do of ``mask``, and the counts int64 [Hq, 2]."""
-    words, counts, skips = torch.ops.bsfa.skip_mask(
+    """The first of two passes of ``skip``: what attention is left to do of ``mask``, and the counts int64 [Hq, 2].
+
+    cuts: the policy's for this call; None: found here.
+    """
+    cuts = skip_cuts(q, layout, skip) if cuts is None else cuts
+    return _mask_by(torch.ops.bsfa.skip_mask, q, k, mask, layout, softmax_scale, softcap, skip, cuts)
+
+
+def mask_by_bounds(
+    q: Tensor,
+    k: Tensor,
+    mask: BlockMask | None,
+    layout: Layout,
+    softmax_scale: float,
+    softcap: float,
+    skip: ExactSkip,
+    cuts: Tensor | None = None,
+) -> tuple[BlockMask, Tensor]:
+    """What ``skip`` may keep of ``mask``, by bounds of logits: its passes do over that what they would do over
+    ``mask``. And the counts int64 [Hq, 2] of what was met and left out. On CUDA alone; ``cuts`` as above.
+    """
+    cuts = skip_cuts(q, layout, skip) if cuts is None else cuts
+    if skip.passes == 2 and skip.form == "relative" and skip.reference is not None:
+        # With a cut above 0 a skipped block may raise the running maxima of two passes: then all have to be met.
+        cuts = cuts.masked_fill(cuts > 0, -torch.inf)
+    return _mask_by(torch.ops.bsfa.bound_mask, q, k, mask, layout, softmax_scale, softcap, skip, cuts)
+
+
+def _mask_by(
+    operator: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    q: Tensor,
+    k: Tensor,
+    mask: BlockMask | None,
+    layout: Layout,
+    softmax_scale: float,
+    softcap: float,
+    skip: ExactSkip,
+    cuts: Tensor,
+) -> tuple[BlockMask, Tensor]:
+    """The mask and the counts of an operator that decides ahead of attention."""
+    words, counts, skips = operator(
         q,
         k,
         layout.cu_seqlens_q,
@@ -140,7 +223,7 @@ def mask_by_logits(
         layout.causal,
         softmax_scale,
         softcap,
-        skip_cuts(q, layout, skip),
+        cuts,
         skip.form,
         skip.sink_blocks,
         skip.window_blocks,

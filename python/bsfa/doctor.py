@@ -41,7 +41,7 @@ def doctor() -> dict[str, Any]:
     operations: dict[str, dict[str, str]] = {}
     for op in _library.OPERATORS:
         cuda = cuda_problem or ("ok" if op in _library.KERNELS["cuda"] else "no CUDA kernel in this version of bsfa")
-        operations[op] = {"cpu": "ok" if op in _library.KERNELS["cpu"] else "not compiled", "cuda": cuda}
+        operations[op] = {"cpu": "ok" if op in _library.KERNELS["cpu"] else "none: of use on a GPU alone", "cuda": cuda}
     return {
         "build": dict(_library._C.build_info()),
         "machine": {

@@ -354,8 +354,9 @@ def describe(entry: Entry) -> str:
 
 def _name(policy: Policy | None) -> str:
     if isinstance(policy, ExactSkip):
+        how = (" in two passes" if policy.passes == 2 else "") + (" with bounds" if policy.bounds else "")
         within = "" if policy.within is None else f" within {policy.within.name}"
-        return f"{policy.name} {policy.form}{' in two passes' if policy.passes == 2 else ''}{within}"
+        return f"{policy.name} {policy.form}{how}{within}"
     return DENSE if policy is None else policy.name
 
 

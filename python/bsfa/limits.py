@@ -212,6 +212,20 @@ def check_limits(
         )
 
 
+def check_bounds(device: torch.device, dtype: torch.dtype, head_dim: int, blocks: Blocks) -> None:
+    """Raise :class:`UnsupportedError` unless ``ExactSkip(bounds=True)`` has its kernel on ``device``, or has no need of
+    one there: on the CPU.
+    """
+    if device.type == "cpu":
+        return
+    try:
+        check_limits("bound_mask", device, dtype, head_dim, blocks)
+    except UnsupportedError as error:
+        raise UnsupportedError(
+            f"ExactSkip(bounds=True): {error} Or leave bounds off: it has no say in the result, only in the time."
+        ) from None
+
+
 def check_tma(op: str, **tensors: Tensor) -> None:
     """Raise :class:`UnsupportedError` unless TMA descriptors can describe the tensors: rows on 16 bytes, none expanded.
 

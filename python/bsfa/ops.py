@@ -305,6 +305,7 @@ def _skip_attention_out(
     return _new_lse(q), q.new_empty((q.shape[-2], 2), dtype=torch.int64)
 
 
+@torch.library.register_fake("bsfa::bound_mask")
 @torch.library.register_fake("bsfa::skip_mask")
 def _skip_mask(
     q: Tensor,

@@ -36,7 +36,7 @@ from bsfa.layout import (
     paged_layout,
     varlen_layout,
 )
-from bsfa.limits import check_limits, check_tma
+from bsfa.limits import check_bounds, check_limits, check_tma
 from bsfa.policies import Composed, ExactSkip, Policy, ScoredPolicy, Selection
 from bsfa.policies.fixed import check_geometry
 from bsfa.pooling import check_pooling, pool
@@ -436,13 +436,15 @@ def check_attention_kernel(
 
 
 def check_skip_kernels(q: Tensor, k: Tensor, v: Tensor, skip: ExactSkip) -> None:
-    """Raise ``UnsupportedError`` unless kernels of q's device can run ``skip`` in its passes."""
+    """Raise ``UnsupportedError`` unless kernels of q's device can run ``skip`` in its passes, with its bounds."""
     blocks = (skip.block_m, skip.block_n)
     if skip.passes == 1:
         check_attention_kernel(q, k, v, blocks, "skip_attention")
-        return
-    check_limits("skip_mask", q.device, q.dtype, q.shape[-1], blocks)
-    check_attention_kernel(q, k, v, blocks)
+    else:
+        check_limits("skip_mask", q.device, q.dtype, q.shape[-1], blocks)
+        check_attention_kernel(q, k, v, blocks)
+    if skip.bounds:
+        check_bounds(q.device, q.dtype, q.shape[-1], blocks)
 
 
 def check_mask_heads(mask: BlockMask, q: Tensor, k: Tensor) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from bsfa.attention import attention_paged
 from bsfa.errors import UnsupportedError
 from bsfa.integrations.min_seqlen import DEFAULT_MIN_SEQLEN, check_min_seqlen
-from bsfa.limits import check_limits
+from bsfa.limits import check_bounds, check_limits
 from bsfa.policies import (
     Antidiagonal,
     Composed,
@@ -325,6 +325,8 @@ def unsupported_reason(
         elif isinstance(policy, ExactSkip):
             check_limits("skip_mask", device, dtype, head_dim, blocks)
         check_limits(op, device, dtype, head_dim, blocks, head_dim_v=head_dim_v)
+        if isinstance(policy, ExactSkip) and policy.bounds:
+            check_bounds(device, dtype, head_dim, (policy.block_m, policy.block_n))
         _check_selection(policy, device, dtype, head_dim, max_seqlen_k)
     except UnsupportedError as error:
         return str(error)

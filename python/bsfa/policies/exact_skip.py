@@ -62,8 +62,17 @@ class ExactSkip(ThresholdPolicy):
     more. Running maxima are over all blocks visited before, skipped or not, which makes no difference as long as cuts
     are at most 0. Not with ``counted`` (:class:`bsfa.UnsupportedError`).
 
-    Sink and window blocks are never skipped, nor is a block with a NaN logit. No product ``q . k`` is saved: at most
-    about twice as fast as without.
+    bounds: on CUDA, multiply queries and keys rounded to 8 bits first, at a fraction of the cost. With the norms of
+    what rounding took away this bounds every logit from above, and a block that all groups of a query tile are certain
+    to skip is left out; the passes then go over the others. Output, LSE and counts are bitwise those without bounds,
+    only the time differs. It pays where more than about a third is skipped; not where queries and keys are so long that
+    bounds say little of how far a logit is below its cut. Memory for a call: 1 byte per element of k, of batch x
+    max_seqlen_k tokens where keys are batched or paged, of all tokens and 128 per sequence where they are packed. For
+    bfloat16 or float16, head_dim 64 or 128, and blocks of 128 x 128. On the CPU it changes nothing. Not with
+    ``counted`` (:class:`bsfa.UnsupportedError`).
+
+    Sink and window blocks are never skipped, nor is a block with a NaN logit. Without ``bounds`` no product ``q . k``
+    is saved: at most about twice as fast as dense.
 
     Differs from the originals: sinks are kept, thresholds go by absolute position, 64 x 128 tiles (BSFA: 128 x 64).
     """
@@ -76,16 +85,18 @@ class ExactSkip(ThresholdPolicy):
     counted: bool = False
     sink_blocks: int = 1
     passes: int = 1
+    bounds: bool = False
     name: ClassVar[str] = "exact-skip"
     threshold_name: ClassVar[str] = "ratio"
     keeps_at_least: ClassVar[bool] = True
-    added_parameters: ClassVar[frozenset[str]] = frozenset({"passes"})
+    added_parameters: ClassVar[frozenset[str]] = frozenset({"passes", "bounds"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.form not in FORMS:
             raise ValueError(f"ExactSkip.form must be one of {', '.join(FORMS)}, got {self.form!r}")
         check_flag("ExactSkip", "counted", self.counted)
+        check_flag("ExactSkip", "bounds", self.bounds)
         check_count("ExactSkip", "passes", self.passes, 1)
         if self.passes > 2:
             raise ValueError(f"ExactSkip.passes must be 1 or 2, got {self.passes}")
@@ -93,6 +104,11 @@ class ExactSkip(ThresholdPolicy):
             raise UnsupportedError(
                 "ExactSkip cannot count what it skips (counted) in two passes: the second one does not see it. Use "
                 "passes=1"
+            )
+        if self.bounds and self.counted:
+            raise UnsupportedError(
+                "ExactSkip cannot count what it skips (counted) with bounds: what they leave out never reaches "
+                "attention. Use bounds=False"
             )
         if self.within is not None:
             if not isinstance(self.within, Policy):
