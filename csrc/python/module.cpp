@@ -6,6 +6,7 @@
 #include <string>
 
 #include "bsfa/cpu.h"
+#include "prepared.h"
 
 namespace py = pybind11;
 
@@ -46,4 +47,5 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Build information of bsfa's compiled library";
   m.def("build_info", &build_info, "Version, compiler, torch ABI target and CPU instruction set in use.");
   m.def("kernels", &kernels, "The compiled CPU kernels: op, device, arch, dtypes, head_dim.");
+  if (!bsfa::add_prepared(m.ptr())) throw py::error_already_set();
 }

@@ -6,6 +6,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include <cstring>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -150,19 +151,26 @@ TokenMaskTensors token_mask(const Tensor& indices, const OptionalTensor& cu_seql
   return made;
 }
 
-// Launches what `p`, made by attention_params, describes.
-void run_attention(AttentionParams p, const Tensor& q, const Tensor& out, const OptionalTensor& lse, const char* op) {
+// Checks `p`, made by attention_params, and completes it but for its outputs.
+void finish_attention_params(AttentionParams& p) {
   STD_TORCH_CHECK(cuda::attention_supports(p.problem), "this dtype, head_dim or block size has no CUDA kernel");
-  set_attention_outputs(p, q, out, lse);
   const int64_t rows = max_mask_rows(p.problem, p.q.tokens);
   STD_TORCH_CHECK(p.words == nullptr || p.num_rows >= rows, "the mask has ", p.num_rows, " rows, this problem needs ",
                   rows);
   p.num_rows = rows;
+}
+
+// Launches what `p`, made by attention_params, describes.
+void run_attention(AttentionParams p, const Tensor& q, const Tensor& out, const OptionalTensor& lse, const char* op) {
+  finish_attention_params(p);
+  set_attention_outputs(p, q, out, lse);
   if (q.numel() == 0) return;
   const Launch launch(q);
-  const int64_t bytes = cuda::attention_workspace_bytes(p);
+  cuda::AttentionCall call;
+  check_launch(cuda::prepare_attention(p, &call), op);
+  const int64_t bytes = cuda::attention_workspace_bytes(call);
   const OptionalTensor workspace = bytes > 0 ? OptionalTensor(new_workspace(q, bytes)) : std::nullopt;
-  check_launch(cuda::attention(p, workspace ? workspace->data_ptr() : nullptr, launch.stream()), op);
+  check_launch(cuda::run_attention(call, workspace ? workspace->data_ptr() : nullptr, launch.stream()), op);
 }
 
 Tensor attention_out(const Tensor& out, const Tensor& q, const Tensor& k, const Tensor& v,
@@ -190,6 +198,54 @@ Tensor dense_attention(const Tensor& q, const Tensor& k, const Tensor& v, bool c
   run_attention(p, q, out, std::nullopt, "dense_attention");
   return out;
 }
+
+// A call of dense_attention but for where its tensors lie.
+struct PreparedDense {
+  cuda::AttentionCall call;
+  int32_t device;
+};
+
+// The bytes of a PreparedDense, on the CPU; none if other addresses alone would not do for another call.
+Tensor prepare_dense(const Tensor& q, const Tensor& k, const Tensor& v, bool causal, double softmax_scale,
+                     double softcap) {
+  PreparedDense prepared;
+  int64_t bytes = 0;
+  if (q.numel() > 0) {
+    AttentionParams p = dense_params(q, k, v, causal, softmax_scale, softcap, std::nullopt, std::nullopt, std::nullopt,
+                                     std::nullopt, 0, 0);
+    finish_attention_params(p);
+    const int64_t row = int64_t{p.problem.num_q_heads} * p.problem.head_dim_v;
+    // Where it will lie comes with each call; until then any place does.
+    p.out = {p.q.data, p.q.tokens * row, row, p.problem.head_dim_v, p.q.batch_size, p.q.tokens};
+    const Launch launch(q);
+    check_launch(cuda::prepare_attention(p, &prepared.call), "prepare_dense");
+    prepared.device = q.get_device_index();
+    if (cuda::attention_moves(prepared.call)) bytes = sizeof(prepared);
+  }
+  const int64_t step = 1;
+  AtenTensorHandle made = nullptr;
+  STD_TORCH_CHECK(
+      aoti_torch_empty_strided(1, &bytes, &step, aoti_torch_dtype_uint8(), aoti_torch_device_type_cpu(), 0, &made) == 0,
+      "torch could not allocate a tensor");
+  Tensor answer(made);
+  if (bytes > 0) std::memcpy(answer.data_ptr(), &prepared, bytes);
+  return answer;
+}
+
+// Runs a PreparedDense on q, k, v, out; 0 if it did. Called by csrc/python/prepared.cpp.
+int run_prepared(const void* prepared, void* const* tensors) {
+  PreparedDense call;
+  std::memcpy(&call, prepared, sizeof(call));
+  void* stream = nullptr;
+  if (cuda::move_attention(call.call, tensors[0], tensors[1], tensors[2], tensors[3]) != cudaSuccess ||
+      aoti_torch_get_current_cuda_stream(call.device, &stream) != 0) {
+    return 1;
+  }
+  return cuda::run_attention(call.call, nullptr, static_cast<cudaStream_t>(stream)) == cudaSuccess ? 0 : 1;
+}
+
+// Where run_prepared() lies.
+int64_t prepared_runner() { return reinterpret_cast<int64_t>(&run_prepared); }
 
 std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v,
                                      const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
@@ -417,6 +473,8 @@ std::string cuda_kernels() {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(bsfa, m) {
   m.def("cuda_kernels() -> str");
+  m.def("prepare_dense(Tensor q, Tensor k, Tensor v, bool causal, float softmax_scale, float softcap) -> Tensor");
+  m.def("prepared_runner() -> int");
   m.def(
       "select_workspace_bytes(SymInt num_rows, int heads, SymInt max_seqlen_k, int head_dim, str rule, int stride) -> "
       "int");
@@ -424,6 +482,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bsfa, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(bsfa, CompositeExplicitAutograd, m) {
   m.impl("cuda_kernels", TORCH_BOX(&cuda_kernels));
+  m.impl("prepared_runner", TORCH_BOX(&prepared_runner));
   m.impl("select_workspace_bytes", TORCH_BOX(&select_workspace_bytes));
 }
 
@@ -436,6 +495,7 @@ STABLE_TORCH_LIBRARY_IMPL(bsfa, CUDA, m) {
   m.impl("token_mask", TORCH_BOX(&token_mask));
   m.impl("attention", TORCH_BOX(&attention));
   m.impl("dense_attention", TORCH_BOX(&dense_attention));
+  m.impl("prepare_dense", TORCH_BOX(&prepare_dense));
   m.impl("attention_out", TORCH_BOX(&attention_out));
   m.impl("skip_attention", TORCH_BOX(&skip_attention));
   m.impl("skip_attention_out", TORCH_BOX(&skip_attention_out));

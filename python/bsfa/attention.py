@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bsfa import prepared
 from bsfa.attending import ATTENTION, DENSE_ATTENTION, attend, attend_skipping
 from bsfa.block_mask import BlockMask
 from bsfa.errors import warn_dense
@@ -31,8 +32,9 @@ Result = Tensor | tuple[Tensor | AttentionInfo, ...]
 
 # Plain dense calls that have passed the checks, by all that the checks look at except the values of index tensors:
 # shapes, strides, dtypes, devices, where memory begins, and options. What is remembered of one: max_seqlen_q,
-# max_seqlen_k, and the default softmax_scale. In short calls those checks take longer than the kernel.
-_passed: dict[tuple[object, ...], tuple[int, int, float]] = {}
+# max_seqlen_k, the default softmax_scale, and whether it is settled if it can be prepared. In short calls those checks
+# take longer than the kernel.
+_passed: dict[tuple[object, ...], tuple[int, int, float, bool]] = {}
 _MOST_PASSED = 1024
 _is_compiling = torch.compiler.is_compiling
 
@@ -229,8 +231,11 @@ def _call(
         key = _signature(q, k, v, causal, indices, max_seqlen_q, max_seqlen_k, softmax_scale, softcap)
     passed = None if key is None else _passed.get(key)
     if passed is not None:
-        longest_q, longest_k, default_scale = passed
+        longest_q, longest_k, default_scale, settled = passed
         scale = default_scale if softmax_scale is None else softmax_scale
+        if not settled and prepared.remember(q, k, v, causal, softmax_scale, softcap, scale):
+            assert key is not None
+            _passed[key] = (longest_q, longest_k, default_scale, True)
         if not indices and not return_lse:
             return DENSE_ATTENTION(q, k, v, causal, scale, softcap)
         if indices:
@@ -248,7 +253,11 @@ def _call(
     if key is not None:
         if len(_passed) >= _MOST_PASSED:
             _passed.clear()
-        _passed[key] = (layout.max_seqlen_q, layout.max_seqlen_k, resolve_scale(None, q.shape[-1], 0.0))
+            prepared.forget()
+        default_scale = resolve_scale(None, q.shape[-1], 0.0)
+        scale = default_scale if softmax_scale is None else softmax_scale
+        settled = bool(indices) or prepared.remember(q, k, v, causal, softmax_scale, softcap, scale)
+        _passed[key] = (layout.max_seqlen_q, layout.max_seqlen_k, default_scale, settled)
     return answer
 
 
@@ -296,6 +305,19 @@ def attention(
     on CUDA, dtypes, head dims and block sizes outside of the kernel table (:func:`bsfa.doctor`), and q, k or v whose
     rows do not start at multiples of 16 bytes.
     """
+    if (
+        prepared.READY
+        and policy is None
+        and window_left is None
+        and out is None
+        and mean_correction is False
+        and not return_lse
+        and not return_info
+        and not _is_compiling()
+    ):
+        result = prepared.run(q, k, v, causal, softmax_scale, softcap)
+        if result is not None:
+            return result
     options = (softmax_scale, softcap, window_left, prompt_lens, mean_correction, out, return_lse, return_info)
     return _call(q, k, v, causal, (), None, None, policy, None, *options)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor
 
 import bsfa
+from bsfa import prepared
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
@@ -153,6 +156,120 @@ def test_packed_and_paged_calls_remember(packed: bool) -> None:
         else:
             got = bsfa.attention_paged(q, *pages, table, torch.full((1,), 384, dtype=torch.int32, device="cuda"))
         assert torch.equal(got, want)
+
+
+def by_operator(q: Tensor, k: Tensor, v: Tensor, causal: bool = True) -> Tensor:
+    return torch.ops.bsfa.dense_attention(q, k, v, causal, 1 / math.sqrt(q.shape[-1]), 0.0)
+
+
+def is_prepared(q: Tensor, k: Tensor, v: Tensor, causal: bool = True) -> bool:
+    out = prepared.run(q, k, v, causal, None, 0.0)
+    assert out is None or torch.equal(out, by_operator(q, k, v, causal))
+    return out is not None
+
+
+needs_prepared = pytest.mark.skipif(not prepared.READY, reason="this torch has no table of DLPack functions")
+
+
+@needs_prepared
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("causal", [True, False])
+def test_prepared_calls_read_and_write_where_they_are_told(dim: int, causal: bool) -> None:
+    q, k, v = qkv(2, 300, 500, 8, 2, dim)
+    prepared.forget()
+    sys.modules["bsfa.attention"]._passed.clear()
+    assert not is_prepared(q, k, v, causal)
+    bsfa.attention(q, k, v, causal=causal)
+    assert is_prepared(q, k, v, causal)
+    for _ in range(5):
+        held = [torch.empty(64 << 10, device="cuda")]  # so that the next tensors, and results, lie elsewhere
+        q, k, v = (torch.randn_like(x) for x in (q, k, v))
+        held.append(bsfa.attention(q, k, v, causal=causal))
+        assert torch.equal(held[1], by_operator(q, k, v, causal))
+        assert is_prepared(q, k, v, causal)
+
+
+@needs_prepared
+def test_prepared_calls_with_other_strides_at_the_same_address() -> None:
+    """Memory that is freed and handed out again, or read in another way, brings its strides along."""
+    q, k, v = qkv(1, 256, 256, 4, 4)
+    packed = torch.randn(1, 256, 12, 128, device="cuda", dtype=torch.bfloat16)
+    for _ in range(2):
+        parts = packed.split(4, dim=2)
+        turned = [x.view(1, 4, 256, 128).transpose(1, 2) for x in (q, k, v)]
+        mixed = [q, turned[1], v]
+        for tensors in ((q, k, v), parts, turned, mixed, (q[:, :200], k, v), (q, k[:, :100], v[:, :100])):
+            want = by_operator(*tensors)
+            for _ in range(2):
+                out = bsfa.attention(*tensors)
+                assert torch.equal(out, want) and out.is_contiguous()
+            assert is_prepared(*tensors)
+
+
+@needs_prepared
+def test_prepared_calls_in_another_stream_and_in_a_graph() -> None:
+    q, k, v = qkv(1, 512, 512, 8, 2)
+    bsfa.attention(q, k, v)
+    assert is_prepared(q, k, v)
+    want = by_operator(q * 2, k, v)
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(20):
+            torch.cuda._sleep(100_000)
+            doubled = q * 2
+            got = bsfa.attention(doubled, k, v)
+            doubled.zero_()
+            assert torch.equal(got, want)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = prepared.run(q, k, v, True, None, 0.0)
+    assert out is not None
+    q.mul_(2)
+    graph.replay()
+    assert torch.equal(out, want)
+
+
+@needs_prepared
+def test_calls_are_prepared_once_nothing_else_is_going_on() -> None:
+    q, k, v = qkv(1, 200, 201, 4, 2)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        for _ in range(2):
+            bsfa.attention(q, k, v)
+    assert not is_prepared(q, k, v)
+    bsfa.attention(q, k, v)
+    assert is_prepared(q, k, v)
+
+
+@needs_prepared
+def test_long_calls_are_not_prepared() -> None:
+    q, k, v = qkv(1, 8320, 8320, 32, 8)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    want = bsfa.attention(q, k, v)
+    assert torch.cuda.max_memory_allocated() - before < 1.5 * want.nbytes  # finding that out takes no second result
+    assert prepared.run(q, k, v, True, None, 0.0) is None
+
+
+@needs_prepared
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
+def test_prepared_calls_of_another_device() -> None:
+    q, k, v = (x.to("cuda:1") for x in qkv(1, 256, 256, 4, 2))
+    with torch.cuda.device(1):
+        want = bsfa.attention(q, k, v)
+        assert is_prepared(q, k, v)
+    assert torch.cuda.current_device() == 0
+    assert prepared.run(q, k, v, True, None, 0.0) is None
+    assert torch.equal(bsfa.attention(q, k, v), want)
+
+
+def test_profiler_sees_the_operator() -> None:
+    q, k, v = qkv(1, 256, 256, 4, 2)
+    bsfa.attention(q, k, v)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        bsfa.attention(q, k, v)
+    assert "bsfa::dense_attention" in {event.name for event in profile.events()}
 
 
 def test_opcheck_dense_attention() -> None:

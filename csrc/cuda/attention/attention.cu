@@ -1,7 +1,9 @@
 // Attention on CUDA: from AttentionParams to the kernel that fits.
 #include <algorithm>
-#include <numeric>
+#include <new>
+#include <type_traits>
 
+#include "../common/key_boxes.h"
 #include "../common/schedule.h"
 #include "bsfa/cuda.h"
 #include "sm90/config.h"
@@ -19,17 +21,6 @@ TensorExtent extent_of(const TensorView& view, int64_t dim, int64_t heads) {
   return {dim, view.tokens, heads, view.batch_size};
 }
 
-void set_keys(const AttentionParams& params, KernelParams& k) {
-  const KvLayout& kv = params.problem.kv;
-  k.block_table = kv.block_table;
-  k.block_table_stride = kv.block_table_stride;
-  k.page_size = cutlass::FastDivmod(std::max(kv.page_size, 1));
-  k.box_rows = kv.block_table != nullptr ? std::gcd(kv.page_size, kBlockKeys) : kBlockKeys;
-  while (1 << k.box_shift < k.box_rows) ++k.box_shift;
-  k.keys_packed = kv.cu_seqlens != nullptr;
-  k.tails_are_zero = kv.block_table == nullptr && kv.cu_seqlens == nullptr;
-}
-
 cudaError_t make_maps(const AttentionParams& params, Variant variant, KernelParams& k) {
   const Problem& p = params.problem;
   const TensorExtent q = extent_of(params.q, p.head_dim, p.num_q_heads);
@@ -37,6 +28,7 @@ cudaError_t make_maps(const AttentionParams& params, Variant variant, KernelPara
   const int pieces = p.head_dim / kBoxColumns, value_pieces = p.head_dim_v / kBoxColumns;
   const bool whole = k.box_rows == kBlockKeys;
   cudaError_t error = make_tensor_map(&k.q, params.q, q, p.dtype, kTileRows, pieces);
+  k.tokens = k.q;  // prefetched also where it is not used
   k.store_by_tma = tensor_map_fits(params.out, out);
   if (error == cudaSuccess) {
     error = k.store_by_tma ? make_tensor_map(&k.out, params.out, out, p.dtype, kStoreRows, 1) : cudaSuccess;
@@ -49,7 +41,6 @@ cudaError_t make_maps(const AttentionParams& params, Variant variant, KernelPara
     if (error == cudaSuccess) {
       error = make_page_map(&k.v, params.v, extent_of(params.v, p.head_dim_v, p.num_kv_heads), p.dtype, k.box_rows);
     }
-    k.tokens = k.q;  // prefetched also where it is not used
     return error;
   }
   // Without keys nothing is fetched; the descriptors still have to be valid.
@@ -60,7 +51,6 @@ cudaError_t make_maps(const AttentionParams& params, Variant variant, KernelPara
   const TensorExtent values = no_keys ? q : extent_of(params.v, p.head_dim_v, p.num_kv_heads);
   if (error == cudaSuccess) error = make_tensor_map(&k.k, key, keys, p.dtype, k.box_rows, whole ? pieces : 1);
   if (error == cudaSuccess) error = make_tensor_map(&k.v, value, values, p.dtype, k.box_rows, whole ? value_pieces : 1);
-  k.tokens = k.q;  // prefetched also where it is not used
   if (error == cudaSuccess && params.token_words != nullptr) {
     // Rows lie as those of q do. Words past the last one of a row read as zeros: tokens that the mask does not name.
     error = make_word_map(&k.tokens, reinterpret_cast<const uint32_t*>(params.token_words),
@@ -100,24 +90,23 @@ void set_skip(const AttentionParams& params, KernelParams& k) {
   k.skip.unit = kLog2e * k.scale.inverse_scale_log2;
 }
 
-// Whether pages come in boxes of whole groups of rows, with all columns. At head_dim 64 these are what boxes are anyway.
-bool fits_pages(const AttentionParams& params, KernelParams& k) {
+struct HeadPieces {
+  int32_t k, v;
+};
+
+// Of pages that come in boxes of whole groups of rows, with all columns; below 0 where they cannot. At head_dim 64
+// boxes are that anyway.
+HeadPieces head_pieces_of(const AttentionParams& params) {
   const Problem& p = params.problem;
-  if (p.kv.block_table == nullptr || p.head_dim != 128 || p.head_dim_v != 128) return false;
-  k.k_head_pieces = page_map_head_pieces(params.k, extent_of(params.k, p.head_dim, p.num_kv_heads));
-  k.v_head_pieces = page_map_head_pieces(params.v, extent_of(params.v, p.head_dim_v, p.num_kv_heads));
-  return k.k_head_pieces >= 0 && k.v_head_pieces >= 0;
+  if (p.kv.block_table == nullptr || p.head_dim != 128 || p.head_dim_v != 128) return {-1, -1};
+  return {page_map_head_pieces(params.k, extent_of(params.k, p.head_dim, p.num_kv_heads)),
+          page_map_head_pieces(params.v, extent_of(params.v, p.head_dim_v, p.num_kv_heads))};
 }
 
 // But for pages, which have another kernel only.
 Variant work_of(const AttentionParams& params) {
   if (params.skip.form != SkipForm::kNone) return Variant::kSkip;
   return params.token_words != nullptr ? Variant::kTokens : Variant::kPlain;
-}
-
-Variant variant_of(const AttentionParams& params, KernelParams& k) {
-  const Variant work = work_of(params);
-  return work == Variant::kPlain && fits_pages(params, k) ? Variant::kPages : work;
 }
 
 int ctas_of_sm(const AttentionParams& params) {
@@ -135,19 +124,49 @@ Tiling tiling_of(const AttentionParams& params) {
   return tiling;
 }
 
-// The order of a call that needs no workspace: known without the device, and so short that the tiles can be dealt out
-// beforehand, at most two to each of the `workers`. Else one without pairs.
-KnownOrder dealt_order(const AttentionParams& params, int workers) {
-  const bool plain = params.words == nullptr && params.token_words == nullptr && params.skip.form == SkipForm::kNone;
-  const KnownOrder order = plain ? order_of(tiling_of(params), workers) : KnownOrder{};
-  return order.total <= 2 * workers ? order : KnownOrder{};
+using Launch = decltype(&attn::sm90::launch_bf16_d64);
+
+// The kernel of a variant; null: there is none.
+Launch launch_of(const Problem& p, Variant variant) {
+  using namespace attn::sm90;
+  const auto of_dtype = [&](Launch bf16, Launch fp16) { return p.dtype == DType::kBFloat16 ? bf16 : fp16; };
+  const auto of_dim = [&](Launch d64, Launch d128, Launch d192) {
+    return p.head_dim == 64 ? d64 : p.head_dim == 128 ? d128 : d192;
+  };
+  switch (variant) {
+    case Variant::kPlain:
+      return of_dtype(of_dim(launch_bf16_d64, launch_bf16_d128, launch_bf16_d192),
+                      of_dim(launch_fp16_d64, launch_fp16_d128, launch_fp16_d192));
+    case Variant::kSkip:
+      return of_dtype(of_dim(launch_skip_bf16_d64, launch_skip_bf16_d128, nullptr),
+                      of_dim(launch_skip_fp16_d64, launch_skip_fp16_d128, nullptr));
+    case Variant::kTokens:
+      return of_dtype(of_dim(launch_tokens_bf16_d64, launch_tokens_bf16_d128, launch_tokens_bf16_d192),
+                      of_dim(launch_tokens_fp16_d64, launch_tokens_fp16_d128, launch_tokens_fp16_d192));
+    case Variant::kPages:
+      return of_dtype(launch_pages_bf16_d128, launch_pages_fp16_d128);
+  }
+  return nullptr;
 }
 
-// CTAs that run at a time.
-cudaError_t num_workers(const AttentionParams& params, int* workers) {
-  const cudaError_t error = num_sms(workers);
-  *workers *= ctas_of_sm(params);
-  return error;
+// What an AttentionCall holds.
+struct Call {
+  KernelParams k{};         // but for the workspace, where one is wanted
+  Tiling tiling;            // what is to be ordered
+  KnownOrder order;         // of the tiling; without pairs: not known
+  Launch launch = nullptr;  // null: nothing to do
+  int64_t workspace_bytes = 0;
+  int workers = 0;  // CTAs that run at a time
+  int ctas = 0;
+  int device = 0;
+  bool moves = false;  // q, k, v and out are all that the kernel touches
+};
+static_assert(std::is_trivially_copyable_v<Call> && sizeof(Call) <= sizeof(AttentionCall) &&
+              alignof(Call) <= alignof(AttentionCall));
+
+Call& call_of(AttentionCall& prepared) { return *std::launder(reinterpret_cast<Call*>(prepared.memory)); }
+const Call& call_of(const AttentionCall& prepared) {
+  return *std::launder(reinterpret_cast<const Call*>(prepared.memory));
 }
 
 }  // namespace
@@ -159,14 +178,8 @@ bool attention_supports(const Problem& p) {
          p.block_n == kBlockKeys;
 }
 
-int64_t attention_workspace_bytes(const AttentionParams& params) {
-  int workers = 0;
-  // Where no device answers, attention() says so.
-  if (num_workers(params, &workers) == cudaSuccess && dealt_order(params, workers).total > 0) return 0;
-  return Workspace::bytes(params.num_rows, params.problem.num_q_heads);
-}
-
-cudaError_t attention(const AttentionParams& params, void* workspace, cudaStream_t stream) {
+cudaError_t prepare_attention(const AttentionParams& params, AttentionCall* prepared) {
+  Call& c = *new (prepared->memory) Call{};
   const Problem& p = params.problem;
   const int64_t pairs = params.num_rows * p.num_q_heads;
   if (pairs == 0) return cudaSuccess;
@@ -176,12 +189,19 @@ cudaError_t attention(const AttentionParams& params, void* workspace, cudaStream
   if ((skips || tokens) && (params.window_left >= 0 || params.k_means != nullptr)) return cudaErrorInvalidValue;
   if (skips && (tokens || p.head_dim == 192)) return cudaErrorInvalidValue;
 
-  int workers = 0;
-  cudaError_t error = num_workers(params, &workers);
+  cudaError_t error = cudaGetDevice(&c.device);
+  if (error == cudaSuccess) error = num_sms(&c.workers);
   if (error != cudaSuccess) return error;
-  KernelParams k{};
-  k.known = dealt_order(params, workers);
-  if (k.known.total == 0) k.workspace = Workspace::in(workspace, params.num_rows, p.num_q_heads);
+  c.workers *= ctas_of_sm(params);
+  c.ctas = static_cast<int>(std::min<int64_t>(c.workers, pairs));
+  c.tiling = tiling_of(params);
+  c.order = order_of(c.tiling, c.workers);
+  KernelParams& k = c.k;
+  // An order that is known without the device, of tiles so few that they can be dealt out beforehand.
+  const bool dealt =
+      params.words == nullptr && !tokens && !skips && c.order.total > 0 && c.order.total <= 2 * c.workers;
+  if (dealt) k.known = c.order;
+  c.workspace_bytes = dealt ? 0 : Workspace::bytes(params.num_rows, p.num_q_heads);
   k.words = params.words;
   k.num_words = params.num_words;
   k.mask_heads = params.mask_heads;
@@ -189,7 +209,8 @@ cudaError_t attention(const AttentionParams& params, void* workspace, cudaStream
   k.heads_per_kv_head = p.num_q_heads / p.num_kv_heads;
   k.causal = p.causal;
   k.window_left = params.window_left;
-  set_keys(params, k);
+  set_key_boxes(p.kv, k);
+  k.tails_are_zero = p.kv.block_table == nullptr && p.kv.cu_seqlens == nullptr;
   k.scale = logit_scale(p);
   k.out_data = params.out.data;
   k.out_batch_stride = params.out.batch_stride;
@@ -200,28 +221,50 @@ cudaError_t attention(const AttentionParams& params, void* workspace, cudaStream
   k.lse_batch_stride = params.lse_batch_stride;
   k.lse_head_stride = params.lse_head_stride;
 
-  const Variant variant = variant_of(params, k);
+  Variant variant = work_of(params);
+  const HeadPieces pieces = head_pieces_of(params);
+  if (variant == Variant::kPlain && pieces.k >= 0 && pieces.v >= 0) {
+    variant = Variant::kPages;
+    k.k_head_pieces = pieces.k;
+    k.v_head_pieces = pieces.v;
+  }
   error = make_maps(params, variant, k);
   if (error == cudaSuccess) error = make_mean_maps(params, variant, k);
-  if (error == cudaSuccess && k.known.total == 0) error = make_order(tiling_of(params), k.workspace, workers, stream);
   if (error != cudaSuccess) return error;
-  const int ctas = static_cast<int>(std::min<int64_t>(workers, pairs));
-  const bool bf16 = p.dtype == DType::kBFloat16;
-  using namespace attn::sm90;
-  using Launch = decltype(&launch_bf16_d64);
-  const auto of_dtype = [&](Launch for_bf16, Launch for_fp16) { return bf16 ? for_bf16 : for_fp16; };
-  const auto of_dim = [&](Launch d64, Launch d128, Launch d192) {
-    return p.head_dim == 64 ? d64 : p.head_dim == 128 ? d128 : d192;
+  c.moves = dealt && k.store_by_tma && k.lse == nullptr && params.k.tokens > 0 && params.k.batch_size > 0;
+  c.launch = launch_of(p, variant);
+  return c.launch != nullptr ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+int64_t attention_workspace_bytes(const AttentionCall& prepared) { return call_of(prepared).workspace_bytes; }
+
+cudaError_t run_attention(AttentionCall& prepared, void* workspace, cudaStream_t stream) {
+  Call& c = call_of(prepared);
+  if (c.launch == nullptr) return cudaSuccess;
+  if (c.workspace_bytes > 0) {
+    c.k.workspace = Workspace::in(workspace, c.tiling.num_rows, c.tiling.heads);
+    const cudaError_t error = make_order(c.tiling, c.order, c.k.workspace, c.workers, stream);
+    if (error != cudaSuccess) return error;
+  }
+  return c.launch(c.k, c.ctas, stream);
+}
+
+bool attention_moves(const AttentionCall& prepared) { return call_of(prepared).moves; }
+
+cudaError_t move_attention(AttentionCall& prepared, void* q, void* k, void* v, void* out) {
+  Call& c = call_of(prepared);
+  int device = 0;
+  cudaError_t error = c.moves ? cudaGetDevice(&device) : cudaErrorInvalidValue;
+  if (error == cudaSuccess && device != c.device) error = cudaErrorInvalidDevice;
+  const auto move = [&error](CUtensorMap& map, void* data) {
+    if (error == cudaSuccess) error = move_tensor_map(&map, data);
   };
-  const Launch launch =
-      skips    ? of_dtype(of_dim(launch_skip_bf16_d64, launch_skip_bf16_d128, nullptr),
-                          of_dim(launch_skip_fp16_d64, launch_skip_fp16_d128, nullptr))
-      : tokens ? of_dtype(of_dim(launch_tokens_bf16_d64, launch_tokens_bf16_d128, launch_tokens_bf16_d192),
-                          of_dim(launch_tokens_fp16_d64, launch_tokens_fp16_d128, launch_tokens_fp16_d192))
-      : variant == Variant::kPages ? of_dtype(launch_pages_bf16_d128, launch_pages_fp16_d128)
-                                   : of_dtype(of_dim(launch_bf16_d64, launch_bf16_d128, launch_bf16_d192),
-                                              of_dim(launch_fp16_d64, launch_fp16_d128, launch_fp16_d192));
-  return launch(k, ctas, stream);
+  move(c.k.q, q);
+  move(c.k.k, k);
+  move(c.k.v, v);
+  move(c.k.out, out);
+  c.k.out_data = out;
+  return error;
 }
 
 }  // namespace bsfa::cuda

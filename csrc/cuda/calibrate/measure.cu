@@ -1,8 +1,8 @@
 // block_mass, tile_max and skip_mask on CUDA: from their parameters to the kernel that fits. It works on tiles of 128
 // query rows; with block_m = 64 each half of one is a row of the results.
 #include <algorithm>
-#include <numeric>
 
+#include "../common/key_boxes.h"
 #include "../common/scan.h"
 #include "../common/schedule.h"
 #include "bsfa/cuda.h"
@@ -61,15 +61,6 @@ struct Measurement {
   int64_t work_rows() const { return max_mask_rows(in_work_tiles(problem), q.tokens); }
 };
 
-void set_keys(const KvLayout& kv, KernelParams& k) {
-  k.block_table = kv.block_table;
-  k.block_table_stride = kv.block_table_stride;
-  k.page_size = cutlass::FastDivmod(std::max(kv.page_size, 1));
-  k.box_rows = kv.block_table != nullptr ? std::gcd(kv.page_size, kBlockKeys) : kBlockKeys;
-  while (1 << k.box_shift < k.box_rows) ++k.box_shift;
-  k.keys_packed = kv.cu_seqlens != nullptr;
-}
-
 cudaError_t make_maps(const Measurement& m, KernelParams& k) {
   const Problem& p = m.problem;
   const int halves = p.head_dim / kBoxColumns;
@@ -94,7 +85,7 @@ cudaError_t run(const Measurement& m, Quantity quantity, KernelParams& k, void* 
   k.num_heads = p.num_q_heads;
   k.heads_per_kv_head = p.num_q_heads / p.num_kv_heads;
   k.causal = p.causal;
-  set_keys(p.kv, k);
+  set_key_boxes(p.kv, k);
   k.scale = logit_scale(p);
   k.unit = k.scale.transform == Transform::kNone ? p.softmax_scale : 1.0f;
   k.out = m.out;

@@ -4,7 +4,6 @@
 #include <cuda_runtime.h>
 
 #include <atomic>
-#include <cstdint>
 
 namespace bsfa::cuda {
 
@@ -32,26 +31,44 @@ cudaError_t launch_early(void (*kernel)(Parameters...), int ctas, int threads, i
   return launch_on_stream(true, kernel, ctas, threads, shared_bytes, stream, arguments...);
 }
 
-// What has been done for which devices; later ones than these are not remembered.
-class DevicesDone {
+// A number of each device, asked for once; those of later devices than kMostDevices each time.
+class PerDevice {
  public:
   static constexpr int kMostDevices = 64;
 
-  // Does `what`, a function that gives a cudaError_t, unless it has succeeded for the current device before.
+  // The current device's. `find`: gives a cudaError_t for (device, pointer to the number); what it finds is not 0.
   template <class Function>
-  cudaError_t once(const Function& what) {
+  cudaError_t get(int* value, const Function& find) {
     int device = 0;
     cudaError_t error = cudaGetDevice(&device);
     if (error != cudaSuccess) return error;
-    const uint64_t bit = device < kMostDevices ? uint64_t{1} << device : 0;
-    if ((done_.load(std::memory_order_acquire) & bit) != 0) return cudaSuccess;
-    error = what();
-    if (error == cudaSuccess) done_.fetch_or(bit, std::memory_order_release);
+    const bool keeps = device < kMostDevices;
+    if (keeps) *value = known_[device].load(std::memory_order_acquire);
+    if (keeps && *value != 0) return cudaSuccess;
+    error = find(device, value);
+    if (error == cudaSuccess && keeps) known_[device].store(*value, std::memory_order_release);
     return error;
   }
 
  private:
-  std::atomic<uint64_t> done_{0};
+  std::atomic<int> known_[kMostDevices] = {};  // 0: not asked yet
+};
+
+// What has been done for which devices.
+class DevicesDone {
+ public:
+  // Does `what`, a function that gives a cudaError_t, unless it has succeeded for the current device before.
+  template <class Function>
+  cudaError_t once(const Function& what) {
+    int done = 0;
+    return done_.get(&done, [&](int, int* value) {
+      *value = 1;
+      return what();
+    });
+  }
+
+ private:
+  PerDevice done_;
 };
 
 }  // namespace bsfa::cuda

@@ -14,7 +14,6 @@
 // Memory   the words of the mask once; 4 bytes written and thrice read per pair, 8 bytes written.
 // Waits    count and known for the stream; order for count, and attention for order or known, each launched while the
 //          one before still runs (programmatic dependent launch).
-#include <atomic>
 #include <utility>
 
 #include "alignment.h"
@@ -53,11 +52,7 @@ __global__ void __launch_bounds__(kCountThreads)
   const int32_t row = blockIdx.x;
   const int32_t heads = tiling.heads, group = tiling.group;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  // Natural order: group of heads, rows from the last to the first, head within the group.
-  const int64_t from_last = tiling.num_rows - 1 - row;
-  const auto natural = [&](int32_t head) {
-    return (head / group * tiling.num_rows + from_last) * group + head % group;
-  };
+  const auto natural = [&](int32_t head) { return natural_index({row, head}, tiling.num_rows, group); };
 
   const Place place = find_place<kCountThreads>(problem, row);
   if (place.sequence < 0) {
@@ -167,9 +162,7 @@ __global__ void __launch_bounds__(kKnownThreads)
   if (i < num_rows) workspace.rows[i] = tile_row(order, i);  // there are as many pairs as rows, or more
   const Pair pair = order.pair(i);
   workspace.order[i] = pair;
-  const int64_t natural =
-      (int64_t{pair.head / order.group} * num_rows + (num_rows - 1 - pair.row)) * order.group + pair.head % order.group;
-  workspace.counts[natural] = order.count(pair.row % order.tiles);
+  workspace.counts[natural_index(pair, num_rows, order.group)] = order.count(pair.row % order.tiles);
 }
 
 // Bitonic sort of one window, longest first; equal ones stay in order.
@@ -186,9 +179,8 @@ __global__ void __launch_bounds__(kWindow)
   keys[i] = ~uint64_t{0};  // past all pairs
   if (i < size) {
     const Pair pair = workspace.order[begin + i];
-    const int64_t natural =
-        (int64_t{pair.head / group} * num_rows + (num_rows - 1 - pair.row)) * group + pair.head % group;
-    keys[i] = uint64_t{0x7fffffffu - static_cast<uint32_t>(workspace.counts[natural])} << 32 | static_cast<uint32_t>(i);
+    const auto count = static_cast<uint32_t>(workspace.counts[natural_index(pair, num_rows, group)]);
+    keys[i] = uint64_t{0x7fffffffu - count} << 32 | static_cast<uint32_t>(i);
     pairs[i] = pair;
   }
   for (int run = 2; run <= kWindow; run *= 2) {
@@ -237,7 +229,11 @@ KnownOrder order_of(const Tiling& tiling, int workers) {
 }
 
 cudaError_t make_order(const Tiling& tiling, const Workspace& workspace, int workers, cudaStream_t stream) {
-  const KnownOrder known = order_of(tiling, workers);
+  return make_order(tiling, order_of(tiling, workers), workspace, workers, stream);
+}
+
+cudaError_t make_order(const Tiling& tiling, const KnownOrder& known, const Workspace& workspace, int workers,
+                       cudaStream_t stream) {
   if (known.total > 0) {
     const auto ctas = static_cast<unsigned>((int64_t{known.total} + kKnownThreads - 1) / kKnownThreads);
     known_kernel<<<ctas, kKnownThreads, 0, stream>>>(known, workspace);
@@ -256,17 +252,10 @@ cudaError_t make_order(const Tiling& tiling, const Workspace& workspace, int wor
 }
 
 cudaError_t num_sms(int* count) {
-  constexpr int kMostDevices = DevicesDone::kMostDevices;
-  static std::atomic<int> known[kMostDevices];  // 0: not asked yet
-  int device = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error != cudaSuccess) return error;
-  const bool keeps = device >= 0 && device < kMostDevices;
-  if (keeps) *count = known[device].load(std::memory_order_relaxed);
-  if (keeps && *count > 0) return cudaSuccess;
-  error = cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
-  if (error == cudaSuccess && keeps) known[device].store(*count, std::memory_order_relaxed);
-  return error;
+  static PerDevice known;
+  return known.get(count, [](int device, int* found) {
+    return cudaDeviceGetAttribute(found, cudaDevAttrMultiProcessorCount, device);
+  });
 }
 
 }  // namespace bsfa::cuda

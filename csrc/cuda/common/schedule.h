@@ -117,6 +117,11 @@ __device__ inline Pair natural_pair(int32_t index, int32_t num_rows, int32_t gro
   const int32_t groups_before = of_group / num_rows;
   return {num_rows - 1 - (of_group - groups_before * num_rows), groups_before * group + (index - of_group * group)};
 }
+
+// The other way round.
+__device__ inline int64_t natural_index(Pair pair, int64_t num_rows, int32_t group) {
+  return (pair.head / group * num_rows + (num_rows - 1 - pair.row)) * group + pair.head % group;
+}
 #endif
 
 // One allocation, cut up.
@@ -135,6 +140,10 @@ KnownOrder order_of(const Tiling& tiling, int workers);
 
 // Fills the workspace. `workers`: CTAs that will work on it at a time.
 cudaError_t make_order(const Tiling& tiling, const Workspace& workspace, int workers, cudaStream_t stream);
+
+// The same where order_of has been asked.
+cudaError_t make_order(const Tiling& tiling, const KnownOrder& known, const Workspace& workspace, int workers,
+                       cudaStream_t stream);
 
 // SMs of the current device, which is asked once.
 cudaError_t num_sms(int* count);

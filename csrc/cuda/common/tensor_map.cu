@@ -10,15 +10,16 @@ constexpr int64_t kElementBytes = 2;
 constexpr int64_t kAlignment = 16;
 constexpr int64_t kGroupTokens = 8;  // of make_page_map: the rows of a swizzle atom
 
-// cuTensorMapEncodeTiled lives in the driver, which this library does not link: asked for by name, once.
+// What lives in the driver, which this library does not link, is asked for by name.
+void* driver_function(const char* name) {
+  void* entry = nullptr;
+  cudaDriverEntryPointQueryResult found;
+  const cudaError_t error = cudaGetDriverEntryPointByVersion(name, &entry, 12000, cudaEnableDefault, &found);
+  return error == cudaSuccess && found == cudaDriverEntryPointSuccess ? entry : nullptr;
+}
+
 decltype(&cuTensorMapEncodeTiled) encode_function() {
-  static const auto function = [] {
-    void* entry = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    const cudaError_t error =
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found);
-    return error == cudaSuccess && found == cudaDriverEntryPointSuccess ? entry : nullptr;
-  }();
+  static void* const function = driver_function("cuTensorMapEncodeTiled");
   return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
 }
 
@@ -122,6 +123,14 @@ cudaError_t make_word_map(CUtensorMap* map, const uint32_t* data, int64_t words,
   const CUresult result = function(map, CU_TENSOR_MAP_DATA_TYPE_UINT32, 3, const_cast<uint32_t*>(data), sizes, strides,
                                    box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_NONE,
                                    CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+cudaError_t move_tensor_map(CUtensorMap* map, void* data) {
+  static void* const function = driver_function("cuTensorMapReplaceAddress");
+  if (function == nullptr) return cudaErrorNotSupported;
+  if (data == nullptr || reinterpret_cast<uintptr_t>(data) % kAlignment != 0) return cudaErrorInvalidValue;
+  const CUresult result = reinterpret_cast<decltype(&cuTensorMapReplaceAddress)>(function)(map, data);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 

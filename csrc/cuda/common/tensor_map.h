@@ -49,4 +49,8 @@ cudaError_t make_page_map(CUtensorMap* map, const TensorView& view, const Tensor
 cudaError_t make_word_map(CUtensorMap* map, const uint32_t* data, int64_t words, int64_t token_stride,
                           int64_t batch_stride, int64_t num_tokens, int64_t batch, int32_t tokens);
 
+// Of a map that one of these has made: the same view at another address. cudaErrorInvalidValue unless that is a
+// multiple of 16 bytes.
+cudaError_t move_tensor_map(CUtensorMap* map, void* data);
+
 }  // namespace bsfa::cuda

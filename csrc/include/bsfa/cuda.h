@@ -53,19 +53,33 @@ constexpr int32_t kMaxTokenBlocks = 131072;
 // Tiles and blocks of 128 tokens. Reads the indices at 16 bytes a time where their rows start at multiples of that.
 cudaError_t token_mask(const TokenMaskParams& params, cudaStream_t stream);
 
-// Scratch memory of attention(), on the device: 32 bytes per mask row and 12 per mask row and query head; none for
-// dense calls of few tiles (see attention()). Asks the current device.
-int64_t attention_workspace_bytes(const AttentionParams& params);
-
-// Whether attention() has a kernel for this dtype, head_dim and block sizes.
+// Whether attention has a kernel for this dtype, head_dim and block sizes.
 bool attention_supports(const Problem& problem);
+
+// A call of attention, as far as it is known before it is launched; its bytes may be copied. Made by prepare_attention.
+struct AttentionCall {
+  alignas(128) unsigned char memory[1792];
+};
 
 // float16 and bfloat16 on sm_90; head_dim = head_dim_v, 64 or 128, or (without skipping) head_dim 192 and head_dim_v
 // 128; tiles and blocks of 128 tokens; skipping and token masks not together; q, k and v aligned to 16 bytes in base and
-// strides. Three kernels, or four with masks over more than 64K keys; `workspace` may be reused once they are done. Two
-// where there is no mask or window and all sequences are alike; one, without workspace, where besides that there are at
-// most two tiles to a CTA that runs.
-cudaError_t attention(const AttentionParams& params, void* workspace, cudaStream_t stream);
+// strides. Prepared first, all but the launch: on the device that it will run on.
+cudaError_t prepare_attention(const AttentionParams& params, AttentionCall* call);
+
+// Scratch memory of a prepared call, on the device: 32 bytes per mask row and 12 per mask row and query head; none for
+// dense calls of few tiles (see run_attention()).
+int64_t attention_workspace_bytes(const AttentionCall& call);
+
+// Three kernels, or four with masks over more than 64K keys; `workspace` may be reused once they are done. Two where
+// there is no mask or window and all sequences are alike; one, without workspace, where besides that there are at most
+// two tiles to a CTA that runs.
+cudaError_t run_attention(AttentionCall& call, void* workspace, cudaStream_t stream);
+
+// Whether a prepared call is dense, of one launch, and has no outputs but `out`; and such a call for tensors that
+// differ in nothing but where they lie. An error, and nothing to run, unless they are aligned to 16 bytes and that
+// device is current which the call was prepared for.
+bool attention_moves(const AttentionCall& call);
+cudaError_t move_attention(AttentionCall& call, void* q, void* k, void* v, void* out);
 
 // Whether block_mass() and tile_max() have kernels for this: float16 and bfloat16 on sm_90, head_dim 64 or 128, tiles
 // of 64 or 128 query rows, blocks of 128 tokens.

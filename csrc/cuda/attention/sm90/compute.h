@@ -166,7 +166,9 @@ class Consumer {
     }
     if (!(step.flags & (kFirst | kMasked)) && rows_complete_) {
       const float top[2] = {max_of_row(s, 0), max_of_row(s, 1)};
-      return softmax_plain(s, top, rows_, rescale, p_.scale.scale_log2, p_.scale.inverse_scale_log2);
+      const bool raise = outgrown(top, rows_, p_.scale.inverse_scale_log2);
+      softmax_plain(s, top, rows_, rescale, p_.scale.scale_log2, raise);
+      return raise;
     }
     if (step.flags & kMasked) {
       const TileRow& tile = shared_.tiles[info_slot()].tile;

@@ -162,8 +162,8 @@ struct Columns {
 template <class Config>
 struct SkipStorage {
   static constexpr int kRing = Config::kKeySlots + 1;
-  int32_t votes[kConsumers]
-               [kRing];          // number << 1 | whether the warpgroup keeps the step; before that something smaller
+  // Number << 1 | whether the warp wants to keep the step; before that something smaller.
+  int32_t votes[kConsumerWarps][kRing];
   int32_t ready[kRing];          // number << 4 | slot of V << 1 | parity: V of that step is on its way
   int32_t done[kConsumerWarps];  // no value of this step, or one before, is wanted by the warp any more
   Mbarrier value_full[Config::kValueSlots];

@@ -1,13 +1,18 @@
 // Skipping after the exact product (SkipParams in bsfa/params.h): how the two consumers and the warp that fetches V agree.
 //
-// A warpgroup decides for its 64 rows once the scores of a step are made: it keeps the step if one of its threads holds a
-// score that is not below its row's limit (a reduction over a named barrier).
+// A warpgroup decides for its 64 rows once the scores of a step are made: it keeps the step if one of its warps wants to,
+// because a thread holds a score that is not below its row's limit. A warp that wants to keep it knows the result and goes
+// on; one that does not waits for the other three.
 //
-// The first warpgroup that keeps a step makes the V warp fetch its block; a block that both skip is never fetched. V
-// slots are taken in the order of fetches, which a consumer cannot know: it reads the slot of a step's V from `ready`,
-// and then waits for the slot's barrier. A slot is free once every warp is done with the step that had it.
+// The V warp fetches a step's block when a warp wants to keep it, and before anybody has voted if the step two before was
+// kept: where all is kept, values then arrive as early as in attention that does not skip. A block that all skip is not
+// fetched, or for nothing. V slots are taken in the order of fetches, which a consumer cannot know: it reads the slot of a
+// step's V from `ready`, and then waits for the slot's barrier. A slot is free once every warp is done with the step that
+// had it.
 //
-// All words between warps carry step numbers, so none has to be reset, and a reader that comes late sees that.
+// All words between warps carry step numbers, so none has to be reset, and a reader that comes late sees that. The V warp
+// is never so far ahead that it overwrites one in `ready` that is still wanted: of the steps from the one whose product is
+// due to its own, each had a slot of V, and there are no more of these than words.
 #pragma once
 
 #include "load.h"
@@ -39,37 +44,34 @@ struct StepCount {
 // A warpgroup's decisions. All its warps call decide(), in step.
 template <class Config>
 class Ballot {
-  static constexpr int kFirstBarrier = 1;  // 0 is __syncthreads'
-
  public:
-  __device__ Ballot(SkipStorage<Config>& shared, int warp, int lane)
-      : shared_(shared), warpgroup_(warp / 4), leads_(warp % 4 == 0 && lane == 0) {}
+  __device__ Ballot(SkipStorage<Config>& shared, int warp, int lane) : shared_(shared), warp_(warp), lane_(lane) {}
 
   // Whether the warpgroup keeps step `at`: if one of its threads wants to.
   __device__ __forceinline__ bool decide(const StepCount<SkipStorage<Config>::kRing>& at, bool keep) const {
-    uint32_t kept;
-    asm volatile(
-        "{\n\t"
-        ".reg .pred mine, any;\n\t"
-        "setp.ne.u32 mine, %3, 0;\n\t"
-        "bar.red.or.pred any, %1, %2, mine;\n\t"
-        "selp.u32 %0, 1, 0, any;\n\t"
-        "}"
-        : "=r"(kept)
-        : "r"(kFirstBarrier + warpgroup_), "n"(kWarpgroup), "r"(static_cast<uint32_t>(keep))
-        : "memory");
-    kept = __shfl_sync(kAllLanes, kept, 0);  // makes branches on it uniform
-    if (leads_) publish(shared_.votes[warpgroup_][at.slot], at.number << 1 | static_cast<int32_t>(kept));
-    return kept != 0;
+    const bool mine = __any_sync(kAllLanes, keep);
+    if (lane_ == 0) publish(shared_.votes[warp_][at.slot], at.number << 1 | static_cast<int32_t>(mine));
+    return mine || asked(at);
   }
 
  private:
+  // Whether one of the other warps wants to keep it.
+  __device__ __forceinline__ bool asked(const StepCount<SkipStorage<Config>::kRing>& at) const {
+    const int32_t yes = at.number << 1 | 1;
+    const int32_t& word = shared_.votes[warp_ / 4 * 4 + lane_ % 4][at.slot];
+    for (;;) {
+      const int32_t value = observe(word);
+      if (__any_sync(kAllLanes, value == yes)) return true;
+      if (__all_sync(kAllLanes, value >> 1 >= at.number)) return false;
+    }
+  }
+
   SkipStorage<Config>& shared_;
-  const int warpgroup_;
-  const bool leads_;
+  const int warp_;
+  const int lane_;
 };
 
-// Fetches the values of steps that some warpgroup keeps.
+// Fetches the values of steps that some warpgroup keeps, or is expected to.
 template <class Config>
 class SkipValueLoader : public ValueLoader<Config> {
   using Base = ValueLoader<Config>;
@@ -85,22 +87,38 @@ class SkipValueLoader : public ValueLoader<Config> {
   }
 
  private:
+  static constexpr int kRing = SkipStorage<Config>::kRing;
+  static_assert(Config::kValueSlots <= kRing && kConsumerWarps == 8 && kRing > 2);
+
   __device__ void load_if_kept(const Block& block) {
+    const int slot_before = step_.slot == 0 ? kRing - 1 : step_.slot - 1;
     step_.advance();
     auto& skip = this->shared_.skip;
-    const int lane = this->lane_;
-    const int32_t yes = step_.number << 1 | 1;
     const int32_t before = __shfl_sync(kAllLanes, user_, this->value_.slot);
-    const int32_t* word = lane < kConsumers                    ? &skip.votes[lane][step_.slot]
-                          : lane < kConsumers + kConsumerWarps ? &skip.done[lane - kConsumers]
-                                                               : nullptr;
+    // Lanes 0 to 7 look at the votes on this step, 8 to 15 at what is done with, 16 to 23 at the votes on the step two
+    // before.
+    const int lane = this->lane_, warp = lane % kConsumerWarps, part = lane / kConsumerWarps;
+    const int32_t* word = part == 0   ? &skip.votes[warp][step_.slot]
+                          : part == 1 ? &skip.done[warp]
+                                      : &skip.votes[warp][slot_before == 0 ? kRing - 1 : slot_before - 1];
+    const int32_t number = part == 2 ? step_.number - 2 : step_.number;
+    const int32_t yes = number << 1 | 1;
+    constexpr unsigned kOfWarps = (1u << kConsumerWarps) - 1;
     for (;;) {
-      const int32_t value = word != nullptr ? observe(*word) : 0;
-      const bool votes = lane < kConsumers;
+      const int32_t value = observe(*word);
+      const unsigned keepers = __ballot_sync(kAllLanes, part != 1 && value == yes);
       // A vote on a later step: a warpgroup that had kept this one would still wait for its values.
-      const bool kept = __any_sync(kAllLanes, votes && value == yes);
-      if (__all_sync(kAllLanes, !votes || (value >> 1 >= step_.number && value != yes))) break;
-      if (kept && __all_sync(kAllLanes, votes || word == nullptr || value >= before)) {
+      const unsigned others = __ballot_sync(kAllLanes, part == 0   ? value >> 1 >= number && value != yes
+                                                       : part == 1 ? value >= before
+                                                                   : value == yes - 1);
+      if ((others & kOfWarps) == kOfWarps) break;
+      if ((keepers >> 16 & kOfWarps) != 0) {
+        expected_ = true;
+      } else if ((others >> 16 & kOfWarps) == kOfWarps) {
+        expected_ = false;
+      }
+      const bool free = (others >> 8 & kOfWarps) == kOfWarps;
+      if (free && (expected_ || (keepers & kOfWarps) != 0)) {
         if (lane == 0) {
           publish(skip.ready[step_.slot],
                   step_.number << 4 | this->value_.slot << 1 | static_cast<int32_t>(this->value_.parity));
@@ -115,7 +133,8 @@ class SkipValueLoader : public ValueLoader<Config> {
   }
 
   StepCount<SkipStorage<Config>::kRing> step_;
-  int32_t user_ = -1;  // lane i: the step whose values slot i held last
+  int32_t user_ = -1;     // lane i: the step whose values slot i held last
+  bool expected_ = true;  // steps are kept
 };
 
 }  // namespace bsfa::cuda::attn::sm90

@@ -5,6 +5,8 @@
 //   P is pending      issue S' = Q K', issue O += P V, wait    Skipped: wait for O, nothing pending. Kept: softmax of S'
 //                     for S'.                                  while P V is under way, O *= rescale, P = S'.
 //
+// The usual step, kept after a kept one, in the middle of a tile, has code of its own in which little is asked.
+//
 // The tile that a step ended is stored once its last product is done: at once where its last step was skipped.
 #pragma once
 
@@ -45,19 +47,19 @@ class SkipConsumer {
 
     Step step{0, 0};
     float rescale[2];
-    bool kept = false;  // the last step: P holds its probabilities, V has not been multiplied yet
-    bool empty = true;  // O holds nothing of the tile
+    int32_t ready = -1;  // what was last seen of where the values of the last step are
+    bool kept = false;   // the last step: P holds its probabilities, V has not been multiplied yet
+    bool empty = true;   // O holds nothing of the tile
 
     const auto issue_scores = [&]() __attribute__((always_inline)) {
       issue(score_mma, query_part(_, _, _, query_.slot), key_part(_, _, _, key_.slot), s, false);
     };
-    const auto issue_product = [&](int32_t ready) __attribute__((always_inline)) {
+    const auto issue_product = [&]() __attribute__((always_inline)) {
       issue(output_mma, probabilities, value_part(_, _, _, await_value(ready)), o, !empty);
     };
     const auto take_scores = [&]() __attribute__((always_inline)) {
       warpgroup_fence_operand(s);
       release(shared_.key_empty[key_.slot], lane_);
-      key_.advance();
       step_.advance();
     };
     const auto finish_product = [&]() __attribute__((always_inline)) {
@@ -81,7 +83,7 @@ class SkipConsumer {
         const SoftmaxRows finished = rows_;
         begin_tile();
         issue_scores();
-        issue_product(-1);
+        issue_product();
         step = read_step(shared_.steps[key_.slot]);
         warpgroup_wait<1>();
         take_scores();
@@ -89,6 +91,7 @@ class SkipConsumer {
         if (kept || counts(step)) softmax(s, step, rescale);
         finish_product();
         done_with(step_.number - 1);
+        key_.advance();
         finish_tile(o, finished, slot);
         if (kept) {
           convert(s, probabilities);
@@ -101,33 +104,45 @@ class SkipConsumer {
       }
       empty = true;
       while (more) {
-        if (__builtin_expect(stored_slot_ >= 0, 0)) give_back_if_read();
-        if (kept) {
-          const int32_t ready = observe(shared_.skip.ready[step_.slot]);
-          await_step();
-          issue_scores();
-          issue_product(ready);
-          empty = false;
-          step = read_step(shared_.steps[key_.slot]);
-          warpgroup_wait<1>();
-          take_scores();
-          kept = decide(s, step);
-          bool rescaled = false;
-          if (kept || counts(step)) rescaled = softmax(s, step, rescale);
-          finish_product();
-          done_with(step_.number - 1);
-          if (rescaled) scale_output();
-        } else {
-          await_step();
-          issue_scores();
+        await_step();
+        issue_scores();
+        if (!kept) {
           step = read_step(shared_.steps[key_.slot]);
           warpgroup_wait<0>();
           take_scores();
+          give_back_if_read();
           kept = decide(s, step);
           if (kept || counts(step)) {
             if (softmax(s, step, rescale)) scale_output();
           }
+        } else {
+          issue_product();
+          empty = false;
+          step = read_step(shared_.steps[key_.slot]);
+          warpgroup_wait<1>();
+          take_scores();
+          if (__builtin_expect((step.flags | unusual_) == 0, 1)) {
+            kept = decide_usual(s);
+            ready = observe(shared_.skip.ready[step_.slot]);
+            if (__builtin_expect(kept, 1)) {
+              const bool rescaled = softmax_usual(s, rescale);
+              finish_product();
+              done_with(step_.number - 1);
+              key_.advance();
+              if (rescaled) scale_output();
+              convert(s, probabilities);
+              continue;
+            }
+          } else {
+            give_back_if_read();
+            kept = decide(s, step);
+          }
+          const bool rescaled = (kept || counts(step)) && softmax(s, step, rescale);
+          finish_product();
+          done_with(step_.number - 1);
+          if (rescaled) scale_output();
         }
+        key_.advance();
         if (kept) {
           convert(s, probabilities);
         } else {
@@ -142,7 +157,7 @@ class SkipConsumer {
       }
     }
     if (kept) {
-      issue_product(-1);
+      issue_product();
       finish_product();
       finish_tile(o, rows_, query_.slot);
     }
@@ -155,6 +170,7 @@ class SkipConsumer {
   // The slot of the tile that was stored last is given back one step after it was stored: by then TMA has read it. But
   // before the next tile's first step, if the queries of that one want it.
   __device__ void give_back_if_read() {
+    if (stored_slot_ < 0) return;
     if (!just_stored_) give_back_stored();
     just_stored_ = false;
   }
@@ -178,18 +194,21 @@ class SkipConsumer {
       const bool foreign = row < info.tile.row_begin || row >= info.tile.row_end;
       rows_.base[r] = foreign ? INFINITY : -INFINITY;
       rows_.sum[r] = 0.0f;
-      largest_[r] = p_.skip.relative ? -INFINITY : 0.0f;
+      // Where thresholds are absolute no maximum is of interest.
+      largest_[r] = p_.skip.relative && !foreign ? -INFINITY : INFINITY;
+      limit_[r] = p_.skip.relative ? -INFINITY + info.cut : info.cut;
     }
     cut_ = info.cut;
     const int group = warp_ / 4 * kSkipRows;
     has_rows_ = info.tile.row_begin < group + kSkipRows && info.tile.row_end > group;
-    rows_complete_ = false;
-    met_ = kept_ = 0;
+    unusual_ |= kIncomplete;
+    first_step_ = step_.number;
+    skipped_ = 0;
   }
 
   // The slot of the values of step `step_`, which this warpgroup keeps, once they have arrived. `ready`: what was last
   // seen of where they will be.
-  __device__ int await_value(int32_t ready) const {
+  __device__ __forceinline__ int await_value(int32_t ready) const {
     while (ready >> 4 != step_.number) ready = observe(shared_.skip.ready[step_.slot]);
     const int slot = ready >> 1 & 7;
     static_assert(Config::kValueSlots <= 8, "bits of a slot");
@@ -216,35 +235,84 @@ class SkipConsumer {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       top_[r] = max_of_row<true>(s, r);
-      // A base of +inf: the row is not of the sequence. A NaN is not below its limit.
-      keep |= !(top_[r] < largest_[r] + cut_) & (rows_.base[r] != INFINITY);
+      keep |= wants(r);
     }
     keep = ballot_.decide(step_, keep & !(step.flags & kNone));
-    met_ += !(step.flags & kNone);
-    kept_ += keep;
-    if (keep && p_.skip.relative && __any_sync(kAllLanes, (top_[0] > largest_[0]) | (top_[1] > largest_[1]))) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) largest_[r] = fmaxf(largest_[r], max_over_quad(top_[r]));
-    }
+    if (step.flags & kNone) ++first_step_;  // is not met
+    skipped_ += !keep & !(step.flags & kNone);
+    if (keep) raise_largest();
     return keep;
+  }
+
+  // The same for a step without flags.
+  template <class Tensor>
+  __device__ __forceinline__ bool decide_usual(Tensor& s) {
+    if constexpr (Config::kTransform) {
+      transform_scores(s, p_.scale);
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) top_[r] = max_of_row<true>(s, r);
+    const bool keep = ballot_.decide(step_, wants(0) | wants(1));
+    if (__builtin_expect(!keep, 0)) ++skipped_;
+    return keep;
+  }
+
+  // Whether row r keeps the step. A base of +inf: it is not of the sequence. A NaN is not below its limit.
+  __device__ __forceinline__ bool wants(int r) const { return !(top_[r] < limit_[r]) & (rows_.base[r] != INFINITY); }
+
+  // After a step that is kept.
+  __device__ __forceinline__ void raise_largest() {
+    if (!__any_sync(kAllLanes, (top_[0] > largest_[0]) | (top_[1] > largest_[1]))) return;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      largest_[r] = fmaxf(largest_[r], max_over_quad(top_[r]));
+      limit_[r] = largest_[r] + cut_;
+    }
+  }
+
+  // What a score of row r may reach before something has to be raised.
+  __device__ __forceinline__ void set_ceiling() {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      ceiling_[r] = fminf(largest_[r], (rows_.base[r] + kHeadroom) * p_.scale.inverse_scale_log2);
+    }
   }
 
   // Turns scores into exponentials. True if what was summed before must be multiplied by `rescale`.
   template <class Tensor>
   __device__ bool softmax(Tensor& s, const Step& step, float (&rescale)[2]) {
-    if (!(step.flags & kMasked) && rows_complete_) {
-      return softmax_plain(s, top_, rows_, rescale, p_.scale.scale_log2, p_.scale.inverse_scale_log2);
+    bool raise = true;
+    if (!(step.flags & kMasked) && !(unusual_ & kIncomplete)) {
+      raise = outgrown(top_, rows_, p_.scale.inverse_scale_log2);
+      softmax_plain(s, top_, rows_, rescale, p_.scale.scale_log2, raise);
+    } else {
+      const bool complete = softmax_any(s, top_, rows_, rescale, false, p_.scale.scale_log2);
+      unusual_ = complete ? unusual_ & ~kIncomplete : unusual_ | kIncomplete;
     }
-    rows_complete_ = softmax_any(s, top_, rows_, rescale, false, p_.scale.scale_log2);
-    return true;
+    set_ceiling();
+    return raise;
+  }
+
+  // The same for a step without flags that is kept.
+  template <class Tensor>
+  __device__ __forceinline__ bool softmax_usual(Tensor& s, float (&rescale)[2]) {
+    bool raise = false;
+    if (__builtin_expect(__any_sync(kAllLanes, (top_[0] > ceiling_[0]) | (top_[1] > ceiling_[1])), 0)) {
+      raise_largest();
+      raise = outgrown(top_, rows_, p_.scale.inverse_scale_log2);
+      if (raise) raise_base(top_, rows_, rescale, p_.scale.scale_log2);
+      set_ceiling();
+    }
+    add_exponentials(s, rows_, p_.scale.scale_log2);
+    return raise;
   }
 
   // Adds what the tile met and skipped to the counters of its head.
   __device__ void count_tile() const {
     if (warp_ % 4 != 0 || lane_ != 0 || !has_rows_) return;
     unsigned long long* counts = p_.skip.counts + 2 * shared_.tiles[query_.slot].head;
-    atomicAdd(counts, static_cast<unsigned long long>(met_));
-    atomicAdd(counts + 1, static_cast<unsigned long long>(met_ - kept_));
+    atomicAdd(counts, static_cast<unsigned long long>(step_.number - first_step_));
+    atomicAdd(counts + 1, static_cast<unsigned long long>(skipped_));
   }
 
   template <class Tensor>
@@ -254,11 +322,13 @@ class SkipConsumer {
     __syncwarp();
     stored_slot_ = slot;
     just_stored_ = true;
+    unusual_ |= kStored;
   }
 
   __device__ void give_back_stored() {
     release_stored(shared_.query_empty[stored_slot_], lane_);
     stored_slot_ = -1;
+    unusual_ &= ~kStored;
   }
 
   SharedStorage<Config>& shared_;
@@ -272,13 +342,19 @@ class SkipConsumer {
   StepCount<kRing> step_;
   SoftmaxRows rows_{};
   float top_[2];      // of the rows in the step, of this thread's scores
-  float largest_[2];  // of the rows, over the steps met and not skipped; 0 where thresholds are absolute
+  float largest_[2];  // of the rows, over the steps met and not skipped; +inf where that is of no interest
+  float limit_[2];    // a score below it does not keep a step
+  float ceiling_[2];
   float cut_ = 0.0f;
-  bool begun_ = false;           // some tile
-  bool has_rows_ = false;        // some of the warpgroup's rows are of the sequence
-  bool rows_complete_ = false;   // every row of this warp has seen a key
-  uint32_t met_ = 0, kept_ = 0;  // steps of the tile
-  int stored_slot_ = -1;         // query slot of the tile that was stored last, until it is given back
+  bool begun_ = false;      // some tile
+  bool has_rows_ = false;   // some of the warpgroup's rows are of the sequence
+  int32_t first_step_ = 0;  // number of the step before the tile's first one that counts
+  uint32_t skipped_ = 0;    // steps of the tile
+  // Why a step without flags needs more than the usual code: not every row of this warp has seen a key; a stored tile's
+  // slot is to be given back.
+  static constexpr uint32_t kIncomplete = 1u << 30, kStored = 1u << 31;
+  uint32_t unusual_ = kIncomplete;
+  int stored_slot_ = -1;  // query slot of the tile that was stored last, until it is given back
   bool just_stored_ = false;
 };
 

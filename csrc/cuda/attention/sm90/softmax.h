@@ -154,27 +154,39 @@ __device__ __forceinline__ bool softmax_any(Tensor& s, const float (&top)[2], So
   return __all_sync(kAllLanes, rows.base[0] != -INFINITY && rows.base[1] != -INFINITY);
 }
 
-// The usual step: all scores count, and all rows have a base. True if it had to be raised, and `rescale` applies.
-template <class Tensor>
-__device__ __forceinline__ bool softmax_plain(Tensor& s, const float (&top)[2], SoftmaxRows& rows, float (&rescale)[2],
-                                              float scale, float inverse_scale) {
-  const bool raise = __any_sync(kAllLanes, top[0] > (rows.base[0] + kHeadroom) * inverse_scale ||
-                                               top[1] > (rows.base[1] + kHeadroom) * inverse_scale);
-  if (raise) {
+// Whether a row of the warp has outgrown its base. `inverse_scale`: of what `scale` is below.
+__device__ __forceinline__ bool outgrown(const float (&top)[2], const SoftmaxRows& rows, float inverse_scale) {
+  return __any_sync(kAllLanes, top[0] > (rows.base[0] + kHeadroom) * inverse_scale ||
+                                   top[1] > (rows.base[1] + kHeadroom) * inverse_scale);
+}
+
+// Raises the rows' bases to their largest scores; `rescale` applies to what was summed before.
+__device__ __forceinline__ void raise_base(const float (&top)[2], SoftmaxRows& rows, float (&rescale)[2], float scale) {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const float before = rows.base[r];
-      rows.base[r] = fmaxf(before, max_over_quad(top[r]) * scale);
-      rescale[r] = exp2f(before - rows.base[r]);
-      rows.sum[r] *= rescale[r];
-    }
+  for (int r = 0; r < 2; ++r) {
+    const float before = rows.base[r];
+    rows.base[r] = fmaxf(before, max_over_quad(top[r]) * scale);
+    rescale[r] = exp2f(before - rows.base[r]);
+    rows.sum[r] *= rescale[r];
   }
+}
+
+// Turns scores into exponentials and takes them into `rows`. All scores count, and all rows have a base.
+template <class Tensor>
+__device__ __forceinline__ void add_exponentials(Tensor& s, SoftmaxRows& rows, float scale) {
   float sum[2];
   const float minus[2] = {-rows.base[0], -rows.base[1]};
   exponentials(s, scale, minus, sum);
   rows.sum[0] += sum[0];
   rows.sum[1] += sum[1];
-  return raise;
+}
+
+// The usual step, of which that is true. `raise`: the base is raised before.
+template <class Tensor>
+__device__ __forceinline__ void softmax_plain(Tensor& s, const float (&top)[2], SoftmaxRows& rows, float (&rescale)[2],
+                                              float scale, bool raise) {
+  if (raise) raise_base(top, rows, rescale, scale);
+  add_exponentials(s, rows, scale);
 }
 
 }  // namespace bsfa::cuda::attn::sm90

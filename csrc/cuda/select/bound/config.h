@@ -1,0 +1,108 @@
+// Bounds of logits from FP8 products: what both kernels share, for one head_dim.
+//
+// q and k are rounded to e4m3, q with a power of two of its own for each row, k with one for each block of 128 keys of a
+// head. With q' and k' the rounded rows, Cauchy and Schwarz give
+//
+//   |q . k - q' . k'| = |q . (k - k') + (q - q') . k'| <= |q| |k - k'| + |q - q'| |k'|
+//
+// and the norms of what rounding took away are known. The product itself is off by at most kProductLoss |q'| |k'|: in every
+// instruction of 32 terms these are aligned to the largest one and cut off 13 bits below it, and the sum is rounded to the
+// 11 bits of float16. Rows are brought to magnitudes of at most 16, so that no sum leaves float16's range.
+#pragma once
+
+#include <cute/tensor.hpp>
+
+#include "../../common/mbarrier.h"
+#include "../../common/schedule.h"
+#include "../../common/warp.h"
+#include "bsfa/keep.h"
+
+namespace bsfa::cuda::bound {
+
+constexpr int kWarpgroup = 128;
+constexpr int kConsumers = 2;  // warpgroups that compute, 64 query rows each
+constexpr int kGroupRows = kTileRows / kConsumers;
+constexpr int kThreads = kConsumers * kWarpgroup;
+constexpr int kWarps = kThreads / 32;
+constexpr int kCtasPerSm = 2;
+constexpr int kStages = 5;           // KV blocks in shared memory
+constexpr int kAhead = kStages - 2;  // steps from a block's fetch to its use; warps may be two steps apart
+constexpr int kMaxBlocks = 1 << 16;  // of a sequence: their numbers are listed in 16 bits
+constexpr int kQuantizeThreads = 256;
+static_assert(kGroupRows == kSkipRows);
+
+// Of one KV block and head.
+struct alignas(16) BlockFacts {
+  float factor;  // k is k' times this
+  float lost;    // largest |k - k'|, and what the product's own rounding adds to it
+  float norm;    // largest |k| or |k'|
+  float unused;
+};
+
+template <int kHeadDim_>
+struct Config {
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kSteps = kHeadDim / 32;  // of 32 terms
+  static constexpr int kImageBytes = kBlockKeys * kHeadDim;
+  using Fp8 = cute::float_e4m3_t;
+  // A block's image in memory is what lies in shared memory: rows swizzled as the product wants them.
+  using Atom = std::conditional_t<kHeadDim == 128, cute::SM90::GMMA::Layout_K_SW128_Atom<Fp8>,
+                                  cute::SM90::GMMA::Layout_K_SW64_Atom<Fp8>>;
+  using KeyLayout = decltype(cute::tile_to_shape(Atom{}, cute::Shape<cute::Int<kBlockKeys>, cute::Int<kHeadDim>>{}));
+  using Mma = decltype(cute::make_tiled_mma(
+      cute::SM90::GMMA::rs_op_selector<
+          Fp8, Fp8, cute::half_t, cute::Shape<cute::Int<kGroupRows>, cute::Int<kBlockKeys>, cute::Int<kHeadDim>>>()));
+  static constexpr float kProductLoss = (kHeadDim + kSteps) / 8192.0f + kSteps / 1024.0f;
+  static_assert(16 * 16 * kHeadDim < 65504);
+};
+
+// Images [Hkv, blocks, kImageBytes] and facts [Hkv, blocks] of all sequences.
+struct QuantizedKeys {
+  uint8_t* images;
+  BlockFacts* facts;
+  int64_t blocks;      // of all sequences together
+  int32_t max_blocks;  // of one
+
+  // Where the blocks of a sequence begin. Packed: no two sequences' blocks meet, since floor(a / 128) + ceil(n / 128)
+  // is at most floor((a + n) / 128) + 1.
+  __device__ int64_t first_block(const KvLayout& kv, int32_t sequence) const {
+    if (kv.cu_seqlens != nullptr) return int64_t{kv.cu_seqlens[sequence] / kBlockKeys} + sequence;
+    return int64_t{sequence} * max_blocks;
+  }
+};
+
+struct KernelParams {
+  Problem problem;
+  TensorView q, k;
+  QuantizedKeys keys;
+  int64_t num_rows;       // of the mask
+  const int32_t* within;  // null: all visible blocks
+  int32_t within_heads;
+  int32_t heads_per_within_head;
+  int32_t num_words;  // of a row and head
+  const float* thresholds;
+  int32_t columns;
+  int32_t sink_blocks;
+  int32_t window_blocks;
+  int32_t* words;
+  int32_t* counts;
+  unsigned long long* skips;  // zeroed
+};
+
+// The power of two that brings `largest` to 8 .. 16, and its inverse. Beyond 2^100 either way values are held badly, or
+// not at all, which the norms of what is lost then say.
+struct Power {
+  float up, down;
+};
+__device__ __forceinline__ Power power_for(float largest) {
+  const int exponent = static_cast<int>(__float_as_uint(largest) >> 23 & 0xff) - 127;
+  const int up = min(max(3 - exponent, -100), 100);
+  return {__uint_as_float((127 + up) << 23), __uint_as_float((127 - up) << 23)};
+}
+
+// Norms are rounded up by a little more than what the sums of their squares can be off. Numbers below float32's normal
+// ones count as lost.
+constexpr float kUp = 1.0f + 1e-5f;
+constexpr float kSubnormal = 2e-37f;
+
+}  // namespace bsfa::cuda::bound
