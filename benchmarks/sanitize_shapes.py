@@ -266,7 +266,7 @@ def patterns() -> None:
 
 
 def exact_skip() -> None:
-    """Attention that skips some, all it may, and nothing; both forms, in one pass and in two; masks; every layout."""
+    """Attention that skips some, all it may, and nothing; both forms, in one pass, in two, with bounds; every layout."""
     heads_q, heads_kv = 4, 2
     ratios = torch.tensor([0.0, 0.5, 0.9, 1.0], device=DEVICE)
     policies = [bsfa.policies.ExactSkip(ratio=ratios, counted=counted) for counted in (False, True)]
@@ -274,6 +274,8 @@ def exact_skip() -> None:
     policies.append(bsfa.policies.ExactSkip.absolute(cuts).to(torch.device(DEVICE)))
     if has("skip_mask"):
         policies += [dataclasses.replace(p, passes=2) for p in policies if not p.counted]
+    if has("bound_mask"):
+        policies += [dataclasses.replace(p, bounds=True) for p in policies if not p.counted and p.passes == 1]
     for dtype, dim in ((torch.bfloat16, 64), (torch.float16, 128)):
 
         def data(*shape: int, dtype: torch.dtype = dtype, dim: int = dim) -> torch.Tensor:

@@ -28,7 +28,8 @@ SIZES = {"block_m": 128, "block_n": 32}
 BASE = Case(lengths=((150, 300), (150, 300)), hq=4, hkv=2, dim=16, **SIZES)
 ROW = {"device": "cuda", "arch": "sm_90a", "dtypes": "bfloat16, float16", "head_dim": "64, 128", "blocks": "128x128"}
 OPERATORS = ("pool_blocks", "select_blocks", "attention", "skip_attention", "skip_mask", "bound_mask")
-ROWS = [{**ROW, "op": op} for op in OPERATORS]
+ROWS: list[dict[str, Any]] = [{**ROW, "op": op} for op in OPERATORS]
+ROWS[-1]["max_blocks"] = 65536
 WITH_FORMS = pytest.mark.parametrize("form", ["absolute", "relative"])
 
 
@@ -126,6 +127,8 @@ def after_bounds(
 
     def bound_mask(*arguments: Any) -> Any:
         *head, cuts, form, sinks, window = arguments
+        if form == "relative":
+            cuts = cuts.masked_fill(cuts > 0, -torch.inf)  # as schemas.h says
         made[:] = torch.ops.bsfa.skip_mask(*head, cuts - slack, form, sinks, window)
         return tuple(made)
 
@@ -155,11 +158,12 @@ def test_results_and_counts_are_those_without(
     assert torch.equal(bounded[:, 0], got[2][:, 0]) and 0 < left_out < skipped
 
 
-def test_cuts_above_the_running_maximum(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("passes", [1, 2])
+def test_cuts_above_the_running_maximum(passes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In two passes a skipped block may raise the running maxima then: bounds leave such heads alone."""
     inputs = make(replace(BASE, lengths=((200, 500),)))
     reference = torch.tensor([[0.4], [-0.4], [0.2], [1.3]])
-    policy = ExactSkip(ratio=1.0, reference=reference, positions=(0,), passes=2, **SIZES)
+    policy = ExactSkip(ratio=1.0, reference=reference, positions=(0,), passes=passes, **SIZES)
     want, got, (_, _, bounded) = after_bounds(inputs, policy, monkeypatch, slack=torch.tensor(0.05))
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)) and bool((want[2][:, 1] > 0).all())
     assert bounded[:, 1].ne(0).tolist() == [False, True, False, False]
@@ -186,7 +190,7 @@ class Calls(TorchDispatchMode):
         return result
 
 
-def pretend(monkeypatch: pytest.MonkeyPatch, rows: list[dict[str, str]]) -> None:
+def pretend(monkeypatch: pytest.MonkeyPatch, rows: list[dict[str, Any]]) -> None:
     monkeypatch.setitem(_library.KERNELS, "cuda", frozenset(row["op"] for row in rows))
     monkeypatch.setattr(limits, "LIMITS", limits.parse(rows))
     monkeypatch.setattr(limits, "_capability_of", {0: 90})
@@ -272,6 +276,10 @@ def test_a_build_without_the_kernel_says_so(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(bsfa.UnsupportedError, match=r"bounds=True\): bsfa operation 'bound_mask'.* leave bounds off"):
         bsfa.attention(data(), data(heads=2), data(heads=2), policy=policy)
     bsfa.attention(data(), data(heads=2), data(heads=2), policy=replace(policy, bounds=False))
+    pretend(monkeypatch, [*ROWS[:-1], {**ROWS[-1], "max_blocks": 3}])
+    bsfa.attention(data(), data(384, heads=2), data(384, heads=2), policy=policy)
+    with pytest.raises(bsfa.UnsupportedError, match=r"'bound_mask' .*4 KV blocks .*at most 3.* leave bounds off"):
+        bsfa.attention(data(), data(385, heads=2), data(385, heads=2), policy=policy)
     narrow = {**ROWS[-1], "head_dim": "64"}
     pretend(monkeypatch, [*ROWS[:-1], narrow])
     with pytest.raises(bsfa.UnsupportedError, match=r"'bound_mask' cannot run .*head_dim 128.* leave bounds off"):

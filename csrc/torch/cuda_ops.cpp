@@ -398,7 +398,7 @@ std::tuple<Tensor, Tensor, Tensor> bound_mask(const Tensor& q, const Tensor& k, 
                                       max_seqlen_k, num_rows, mask_words, block_m, block_n, causal, softmax_scale,
                                       softcap, thresholds, form, sink_blocks, window_blocks, skips);
   STD_TORCH_CHECK(cuda::bound_mask_supports(p.attention.problem),
-                  "this dtype, head_dim or block size has no CUDA kernel");
+                  "this dtype, head_dim or block size has no CUDA kernel, or sequences are too long or too many");
   auto [words, counts] = new_skip_mask(p, q);
   if (words.numel() == 0 || q.numel() == 0 || k.numel() == 0) {  // nobody sees anything
     for (const auto& [tensor, bytes] : {std::pair(words, 4), std::pair(counts, 4), std::pair(skips, 8)}) {
@@ -461,7 +461,8 @@ std::string cuda_kernels() {
     {"op": "skip_mask", "device": "cuda", "arch": "sm_90a", "dtypes": "bfloat16, float16", "head_dim": "64, 128",
      "blocks": "128x128"},
     {"op": "bound_mask", "device": "cuda", "arch": "sm_90a", "dtypes": "bfloat16, float16", "head_dim": "64, 128",
-     "blocks": "128x128"},
+     "blocks": "128x128", "max_blocks": )" +
+         std::to_string(cuda::kMaxBoundBlocks) + R"(},
     {"op": "block_mass", "device": "cuda", "arch": "sm_90a", "dtypes": "bfloat16, float16", "head_dim": "64, 128",
      "blocks": "64x128, 128x128"},
     {"op": "tile_max", "device": "cuda", "arch": "sm_90a", "dtypes": "bfloat16, float16", "head_dim": "64, 128",

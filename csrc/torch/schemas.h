@@ -15,7 +15,8 @@
 // max_seqlen_q goes with cu_seqlens_q, max_seqlen_k with cu_seqlens_k or block_table.
 // skip_attention: thresholds float32 [Hq, columns], skips int64 [Hq, 2] (SkipParams); tile_max [R, Hq, N] float32.
 // skip_mask (SkipMaskParams): the mask for the second pass, words [R, Hq, ceil(N / 32)]; R = num_rows, also of
-// mask_words. bound_mask: likewise, a mask for skip_attention or skip_mask; CUDA alone.
+// mask_words. bound_mask: likewise, a mask for skip_attention or skip_mask; CUDA alone. Relative thresholds above 0 leave
+// nothing out: in two passes what is skipped then has a say in the running maxima.
 // The enumerations of params.h go by name: form "absolute", "relative"; pooling "mean", "maxabs", "center"; rule
 // "relative_max", "pooled", "flat64", "antidiagonal"; sharing "none", "union", "group".
 #pragma once

@@ -189,9 +189,6 @@ def mask_by_bounds(
     ``mask``. And the counts int64 [Hq, 2] of what was met and left out. On CUDA alone; ``cuts`` as above.
     """
     cuts = skip_cuts(q, layout, skip) if cuts is None else cuts
-    if skip.passes == 2 and skip.form == "relative" and skip.reference is not None:
-        # With a cut above 0 a skipped block may raise the running maxima of two passes: then all have to be met.
-        cuts = cuts.masked_fill(cuts > 0, -torch.inf)
     return _mask_by(torch.ops.bsfa.bound_mask, q, k, mask, layout, softmax_scale, softcap, skip, cuts)
 
 

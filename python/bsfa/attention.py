@@ -153,7 +153,7 @@ def _run(
     if skip is None:
         check_attention_kernel(q, k, v, None if selects is None else (selects.block_m, selects.block_n))
     else:
-        check_skip_kernels(q, k, v, skip)
+        check_skip_kernels(q, k, v, skip, layout.max_seqlen_k)
     if kept is not None:
         pools = selects if selects is not None and selects.needs_summary else None
         kept.check_use(k, v, None if pools is None else pools.block_n, None if pools is None else pools.summary_pooling)

@@ -212,14 +212,14 @@ def check_limits(
         )
 
 
-def check_bounds(device: torch.device, dtype: torch.dtype, head_dim: int, blocks: Blocks) -> None:
+def check_bounds(device: torch.device, dtype: torch.dtype, head_dim: int, blocks: Blocks, max_seqlen_k: int) -> None:
     """Raise :class:`UnsupportedError` unless ``ExactSkip(bounds=True)`` has its kernel on ``device``, or has no need of
     one there: on the CPU.
     """
     if device.type == "cpu":
         return
     try:
-        check_limits("bound_mask", device, dtype, head_dim, blocks)
+        check_limits("bound_mask", device, dtype, head_dim, blocks, num_blocks=-(-max_seqlen_k // blocks[1]))
     except UnsupportedError as error:
         raise UnsupportedError(
             f"ExactSkip(bounds=True): {error} Or leave bounds off: it has no say in the result, only in the time."

@@ -352,7 +352,7 @@ def block_sparse_attention(
         raise ValueError(
             f"skip has blocks of {skip.block_m} x {skip.block_n}, but the mask has {blocks[0]} x {blocks[1]}"
         )
-    check_skip_kernels(q, k, v, skip)
+    check_skip_kernels(q, k, v, skip, layout.max_seqlen_k)
     result = attend_skipping(q, k, v, mask, layout, scale, softcap, skip, out)
     return result if return_skips else result[:2]
 
@@ -435,7 +435,7 @@ def check_attention_kernel(
         check_tma(op, q=q, k=k, v=v)
 
 
-def check_skip_kernels(q: Tensor, k: Tensor, v: Tensor, skip: ExactSkip) -> None:
+def check_skip_kernels(q: Tensor, k: Tensor, v: Tensor, skip: ExactSkip, max_seqlen_k: int) -> None:
     """Raise ``UnsupportedError`` unless kernels of q's device can run ``skip`` in its passes, with its bounds."""
     blocks = (skip.block_m, skip.block_n)
     if skip.passes == 1:
@@ -444,7 +444,7 @@ def check_skip_kernels(q: Tensor, k: Tensor, v: Tensor, skip: ExactSkip) -> None
         check_limits("skip_mask", q.device, q.dtype, q.shape[-1], blocks)
         check_attention_kernel(q, k, v, blocks)
     if skip.bounds:
-        check_bounds(q.device, q.dtype, q.shape[-1], blocks)
+        check_bounds(q.device, q.dtype, q.shape[-1], blocks, max_seqlen_k)
 
 
 def check_mask_heads(mask: BlockMask, q: Tensor, k: Tensor) -> None:

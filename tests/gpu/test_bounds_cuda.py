@@ -176,7 +176,7 @@ def test_planted_on_a_mask(mask: str, form: str) -> None:
     masks = masks_of(inputs)
     skips, bounded = check(inputs, planted_policy(form), masks)
     if mask == "random":
-        assert int(bounded[:, 1].sum()) >= 0.8 * int(skips[:, 1].sum()) > 0  # never a tile's first
+        assert int(bounded[:, 1].sum()) >= 0.6 * int(skips[:, 1].sum()) > 0  # of a tile never the first one met
 
 
 # --- no clear decisions -----------------------------------------------------------------------------------------------
@@ -248,9 +248,8 @@ def test_thresholds_of_any_kind(form: str) -> None:
     """Past the checks, as a tensor on a GPU may be."""
     inputs = make(replace(BASE, lengths=((300, 1500),), hq=8, dim=128))
     values = [-INF, NAN, INF, 1e30, -1e30, 3.0, 0.0, -3e38]
-    policy = ExactSkip(ratio=1.0, form=form, reference=torch.zeros(8, 1), positions=(0,))
-    assert policy.reference is not None
-    policy.reference.copy_(torch.tensor(values).reshape(8, 1))
+    reference = torch.tensor(values, device=DEVICE).reshape(8, 1)
+    policy = ExactSkip(ratio=1.0, form=form, reference=reference, positions=(0,))
     skips = check_same(inputs, policy)
     assert not skips[[0, 1], 1].any() and int(skips[2, 1]) > 0
     _, bounded = bound_masks(inputs, policy)
@@ -258,7 +257,7 @@ def test_thresholds_of_any_kind(form: str) -> None:
 
 
 def test_cuts_above_the_running_maximum() -> None:
-    """What is skipped does not raise it in one pass; in two it does."""
+    """What is skipped does not raise it in one pass; in two it does. Bounds leave nothing out then."""
     for seed in range(10):
         inputs = make(replace(BASE, lengths=((300, 1500),), dim=(64, 128)[seed % 2], seed=seed))
         reference = torch.tensor([[0.4], [0.9], [0.2], [2.5]])
@@ -266,7 +265,7 @@ def test_cuts_above_the_running_maximum() -> None:
     inputs = planted(PLANTED, 90)
     policy = ExactSkip(ratio=1.0, reference=torch.full((1, 1), 1.0), positions=(0,))
     skips = check_same(inputs, policy)
-    assert int(skips[:, 1].sum()) > 0
+    assert int(skips[:, 1].sum()) > 0 and not bound_masks(inputs, policy)[1][:, 1].any()
 
 
 # --- NaN and infinity -------------------------------------------------------------------------------------------------

@@ -100,7 +100,11 @@ bool skip_mask_supports(const Problem& problem);
 // blocks of attention.words alone. Three memsets, three kernels.
 cudaError_t skip_mask(const SkipMaskParams& params, void* workspace, cudaStream_t stream);
 
-// Whether bound_mask() has a kernel for this: float16 and bfloat16 on sm_90, head_dim 64 or 128, tiles and blocks of 128.
+// Longest row of bound_mask(): 8.4 million tokens.
+constexpr int32_t kMaxBoundBlocks = 65536;
+
+// Whether bound_mask() has a kernel for this: float16 and bfloat16 on sm_90, head_dim 64 or 128, tiles and blocks of 128,
+// at most kMaxBoundBlocks of these in a sequence, and 65535 sequences.
 bool bound_mask_supports(const Problem& problem);
 
 // Scratch memory of bound_mask(), on the device: the keys in 8 bits, and 16 bytes for each block and KV head.

@@ -326,7 +326,7 @@ def unsupported_reason(
             check_limits("skip_mask", device, dtype, head_dim, blocks)
         check_limits(op, device, dtype, head_dim, blocks, head_dim_v=head_dim_v)
         if isinstance(policy, ExactSkip) and policy.bounds:
-            check_bounds(device, dtype, head_dim, (policy.block_m, policy.block_n))
+            check_bounds(device, dtype, head_dim, (policy.block_m, policy.block_n), max_seqlen_k)
         _check_selection(policy, device, dtype, head_dim, max_seqlen_k)
     except UnsupportedError as error:
         return str(error)

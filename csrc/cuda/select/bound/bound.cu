@@ -11,6 +11,7 @@ namespace {
 using namespace bound;
 
 constexpr int64_t kAlignment = 1024;
+static_assert(kMaxBlocks == kMaxBoundBlocks);
 
 int64_t key_blocks(const SkipMaskParams& params) {
   const KvLayout& kv = params.attention.problem.kv;
