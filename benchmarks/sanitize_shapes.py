@@ -266,7 +266,7 @@ def patterns() -> None:
 
 
 def exact_skip() -> None:
-    """Attention that skips some, all it may, and nothing; both forms, in one pass, in two, with bounds; every layout."""
+    """Attention that skips some, all it may, and nothing; in one pass, in two, with bounds; every layout."""
     heads_q, heads_kv = 4, 2
     ratios = torch.tensor([0.0, 0.5, 0.9, 1.0], device=DEVICE)
     policies = [bsfa.policies.ExactSkip(ratio=ratios, counted=counted) for counted in (False, True)]
