@@ -10,8 +10,8 @@
 //   current step was its tile's last: store O; else O *= rescale
 //   P = S' in 16 bits
 //
-// The warpgroups run freely; with kTakeTurns they would issue in turns ("pingpong", by named barriers), so that one's
-// products run under the other's softmax. They fall into that step by themselves, and turns only cost time.
+// The warpgroups run freely, and by themselves fall into a step in which one's products run under the other's softmax.
+// Issuing in turns ("pingpong", by named barriers) only cost time.
 #pragma once
 
 #include "../../common/mma.h"
@@ -21,19 +21,6 @@
 #include "store.h"
 
 namespace bsfa::cuda::attn::sm90 {
-
-// Turns of the two warpgroups: named barrier kTurn + w lets warpgroup w issue.
-constexpr int kTurn = 1;
-__device__ __forceinline__ void await_turn(int warpgroup) {
-  if constexpr (kTakeTurns) {
-    asm volatile("bar.sync %0, %1;" ::"r"(kTurn + warpgroup), "n"(kConsumers * kWarpgroup) : "memory");
-  }
-}
-__device__ __forceinline__ void give_turn(int warpgroup) {
-  if constexpr (kTakeTurns) {
-    asm volatile("bar.arrive %0, %1;" ::"r"(kTurn + warpgroup), "n"(kConsumers * kWarpgroup) : "memory");
-  }
-}
 
 template <class Config>
 class Consumer {
@@ -58,18 +45,14 @@ class Consumer {
     auto o = partition_fragment_C(output_mma, Shape<Int<kTileRows>, Int<Config::kHeadDimV>>{});
     auto probabilities = make_probabilities<Config>();
 
-    const int warpgroup = warp_ / 4;
     float rescale[2];
 
     // The first step of all.
     await_step();
     Step step = read_step(shared_.steps[key_.slot]);
     if (step.flags & kEnd) return;
-    if (warpgroup == 1) give_turn(0);
     await_query();
-    await_turn(warpgroup);
     issue(score_mma, query_part(_, _, _, query_.slot), key_part(_, _, _, key_.slot), s, false);
-    give_turn(1 - warpgroup);
     read_tokens();
     warpgroup_wait<0>();
     warpgroup_fence_operand(s);
@@ -81,10 +64,8 @@ class Consumer {
     // The probabilities of the next step, made beside the product of the step before, which was its tile's first or
     // not.
     const auto advance = [&](bool before_was_first) __attribute__((always_inline)) {
-      await_turn(warpgroup);
       issue(score_mma, query_part(_, _, _, query_.slot), key_part(_, _, _, key_.slot), s, false);
       issue(output_mma, probabilities, value_part(_, _, _, value_.slot), o, !before_was_first);
-      give_turn(1 - warpgroup);
       step = read_step(shared_.steps[key_.slot]);
       read_tokens();
       warpgroup_wait<1>();

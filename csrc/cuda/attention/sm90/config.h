@@ -21,8 +21,6 @@ constexpr int kConsumerWarps = kConsumers * 4;
 constexpr int kStoreRows = 16;  // rows that one warp owns, and stores at once
 constexpr int kGroupRows = 8;   // of a swizzle atom
 
-constexpr bool kTakeTurns = false;  // of the consumers to issue products (compute.h)
-
 constexpr int kWorkSlots = 3;   // tiles that the scheduler warp is ahead of the slower load warp
 constexpr int kMaskChunk = 32;  // mask words that a warp holds at once, one per lane
 

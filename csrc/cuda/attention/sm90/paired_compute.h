@@ -78,7 +78,7 @@ class PairedConsumer : public Consumer<Config> {
       this->query_.advance();
       this->info_.advance();
     }
-    if (Config::kStaged && this->lane_ == 0) tma_store_wait<0>();  // shared memory must outlive the stores
+    if (this->lane_ == 0) tma_store_wait<0>();  // shared memory must outlive the stores
   }
 };
 
