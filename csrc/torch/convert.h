@@ -511,16 +511,20 @@ inline ScoreParams score_params(const Tensor& q, const OptionalTensor& summary, 
   return s;
 }
 
-inline SelectParams select_params(const ScoreParams& score, const Tensor& q, const Tensor& thresholds,
+inline SelectParams select_params(const ScoreParams& score, const Tensor& q, const OptionalTensor& thresholds,
                                   int64_t last_tiles, int64_t min_blocks, double min_ratio, double probability,
                                   int64_t rescue_stride, double rescue_probability, int64_t rescue_seed,
-                                  const OptionalTensor& prompt_lens) {
+                                  const OptionalTensor& prompt_lens, double threshold) {
   SelectParams p;
   p.score = score;
-  STD_TORCH_CHECK(thresholds.scalar_type() == ScalarType::Float && thresholds.is_contiguous() &&
-                      thresholds.dim() == 1 && thresholds.size(0) == score.score_heads() && same_device(thresholds, q),
-                  "thresholds must be contiguous float32 [", score.score_heads(), "] on the device of q");
-  p.thresholds = static_cast<const float*>(thresholds.data_ptr());
+  if (thresholds.has_value()) {
+    const Tensor& t = *thresholds;
+    STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.is_contiguous() && t.dim() == 1 &&
+                        t.size(0) == score.score_heads() && same_device(t, q),
+                    "thresholds must be contiguous float32 [", score.score_heads(), "] on the device of q");
+    p.thresholds = static_cast<const float*>(t.data_ptr());
+  }
+  p.threshold = static_cast<float>(threshold);
   p.last_tiles = to_int32(last_tiles, "last_tiles");
   p.min_blocks = to_int32(min_blocks, "min_blocks");
   for (const double share : {min_ratio, probability, rescue_probability}) {

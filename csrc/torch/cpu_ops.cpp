@@ -98,16 +98,16 @@ std::tuple<Tensor, Tensor> select_blocks(const Tensor& q, const OptionalTensor& 
                                          int64_t max_seqlen_q, int64_t max_seqlen_k, int64_t num_rows, int64_t block_m,
                                          int64_t block_n, bool causal, double softmax_scale, double softcap,
                                          std::string rule, std::string pooling, int64_t stride, std::string sharing,
-                                         int64_t sink_blocks, int64_t window_blocks, const Tensor& thresholds,
+                                         int64_t sink_blocks, int64_t window_blocks, const OptionalTensor& thresholds,
                                          int64_t last_tiles, int64_t min_blocks, double min_ratio, double probability,
                                          int64_t rescue_stride, double rescue_probability, int64_t rescue_seed,
-                                         const OptionalTensor& prompt_lens) {
+                                         const OptionalTensor& prompt_lens, double threshold) {
   const ScoreParams s = score_params(q, summary, k, cu_seqlens_q, cu_seqlens_k, block_table, seqlens_k, max_seqlen_q,
                                      max_seqlen_k, num_rows, block_m, block_n, causal, softmax_scale, softcap, rule,
                                      pooling, stride, sharing, sink_blocks, window_blocks);
   check_score_values(s, q, k);
   SelectParams p = select_params(s, q, thresholds, last_tiles, min_blocks, min_ratio, probability, rescue_stride,
-                                 rescue_probability, rescue_seed, prompt_lens);
+                                 rescue_probability, rescue_seed, prompt_lens, threshold);
   Tensor words = new_tensor(q, {num_rows, s.mask_heads(), p.num_words}, ScalarType::Int);
   Tensor counts = new_tensor(q, {num_rows, s.mask_heads()}, ScalarType::Int);
   p.words = static_cast<int32_t*>(words.data_ptr());

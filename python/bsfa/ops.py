@@ -93,7 +93,7 @@ def _select_blocks(
     sharing: str,
     sink_blocks: int,
     window_blocks: int,
-    thresholds: Tensor,
+    thresholds: Tensor | None,
     last_tiles: int,
     min_blocks: int,
     min_ratio: float,
@@ -102,6 +102,7 @@ def _select_blocks(
     rescue_probability: float,
     rescue_seed: int,
     prompt_lens: Tensor | None,
+    threshold: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     words = (_blocks(max_seqlen_k, block_n) + 31) // 32
     heads = _mask_heads(q, k if summary is None else summary, sharing)

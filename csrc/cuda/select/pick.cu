@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(32 * kWarps, 1)
   const int32_t group = score.problem.num_q_heads / mask_heads;
   for (int32_t member = 0; member < (everything ? 1 : group); ++member) {
     const int32_t head = mask_head * group + member;
-    const float threshold = params.thresholds[head];
+    const float threshold = params.threshold_of(head);
     const float* scores = slab.scores + (int64_t{in_slab} * score.problem.num_q_heads + head) * score.max_blocks;
     // An infinite threshold, or NaN, keeps everything, as nothing is known not to be below it.
     const bool all = everything || !(threshold < INFINITY) || !row.read(scores, always);
