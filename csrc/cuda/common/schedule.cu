@@ -143,17 +143,18 @@ __device__ void count_few(const Tiling& tiling, const Workspace& workspace, int3
   __shared__ int32_t ends[kFewRows];
   const auto row = static_cast<int32_t>(threadIdx.x), num_rows = static_cast<int32_t>(tiling.num_rows);
   const Place place = place_among_few(tiling.problem, row, ends, scratch);
+  TileRow tile{};
+  tile.sequence = -1;
   if (row < num_rows) {
-    TileRow tile{};
-    tile.sequence = -1;
     visible[row] = -1;
     if (place.sequence >= 0) {
       tile = tile_row(tiling.problem, place.sequence, place.tile);
       const BlockRange range = visible_range(tile, tiling.problem.causal, tiling.window_left);
       visible[row] = max(range.end - range.begin, 0);
     }
-    workspace.rows[row] = tile;
   }
+  cudaGridDependencySynchronize();
+  if (row < num_rows) workspace.rows[row] = tile;
   __syncthreads();
   for (int32_t i = threadIdx.x; i < num_rows * tiling.heads; i += kOrderThreads) {
     const Pair pair = natural_pair(i, num_rows, tiling.group);
@@ -185,7 +186,8 @@ __global__ void __launch_bounds__(kOrderThreads)
   for (int i = threadIdx.x; i < kBuckets * kOrderWarps; i += kOrderThreads) (&offsets[0][0])[i] = 0;
   if (threadIdx.x == 0) all_work = 0;
   __syncthreads();
-  cudaGridDependencySynchronize();
+  // Where few tiles lie is known without a look at memory if all sequences are alike; count_few waits later then.
+  if (!kFew || !all_alike(tiling.problem)) cudaGridDependencySynchronize();
   if constexpr (kFew) count_few(tiling, workspace, few, scratch);
   const auto count_at = [&](int32_t i) { return kFew ? few[i] : workspace.counts[i]; };
   int64_t work = 0;
