@@ -8,7 +8,7 @@
 // Tile      one CTA of 1, 4 or 16 warps per (mask row, mask head), by the length of the row. HeadSharing::kUnion: it
 //           goes through the group's query heads in turn and keeps what any of them keeps; one rescue for all.
 // Memory    reads the visible scores once; shared: a key per block, and the mask's words. Writes words and counts.
-// Waits     for the scores. About 30 trips over the row in shared memory per bisection, no atomics.
+// Waits     for the scores. About ten trips over the row in shared memory, no atomics.
 #include <cstdint>
 
 #include "bsfa/cuda.h"
