@@ -18,25 +18,19 @@ namespace {
 // Scores of a slab, and what grows with them. kFlat64 works on 64 mask rows at a time, which at a million tokens and 32
 // heads are 68 MB. The other rules could do with less; the strided kernels lose time at the end of every slab.
 constexpr int64_t kSlabBytes = 40 << 20;
-constexpr int64_t kFlatSlabBytes = 72 << 20;
-// At 128K tokens and 32 heads all rows: the end of a slab costs the antidiagonal kernel as much as its longest unit.
-constexpr int64_t kAntidiagonalSlabBytes = 144 << 20;
+constexpr int64_t kStridedSlabBytes = 72 << 20;
 constexpr int32_t kSlabStep = 16;  // rows
 constexpr int32_t kMostSlabRows = 1 << 20;
 constexpr int kUsualSms = 132;  // of an H100 or H200, to speak of memory where there is no device
 
 bool is_strided(ScoreRule rule) { return rule == ScoreRule::kFlat64 || rule == ScoreRule::kAntidiagonal; }
 
-int64_t slab_bytes(ScoreRule rule) {
-  if (rule == ScoreRule::kAntidiagonal) return kAntidiagonalSlabBytes;
-  return rule == ScoreRule::kFlat64 ? kFlatSlabBytes : kSlabBytes;
-}
-
 // Mask rows whose scores are made at a time: whole steps of the score kernels where the memory allows it.
 int32_t slab_rows(const ScoreParams& params) {
   const int64_t row_bytes =
       int64_t{params.problem.num_q_heads} * (params.max_blocks + params.problem.head_dim) * sizeof(float);
-  const int64_t fits = std::max<int64_t>(slab_bytes(params.rule) / std::max<int64_t>(row_bytes, 1), 1);
+  const int64_t bytes = is_strided(params.rule) ? kStridedSlabBytes : kSlabBytes;
+  const int64_t fits = std::max<int64_t>(bytes / std::max<int64_t>(row_bytes, 1), 1);
   const int64_t group = params.rule == ScoreRule::kFlat64 ? 64 : params.stride;  // tokens: rows of one output tile
   int64_t step = kSlabStep;
   for (const int64_t wanted : {group, 2 * group}) {
