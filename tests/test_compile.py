@@ -113,6 +113,14 @@ def test_opcheck_score_and_select_blocks(case: Case, rule: str, pooling: str, sh
         torch.library.opcheck(torch.ops.bsfa.select_blocks.default, select)
 
 
+@pytest.mark.parametrize(("page_size", "block_n"), [(16, 128), (128, 128), (64, 16)])
+def test_opcheck_summary(page_size: int, block_n: int) -> None:
+    table, seqlens = torch.arange(48, dtype=torch.int32).view(2, 24), int32([100, 230])
+    sizes = (page_size, block_n)
+    torch.library.opcheck(torch.ops.bsfa.summary_entries.default, (table, seqlens, *sizes, 16, 48))
+    torch.library.opcheck(torch.ops.bsfa.summary_window.default, (table, seqlens, int32([30, 0]), *sizes, 2))
+
+
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("case", SAMPLES, ids=str)
 def test_opcheck_attention(case: Case, masked: bool) -> None:

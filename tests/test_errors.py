@@ -964,3 +964,45 @@ def test_valid_calls_after_all_that(dtype: torch.dtype) -> None:
     """Nothing above leaves a trace."""
     inputs = make(PACKED, dtype=dtype)
     assert inputs.run(None).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"page_size": 0},
+        {"page_size": 24},
+        {"block_n": -128},
+        {"blocks": -1},
+        {"num_pages": 2},
+        {"seqlens_k": int32([129, 10])},
+        {"seqlens_k": int32([10])},
+        {"block_table": int32([[0], [-1]])},
+    ],
+)
+def test_raw_summary_entries_raises_rather_than_crash(changes: dict[str, Any]) -> None:
+    arguments: dict[str, Any] = {"block_table": int32([[0], [3]]), "seqlens_k": int32([128, 10])}
+    arguments |= {"page_size": 128, "block_n": 128, "blocks": 2, "num_pages": 4}
+    assert ops.summary_entries(*arguments.values()).tolist() == [[0, 4], [3, 4]]
+    with pytest.raises(RuntimeError):
+        ops.summary_entries(*(arguments | changes).values())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"page_size": 0},
+        {"page_size": 24},
+        {"units": -1},
+        {"units": 2**28},
+        {"lengths_q": int32([1])},
+        {"lengths_q": int32([-1, 0])},
+        {"block_table": int32([[], []])},
+    ],
+)
+def test_raw_summary_window_raises_rather_than_crash(changes: dict[str, Any]) -> None:
+    arguments: dict[str, Any] = {"block_table": int32([[0, 1, 2], [5, 6, 7]]), "seqlens_k": int32([300, 130])}
+    arguments |= {"lengths_q": int32([100, 200]), "page_size": 128, "block_n": 128, "units": 2}
+    table, seqlens = ops.summary_window(*arguments.values())
+    assert table.tolist() == [[1, 2], [5, 6]] and seqlens.tolist() == [172, 130]
+    with pytest.raises(RuntimeError):
+        ops.summary_window(*(arguments | changes).values())

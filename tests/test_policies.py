@@ -183,11 +183,16 @@ def test_a_fixed_mask_of_other_heads_is_refused(hq: int) -> None:
 # --- thresholds -------------------------------------------------------------------------------------------------------
 
 
+# Also numbers that float32, which the kernels compare, rounds to 0 and to 1, and their neighbours that it does not.
+@pytest.mark.parametrize("x", [0.5, 0.0, 1.0, 2.0**-150, 2.0**-149, 1.0 - 2.0**-25, 1.0 - 2.0**-24])
 @pytest.mark.parametrize("kind", SCORED.values())
-def test_scalar_sequence_and_tensor_thresholds_agree(kind: type[ScoredPolicy]) -> None:
+def test_scalar_sequence_and_tensor_thresholds_agree(kind: type[ScoredPolicy], x: float) -> None:
     inputs = Case(lengths=((150, 300),), hq=4, hkv=2, block_m=32, block_n=16).make()
     masks = []
-    for value in (0.5, [0.5] * 4, (0.5,) * 4, torch.full((4,), 0.5), torch.full((4,), 0.5, dtype=torch.float64)):
+    heads = kind(**{kind.threshold_name: x}).thresholds_for(4, torch.device("cpu"))
+    one = kind(**{kind.threshold_name: x}).one_threshold()
+    assert one is not None and torch.equal(heads, torch.full((4,), one))
+    for value in (x, [x] * 4, (x,) * 4, torch.full((4,), x), torch.full((4,), x, dtype=torch.float64)):
         policy = kind(**{kind.threshold_name: value}, block_m=32, block_n=16)
         masks.append(inputs.run(policy, return_info=True)[1].mask.words)
     assert all(torch.equal(masks[0], other) for other in masks[1:])

@@ -176,11 +176,12 @@ void select_blocks(const SelectParams& params, const Executor& executor) {
                   if (visible > 0 && !everything) {
                     float* scores = scratch + kernel_floats;
                     k.score_tile(score, item, scratch, scores);
-                    const float* thresholds = params.thresholds + first_score_head(score, item);
+                    const int32_t first_threshold = first_score_head(score, item);
                     Ranking ranking;
                     for (int32_t i = 0; i < score_rows(score, item); ++i) {
-                      keep_by_score(params, always, visible, thresholds[i], scores + int64_t{i} * score.max_blocks,
-                                    &ranking, words + (shared ? 0 : int64_t{i} * params.num_words));
+                      keep_by_score(params, always, visible, params.threshold_of(first_threshold + i),
+                                    scores + int64_t{i} * score.max_blocks, &ranking,
+                                    words + (shared ? 0 : int64_t{i} * params.num_words));
                     }
                   }
                   const int32_t tile = item.geometry.first_tile() + item.tile;

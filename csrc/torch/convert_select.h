@@ -9,6 +9,7 @@
 
 #include "bsfa/geometry.h"
 #include "bsfa/params.h"
+#include "bsfa/summary.h"
 #include "convert.h"
 
 namespace bsfa::torch_ops {
@@ -92,16 +93,54 @@ inline ScoreParams score_params(const Tensor& q, const OptionalTensor& summary, 
   return s;
 }
 
-inline SelectParams select_params(const ScoreParams& score, const Tensor& q, const Tensor& thresholds,
+// What summary_entries and summary_window have in common.
+inline SummaryParams summary_params(const Tensor& block_table, const Tensor& seqlens_k, int64_t page_size,
+                                    int64_t block_n) {
+  SummaryParams p;
+  p.batch = to_int32(seqlens_k.size(0), "batch");
+  p.block_table = index_ptr(block_table, 2, p.batch, seqlens_k, "block_table");
+  p.block_table_stride = block_table.stride(0);
+  p.columns = to_int32(block_table.size(1), "columns of block_table");
+  p.seqlens = index_ptr(seqlens_k, 1, p.batch, seqlens_k, "seqlens_k");
+  p.page_size = to_int32(page_size, "page_size");
+  p.block_n = to_int32(block_n, "block_n");
+  STD_TORCH_CHECK(p.page_size > 0 && p.block_n > 0 && (p.page_size % p.block_n == 0 || p.block_n % p.page_size == 0),
+                  "page_size must divide block_n or be a multiple of it");
+  return p;
+}
+
+inline SummaryParams summary_entries_params(const Tensor& block_table, const Tensor& seqlens_k, int64_t page_size,
+                                            int64_t block_n, int64_t blocks, int64_t num_pages) {
+  SummaryParams p = summary_params(block_table, seqlens_k, page_size, block_n);
+  p.blocks = to_int32(blocks, "blocks");
+  p.num_pages = to_int32(num_pages, "num_pages");
+  return p;
+}
+
+inline SummaryParams summary_window_params(const Tensor& block_table, const Tensor& seqlens_k, const Tensor& lengths_q,
+                                           int64_t page_size, int64_t block_n, int64_t units) {
+  SummaryParams p = summary_params(block_table, seqlens_k, page_size, block_n);
+  p.lengths_q = index_ptr(lengths_q, 1, p.batch, seqlens_k, "lengths_q");
+  p.units = to_int32(units, "units");
+  STD_TORCH_CHECK(p.columns > 0 || p.batch == 0, "block_table has no columns");
+  STD_TORCH_CHECK(units * p.unit() <= std::numeric_limits<int32_t>::max(), "units are too many");
+  return p;
+}
+
+inline SelectParams select_params(const ScoreParams& score, const Tensor& q, const OptionalTensor& thresholds,
                                   int64_t last_tiles, int64_t min_blocks, double min_ratio, double probability,
                                   int64_t rescue_stride, double rescue_probability, int64_t rescue_seed,
-                                  const OptionalTensor& prompt_lens) {
+                                  const OptionalTensor& prompt_lens, double threshold) {
   SelectParams p;
   p.score = score;
-  STD_TORCH_CHECK(thresholds.scalar_type() == ScalarType::Float && thresholds.is_contiguous() &&
-                      thresholds.dim() == 1 && thresholds.size(0) == score.score_heads() && same_device(thresholds, q),
-                  "thresholds must be contiguous float32 [", score.score_heads(), "] on the device of q");
-  p.thresholds = static_cast<const float*>(thresholds.data_ptr());
+  if (thresholds.has_value()) {
+    const Tensor& t = *thresholds;
+    STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.is_contiguous() && t.dim() == 1 &&
+                        t.size(0) == score.score_heads() && same_device(t, q),
+                    "thresholds must be contiguous float32 [", score.score_heads(), "] on the device of q");
+    p.thresholds = static_cast<const float*>(t.data_ptr());
+  }
+  p.threshold = static_cast<float>(threshold);
   p.last_tiles = to_int32(last_tiles, "last_tiles");
   p.min_blocks = to_int32(min_blocks, "min_blocks");
   for (const double share : {min_ratio, probability, rescue_probability}) {

@@ -68,6 +68,38 @@ Tensor pool_blocks(const Tensor& k, const OptionalTensor& cu_seqlens_k, const Op
   return out;
 }
 
+Tensor summary_entries(const Tensor& block_table, const Tensor& seqlens_k, int64_t page_size, int64_t block_n,
+                       int64_t blocks, int64_t num_pages) {
+  SummaryParams p = summary_entries_params(block_table, seqlens_k, page_size, block_n, blocks, num_pages);
+  Tensor entries = new_tensor(seqlens_k, {p.batch, p.blocks}, ScalarType::Long);
+  p.entries = static_cast<int64_t*>(entries.data_ptr());
+  for (int32_t b = 0; b < p.batch; ++b) {
+    for (int32_t j = 0; j < p.blocks; ++j) {
+      STD_TORCH_CHECK(p.column_of(p.seqlens[b], j) < p.columns, "seqlens_k exceeds what block_table can hold");
+      const int64_t entry = p.entry(b, j);
+      STD_TORCH_CHECK(entry >= 0 && entry <= p.num_pages * p.blocks_per_page(), "block_table names no page");
+      p.entries[int64_t{b} * p.blocks + j] = entry;
+    }
+  }
+  return entries;
+}
+
+std::tuple<Tensor, Tensor> summary_window(const Tensor& block_table, const Tensor& seqlens_k, const Tensor& lengths_q,
+                                          int64_t page_size, int64_t block_n, int64_t units) {
+  SummaryParams p = summary_window_params(block_table, seqlens_k, lengths_q, page_size, block_n, units);
+  Tensor table = new_tensor(seqlens_k, {p.batch, int64_t{p.units} * p.pages_of_unit()}, ScalarType::Int);
+  Tensor seqlens = new_tensor(seqlens_k, {p.batch}, ScalarType::Int);
+  p.table = static_cast<int32_t*>(table.data_ptr());
+  p.window_seqlens = static_cast<int32_t*>(seqlens.data_ptr());
+  const int32_t width = p.units * p.pages_of_unit();
+  for (int32_t b = 0; b < p.batch; ++b) {
+    STD_TORCH_CHECK(p.lengths_q[b] >= 0 && p.seqlens[b] >= 0, "lengths must not be negative");
+    for (int32_t i = 0; i < width; ++i) p.table[int64_t{b} * width + i] = p.window_page(b, i);
+    p.window_seqlens[b] = p.window_seqlen(b);
+  }
+  return {table, seqlens};
+}
+
 void check_score_values(const ScoreParams& s, const Tensor& q, const OptionalTensor& k) {
   const KvLayout& kv = s.problem.kv;
   if (k.has_value()) check_kv_values(kv, *k, s.problem.batch);
@@ -100,16 +132,16 @@ std::tuple<Tensor, Tensor> select_blocks(const Tensor& q, const OptionalTensor& 
                                          int64_t max_seqlen_q, int64_t max_seqlen_k, int64_t num_rows, int64_t block_m,
                                          int64_t block_n, bool causal, double softmax_scale, double softcap,
                                          std::string rule, std::string pooling, int64_t stride, std::string sharing,
-                                         int64_t sink_blocks, int64_t window_blocks, const Tensor& thresholds,
+                                         int64_t sink_blocks, int64_t window_blocks, const OptionalTensor& thresholds,
                                          int64_t last_tiles, int64_t min_blocks, double min_ratio, double probability,
                                          int64_t rescue_stride, double rescue_probability, int64_t rescue_seed,
-                                         const OptionalTensor& prompt_lens) {
+                                         const OptionalTensor& prompt_lens, double threshold) {
   const ScoreParams s = score_params(q, summary, k, cu_seqlens_q, cu_seqlens_k, block_table, seqlens_k, max_seqlen_q,
                                      max_seqlen_k, num_rows, block_m, block_n, causal, softmax_scale, softcap, rule,
                                      pooling, stride, sharing, sink_blocks, window_blocks);
   check_score_values(s, q, k);
   SelectParams p = select_params(s, q, thresholds, last_tiles, min_blocks, min_ratio, probability, rescue_stride,
-                                 rescue_probability, rescue_seed, prompt_lens);
+                                 rescue_probability, rescue_seed, prompt_lens, threshold);
   Tensor words = new_tensor(q, {num_rows, s.mask_heads(), p.num_words}, ScalarType::Int);
   Tensor counts = new_tensor(q, {num_rows, s.mask_heads()}, ScalarType::Int);
   p.words = static_cast<int32_t*>(words.data_ptr());
@@ -314,6 +346,8 @@ STABLE_TORCH_LIBRARY(bsfa, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(bsfa, CPU, m) {
   m.impl("pool_blocks", TORCH_BOX(&pool_blocks));
+  m.impl("summary_entries", TORCH_BOX(&summary_entries));
+  m.impl("summary_window", TORCH_BOX(&summary_window));
   m.impl("score_blocks", TORCH_BOX(&score_blocks));
   m.impl("select_blocks", TORCH_BOX(&select_blocks));
   m.impl("token_mask", TORCH_BOX(&token_mask));

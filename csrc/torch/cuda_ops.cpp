@@ -60,6 +60,28 @@ Tensor pool_blocks(const Tensor& k, const OptionalTensor& cu_seqlens_k, const Op
   return out;
 }
 
+Tensor summary_entries(const Tensor& block_table, const Tensor& seqlens_k, int64_t page_size, int64_t block_n,
+                       int64_t blocks, int64_t num_pages) {
+  SummaryParams p = summary_entries_params(block_table, seqlens_k, page_size, block_n, blocks, num_pages);
+  const Launch launch(seqlens_k);
+  Tensor entries = new_tensor(seqlens_k, {p.batch, p.blocks}, ScalarType::Long);
+  p.entries = static_cast<int64_t*>(entries.data_ptr());
+  check_launch(cuda::summary_entries(p, launch.stream()), "summary_entries");
+  return entries;
+}
+
+std::tuple<Tensor, Tensor> summary_window(const Tensor& block_table, const Tensor& seqlens_k, const Tensor& lengths_q,
+                                          int64_t page_size, int64_t block_n, int64_t units) {
+  SummaryParams p = summary_window_params(block_table, seqlens_k, lengths_q, page_size, block_n, units);
+  const Launch launch(seqlens_k);
+  Tensor table = new_tensor(seqlens_k, {p.batch, int64_t{p.units} * p.pages_of_unit()}, ScalarType::Int);
+  Tensor seqlens = new_tensor(seqlens_k, {p.batch}, ScalarType::Int);
+  p.table = static_cast<int32_t*>(table.data_ptr());
+  p.window_seqlens = static_cast<int32_t*>(seqlens.data_ptr());
+  check_launch(cuda::summary_window(p, launch.stream()), "summary_window");
+  return {table, seqlens};
+}
+
 void check_selection(const ScoreParams& s) {
   STD_TORCH_CHECK(cuda::select_supports(s),
                   "this dtype, head_dim, block size, stride or head sharing has no CUDA kernel");
@@ -94,16 +116,16 @@ std::tuple<Tensor, Tensor> select_blocks(const Tensor& q, const OptionalTensor& 
                                          int64_t max_seqlen_q, int64_t max_seqlen_k, int64_t num_rows, int64_t block_m,
                                          int64_t block_n, bool causal, double softmax_scale, double softcap,
                                          std::string rule, std::string pooling, int64_t stride, std::string sharing,
-                                         int64_t sink_blocks, int64_t window_blocks, const Tensor& thresholds,
+                                         int64_t sink_blocks, int64_t window_blocks, const OptionalTensor& thresholds,
                                          int64_t last_tiles, int64_t min_blocks, double min_ratio, double probability,
                                          int64_t rescue_stride, double rescue_probability, int64_t rescue_seed,
-                                         const OptionalTensor& prompt_lens) {
+                                         const OptionalTensor& prompt_lens, double threshold) {
   const ScoreParams s = score_params(q, summary, k, cu_seqlens_q, cu_seqlens_k, block_table, seqlens_k, max_seqlen_q,
                                      max_seqlen_k, num_rows, block_m, block_n, causal, softmax_scale, softcap, rule,
                                      pooling, stride, sharing, sink_blocks, window_blocks);
   check_selection(s);
   SelectParams p = select_params(s, q, thresholds, last_tiles, min_blocks, min_ratio, probability, rescue_stride,
-                                 rescue_probability, rescue_seed, prompt_lens);
+                                 rescue_probability, rescue_seed, prompt_lens, threshold);
   const Launch launch(q);
   Tensor words = new_tensor(q, {num_rows, s.mask_heads(), p.num_words}, ScalarType::Int);
   Tensor counts = new_tensor(q, {num_rows, s.mask_heads()}, ScalarType::Int);
@@ -489,6 +511,8 @@ STABLE_TORCH_LIBRARY_IMPL(bsfa, CompositeExplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(bsfa, CUDA, m) {
   m.impl("pool_blocks", TORCH_BOX(&pool_blocks));
+  m.impl("summary_entries", TORCH_BOX(&summary_entries));
+  m.impl("summary_window", TORCH_BOX(&summary_window));
   m.impl("score_blocks", TORCH_BOX(&score_blocks));
   m.impl("select_blocks", TORCH_BOX(&select_blocks));
   m.impl("probe_attention", TORCH_BOX(&probe_attention));

@@ -14,6 +14,8 @@
 // dense_attention is attention without a mask, window or lse, in few arguments: reading them is most of a short call.
 // max_seqlen_q goes with cu_seqlens_q, max_seqlen_k with cu_seqlens_k or block_table.
 // skip_attention: thresholds float32 [Hq, columns], skips int64 [Hq, 2] (SkipParams); tile_max [R, Hq, N] float32.
+// summary_entries: int64 [B, blocks], summary_window: int32 [B, units * pages of a unit] and [B] (summary.h).
+// select_blocks: thresholds float32 [score heads], or none: `threshold` for all of them.
 // skip_mask (SkipMaskParams): the mask for the second pass, words [R, Hq, ceil(N / 32)]; R = num_rows, also of
 // mask_words. bound_mask: likewise, a mask for skip_attention or skip_mask; CUDA alone. Relative thresholds above 0 leave
 // nothing out: in two passes what is skipped then has a say in the running maxima.
@@ -24,6 +26,10 @@
 #define BSFA_FOR_EACH_SCHEMA(DEF)                                                                                      \
   DEF("pool_blocks(Tensor k, Tensor? cu_seqlens_k, Tensor? block_table, Tensor? seqlens_k, SymInt max_seqlen_k, "      \
       "int block_n, str pooling) -> Tensor")                                                                           \
+  DEF("summary_entries(Tensor block_table, Tensor seqlens_k, int page_size, int block_n, SymInt blocks, "              \
+      "SymInt num_pages) -> Tensor")                                                                                   \
+  DEF("summary_window(Tensor block_table, Tensor seqlens_k, Tensor lengths_q, int page_size, int block_n, "            \
+      "SymInt units) -> (Tensor table, Tensor seqlens)")                                                               \
   DEF("score_blocks(Tensor q, Tensor? summary, Tensor? k, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "                \
       "Tensor? block_table, Tensor? seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, SymInt num_rows, int "        \
       "block_m, "                                                                                                      \
@@ -33,9 +39,9 @@
       "Tensor? block_table, Tensor? seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, SymInt num_rows, int "        \
       "block_m, "                                                                                                      \
       "int block_n, bool causal, float softmax_scale, float softcap, str rule, str pooling, int stride, str sharing, " \
-      "int sink_blocks, int window_blocks, Tensor thresholds, int last_tiles, int min_blocks, float min_ratio, "       \
-      "float probability, int rescue_stride, float rescue_probability, int rescue_seed, Tensor? prompt_lens) "         \
-      "-> (Tensor words, Tensor counts)")                                                                              \
+      "int sink_blocks, int window_blocks, Tensor? thresholds, int last_tiles, int min_blocks, float min_ratio, "      \
+      "float probability, int rescue_stride, float rescue_probability, int rescue_seed, Tensor? prompt_lens, "         \
+      "float threshold=0.0) -> (Tensor words, Tensor counts)")                                                         \
   DEF("probe_attention(Tensor q, Tensor k, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? block_table, "          \
       "Tensor? seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, int block_m, bool causal, float softmax_scale, "   \
       "float softcap) -> (Tensor vertical, Tensor slash)")                                                             \

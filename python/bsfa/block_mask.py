@@ -17,34 +17,57 @@ class MaskGeometry:
 
     Row ``cu_tiles[b] + t`` is query tile t of sequence b. Tiles are aligned to absolute positions: tile t covers
     positions ``(first_tile[b] + t) * block_m`` and following. All tensors are int32 on the mask's device, so that
-    nothing here synchronises.
+    nothing here synchronises. Lengths that are one number become a tensor only when they are asked for: attention does
+    not, and a kernel that fills them would stand between selection and attention.
     """
 
-    seqlens_q: Tensor  #: [B] query tokens in this call
-    seqlens_k: Tensor  #: [B] KV tokens
+    batch: int
+    device: torch.device
+    given_q: Tensor | None  #: [B] query tokens in this call; None: max_seqlen_q of every sequence
+    given_k: Tensor | None  #: [B] KV tokens; None: max_seqlen_k of every sequence
     max_seqlen_q: int
     max_seqlen_k: int
     num_rows: int  #: allocated rows; may exceed the rows in use
     causal: bool
     block_m: int
     block_n: int
-    uniform: bool = False  #: every sequence has max_seqlen_q queries and max_seqlen_k keys
 
     @staticmethod
     def of(layout: Layout, block_m: int, block_n: int, device: torch.device) -> MaskGeometry:
         """Geometry of a call's layout."""
         check_block_sizes(block_m, block_n)
         return MaskGeometry(
-            layout.lengths_q(device),
-            layout.lengths_k(device),
+            layout.batch,
+            device,
+            None if layout.cu_seqlens_q is None else layout.lengths_q(device),
+            None if layout.cu_seqlens_k is None and layout.seqlens_k is None else layout.lengths_k(device),
             layout.max_seqlen_q,
             layout.max_seqlen_k,
             layout.num_mask_rows(block_m),
             layout.causal,
             block_m,
             block_n,
-            layout.cu_seqlens_q is None and layout.cu_seqlens_k is None and layout.seqlens_k is None,
         )
+
+    @property
+    def seqlens_q(self) -> Tensor:
+        """Query tokens of each sequence in this call, [B]."""
+        return self._lengths(self.given_q, self.max_seqlen_q)
+
+    @property
+    def seqlens_k(self) -> Tensor:
+        """KV tokens of each sequence, [B]."""
+        return self._lengths(self.given_k, self.max_seqlen_k)
+
+    def _lengths(self, given: Tensor | None, each: int) -> Tensor:
+        if given is not None:
+            return given
+        return torch.full((self.batch,), each, dtype=torch.int32, device=self.device)
+
+    @property
+    def uniform(self) -> bool:
+        """Whether every sequence has max_seqlen_q queries and max_seqlen_k keys."""
+        return self.given_q is None and self.given_k is None
 
     @property
     def num_blocks(self) -> int:
@@ -54,8 +77,8 @@ class MaskGeometry:
     @property
     def max_tiles(self) -> int:
         """Query tiles of one sequence: exact if uniform, else an upper bound."""
-        if self.uniform and self.seqlens_q.shape[0]:
-            return self.num_rows // self.seqlens_q.shape[0]
+        if self.uniform and self.batch:
+            return self.num_rows // self.batch
         return 0 if self.max_seqlen_q == 0 else (self.max_seqlen_q + self.block_m - 2) // self.block_m + 1
 
     def offsets(self) -> Tensor:
@@ -77,16 +100,16 @@ class MaskGeometry:
 
     def row_sequences(self) -> Tensor:
         """Sequence of each row, [num_rows]; B for rows that are not in use."""
-        rows = torch.arange(self.num_rows, dtype=torch.int32, device=self.seqlens_q.device)
+        rows = torch.arange(self.num_rows, dtype=torch.int32, device=self.device)
         ends = self.num_tiles().cumsum(0)
         return (rows.unsqueeze(-1) >= ends).sum(-1).to(torch.int32)  # not searchsorted: inductor (2.11) fails on it
 
     def _per_row(self) -> tuple[Tensor, Tensor, Tensor]:
         """(used, clamped sequence, absolute tile) of each row."""
         sequence = self.row_sequences()
-        used = sequence < self.seqlens_q.shape[0]
-        sequence = sequence.clamp(max=max(self.seqlens_q.shape[0] - 1, 0)).long()
-        rows = torch.arange(self.num_rows, dtype=torch.int32, device=self.seqlens_q.device)
+        used = sequence < self.batch
+        sequence = sequence.clamp(max=max(self.batch - 1, 0)).long()
+        rows = torch.arange(self.num_rows, dtype=torch.int32, device=self.device)
         return used, sequence, self.first_tiles()[sequence] + rows - self.cu_tiles()[sequence]
 
     def positions(self) -> tuple[Tensor, Tensor]:
@@ -98,8 +121,8 @@ class MaskGeometry:
 
     def visible_blocks(self) -> Tensor:
         """KV blocks that some row of the tile may attend to, int32 [num_rows]; 0 for rows that are not in use."""
-        if self.num_rows == 0 or self.seqlens_q.shape[0] == 0:
-            return torch.zeros(self.num_rows, dtype=torch.int32, device=self.seqlens_q.device)
+        if self.num_rows == 0 or self.batch == 0:
+            return torch.zeros(self.num_rows, dtype=torch.int32, device=self.device)
         used, sequence, tile = self._per_row()
         blocks = torch.div(self.seqlens_k + self.block_n - 1, self.block_n, rounding_mode="floor")[sequence]
         if self.causal:
@@ -277,9 +300,8 @@ class BlockMask:
         words = self.words.to(device)
         if words is self.words:
             return self
-        g = replace(
-            self.geometry, seqlens_q=self.geometry.seqlens_q.to(device), seqlens_k=self.geometry.seqlens_k.to(device)
-        )
+        q, k = (None if t is None else t.to(device) for t in (self.geometry.given_q, self.geometry.given_k))
+        g = replace(self.geometry, device=words.device, given_q=q, given_k=k)
         return BlockMask(words, self.counts.to(device), g)
 
     # ---- conversion -------------------------------------------------------------------------------------------------
@@ -314,7 +336,7 @@ class BlockMask:
 
         g = self.geometry
         one_length = (g.seqlens_q == g.max_seqlen_q).all() & (g.seqlens_k == g.max_seqlen_k).all()
-        if g.seqlens_q.numel() == 0 or not bool(one_length):
+        if g.batch == 0 or not bool(one_length):
             raise UnsupportedError("flex_attention masks need sequences of one length; convert one sequence at a time")
         offset = g.max_seqlen_k - g.max_seqlen_q if g.causal else 0
         if offset % g.block_m:
@@ -382,7 +404,7 @@ class BlockMask:
     def __repr__(self) -> str:
         g = self.geometry
         text = (
-            f"BlockMask(sequences={g.seqlens_q.shape[0]}, heads={self.num_heads}, max_seqlen_q={g.max_seqlen_q}, "
+            f"BlockMask(sequences={g.batch}, heads={self.num_heads}, max_seqlen_q={g.max_seqlen_q}, "
             f"max_seqlen_k={g.max_seqlen_k}, blocks={g.block_m}x{g.block_n}, causal={g.causal}"
         )
         if self.device.type != "cpu":  # no device sync for a repr

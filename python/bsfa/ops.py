@@ -35,6 +35,21 @@ def _pool_blocks(
     return k.new_empty((batch, _blocks(max_seqlen_k, block_n), k.shape[-2], k.shape[-1]))
 
 
+@torch.library.register_fake("bsfa::summary_entries")
+def _summary_entries(
+    block_table: Tensor, seqlens_k: Tensor, page_size: int, block_n: int, blocks: int, num_pages: int
+) -> Tensor:
+    return seqlens_k.new_empty((seqlens_k.shape[0], blocks), dtype=torch.int64)
+
+
+@torch.library.register_fake("bsfa::summary_window")
+def _summary_window(
+    block_table: Tensor, seqlens_k: Tensor, lengths_q: Tensor, page_size: int, block_n: int, units: int
+) -> tuple[Tensor, Tensor]:
+    pages = units * (max(page_size, block_n) // page_size)
+    return seqlens_k.new_empty((seqlens_k.shape[0], pages)), seqlens_k.new_empty((seqlens_k.shape[0],))
+
+
 def _mask_heads(q: Tensor, keys: Tensor | None, sharing: str) -> int:
     if sharing == "none":
         return q.shape[-2]
@@ -93,7 +108,7 @@ def _select_blocks(
     sharing: str,
     sink_blocks: int,
     window_blocks: int,
-    thresholds: Tensor,
+    thresholds: Tensor | None,
     last_tiles: int,
     min_blocks: int,
     min_ratio: float,
@@ -102,6 +117,7 @@ def _select_blocks(
     rescue_probability: float,
     rescue_seed: int,
     prompt_lens: Tensor | None,
+    threshold: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     words = (_blocks(max_seqlen_k, block_n) + 31) // 32
     heads = _mask_heads(q, k if summary is None else summary, sharing)

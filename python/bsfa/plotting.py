@@ -101,7 +101,7 @@ def plot_mask(mask: BlockMask, *, head: int = 0, sequence: int = 0, path: str | 
     """
     if not isinstance(mask, BlockMask):
         raise TypeError(f"mask must be a bsfa.BlockMask, got {type(mask).__name__}")
-    sequences = mask.geometry.seqlens_q.shape[0]
+    sequences = mask.geometry.batch
     for name, value, count in (("head", head, mask.num_heads), ("sequence", sequence, sequences)):
         if not 0 <= value < count:
             raise IndexError(f"{name} {value} is not there: the mask has {count}")

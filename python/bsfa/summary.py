@@ -253,14 +253,10 @@ class BlockSummary:
 
         ``table`` int32 [B, pages >= 1] and ``seqlens`` [B] count from the start of a unit.
         """
-        # Few and tiny operations: in a chunk's time what counts is how many there are.
-        n = self.block_n
-        first = torch.arange(0, blocks * n, n, device=table.device)
-        last = torch.minimum(first + (n - 1), (seqlens - 1).clamp_(min=0)[:, None])  # the block's last token so far
-        entry = table.gather(1, last.div_(self.page_size, rounding_mode="floor"))
-        if self.blocks_per_page > 1:
-            entry = entry * self.blocks_per_page + torch.arange(blocks, device=table.device) % self.blocks_per_page
-        return torch.where(first < seqlens[:, None], entry.long(), self.num_pages * self.blocks_per_page)
+        entries: Tensor = torch.ops.bsfa.summary_entries(
+            table, seqlens, self.page_size, self.block_n, blocks, self.num_pages
+        )
+        return entries
 
     def _update(
         self,
@@ -274,16 +270,12 @@ class BlockSummary:
         batch, max_pages = block_table.shape
         if batch == 0 or max_pages == 0:
             return
-        unit, pages = self._unit, self._unit // self.page_size
-        # Units that hold a sequence's new tokens or, if it has none, its last and incomplete block: the first, and at
-        # most how many.
-        first = (seqlens_k - lengths_q).clamp_(min=0).div_(unit, rounding_mode="floor")
+        unit = self._unit
+        # Units that hold a sequence's new tokens or, if it has none, its last and incomplete block: at most how many.
         units = min((max(max_seqlen_q, 1) + unit - 2) // unit + 1, (max_pages * self.page_size + unit - 1) // unit)
-        # Columns past the table's end are past the sequence's: which page stands there does not matter.
-        columns = torch.arange(units * pages, device=block_table.device)
-        columns = torch.add(columns, first[:, None], alpha=pages).clamp_(max=max_pages - 1)
-        table = block_table.gather(1, columns)
-        seqlens = torch.sub(seqlens_k, first, alpha=unit).clamp_(max=units * unit)
+        table, seqlens = torch.ops.bsfa.summary_window(
+            block_table, seqlens_k, lengths_q, self.page_size, self.block_n, units
+        )
         entries = self._entries(table, seqlens, units * unit // self.block_n).flatten()
         layout = Layout(batch, 0, units * unit, False, 0, block_table=table, seqlens_k=seqlens)
         for cache, kept, pooling in ((k_cache, self.keys, self.pooling), (v_cache, self.values, "mean")):

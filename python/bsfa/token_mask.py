@@ -202,8 +202,12 @@ class TokenMask:
         else:
             words = torch.nn.functional.pad(self.blocks.words, (0, 0, 0, 0, 0, rows - g.num_rows))
             counts = torch.nn.functional.pad(self.blocks.counts, (0, 0, 0, rows - g.num_rows))
-        uniform = layout.cu_seqlens_q is None and layout.cu_seqlens_k is None and layout.seqlens_k is None
-        return BlockMask(words, counts, replace(g, num_rows=rows, uniform=uniform))
+        given_q = given_k = None
+        if layout.cu_seqlens_q is not None:
+            given_q = layout.lengths_q(self.device) if g.given_q is None else g.given_q
+        if layout.cu_seqlens_k is not None or layout.seqlens_k is not None:
+            given_k = layout.lengths_k(self.device) if g.given_k is None else g.given_k
+        return BlockMask(words, counts, replace(g, num_rows=rows, given_q=given_q, given_k=given_k))
 
     def __repr__(self) -> str:
         g = self.blocks.geometry

@@ -265,8 +265,10 @@ def test_heads(hq: int, hkv: int, rule: Rule) -> None:
 
 
 @by_rule(RULES)
-def test_many_sequences(rule: Rule) -> None:
-    lengths = tuple((n * 37 % 290, n * 53 % 400) for n in range(150))
+@pytest.mark.parametrize("sequences", [150, 1100])
+def test_many_sequences(sequences: int, rule: Rule) -> None:
+    """So few that one CTA orders their tiles, and more than it can."""
+    lengths = tuple((n * 37 % 290, n * 53 % 400) for n in range(sequences))
     check(replace(BASE, lengths=lengths, layout=PACKED, hq=2, hkv=1), rule, more_rows=3)
 
 
@@ -484,6 +486,18 @@ def test_no_host_sync(rule: Rule) -> None:
         call.score()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@by_rule(RULES)
+@pytest.mark.parametrize("threshold", [-1.0, 0.3, 1.0, math.inf])
+def test_one_threshold(threshold: float, rule: Rule) -> None:
+    """By value, as by one entry for each head."""
+    call = Call.make(replace(BASE, lengths=((200, 900), (300, 700)), layout=PACKED).make(), rule).to(DEVICE)
+    rest = (*(rule.last_tiles, rule.min_blocks, rule.min_ratio, rule.probability), rule.rescue_stride)
+    rest = (*rest, rule.rescue_probability, rule.rescue_seed, None)
+    each = torch.ops.bsfa.select_blocks(*call.arguments, torch.full_like(call.thresholds, threshold), *rest)
+    one = torch.ops.bsfa.select_blocks(*call.arguments, None, *rest, threshold)
+    assert torch.equal(one[0], each[0]) and torch.equal(one[1], each[1])
 
 
 @cuda_only

@@ -8,12 +8,13 @@
 //          that they could keep one CTA busy when the others are done (more than 1 / long_share of a CTA's share of all
 //          work) leave that order and go first, in logarithmic buckets of their length, longest first.
 //          Each warp owns one contiguous piece: count, scan, scatter. Stable, so the same inputs give the same order.
+//          Of at most kFewPairs pairs it makes the rows and counts too: a kernel less in the way of a short call.
 // level    where the keys of one KV head outgrow L2: sorts every kWindow pairs of that order by length. CTAs that work
 //          on pairs of one length side by side stay in step: they walk the same keys at the same time, from L2.
 // known    instead of count and order where the order is a formula: one thread per pair writes its entry.
 // Memory   the words of the mask once; 4 bytes written and thrice read per pair, 8 bytes written.
-// Waits    count and known for the stream; order for count, and attention for order or known, each launched while the
-//          one before still runs (programmatic dependent launch).
+// Waits    count and known for the stream; order for count or whatever came before, and attention for order or known,
+//          each launched while the one before still runs (programmatic dependent launch).
 #include <utility>
 
 #include "alignment.h"
@@ -33,6 +34,8 @@ constexpr int kWindow = 1024;  // pairs, about eight for each SM
 // Longest sequence whose keys stay in L2 in any order of tiles: 16 MB of K in 16 bits and head_dim 128, as much of V.
 constexpr int32_t kLevelKeys = 1 << 16;
 constexpr int kKnownThreads = 256;
+constexpr int kFewPairs = 4096;                        // that one CTA counts
+constexpr int kFewRows = kOrderThreads;                // and of how many rows and sequences: one thread each
 constexpr int kBuckets = (32 - kSubBits) << kSubBits;  // of any count that fits in 31 bits
 
 static_assert(kBuckets <= kOrderThreads, "one thread per bucket in the scan");
@@ -43,6 +46,25 @@ __device__ int bucket_of(int32_t count) {
   const int octave = 31 - __clz(cost);
   const int sub = (cost >> (octave - kSubBits)) & ((1 << kSubBits) - 1);
   return kBuckets - 1 - (((octave - kSubBits) << kSubBits) | sub);
+}
+
+// The row belongs to no sequence: `threads` threads zero what of it nobody else will write.
+__device__ void clear_unused(const Tiling& tiling, int64_t row, int thread, int threads) {
+  if (tiling.unused_words == nullptr) return;
+  for (int32_t i = thread; i < tiling.unused_row_words; i += threads) {
+    tiling.unused_words[row * tiling.unused_row_words + i] = 0;
+  }
+  for (int32_t i = thread; i < tiling.unused_row_counts; i += threads) {
+    tiling.unused_counts[row * tiling.unused_row_counts + i] = 0;
+  }
+}
+
+// A pair's number of blocks where the mask's counts are known, or there is none. Counts are handed over, so they may be
+// anything: below 0 the tile would be left out, far above overflows bucket_of.
+__device__ int32_t known_count(const Tiling& tiling, int32_t row, int32_t head, int32_t visible) {
+  if (tiling.counts == nullptr) return visible;
+  const int64_t mask_row = int64_t{row} * tiling.mask_heads + head / (tiling.heads / max(tiling.mask_heads, 1));
+  return min(max(tiling.counts[mask_row], 0), visible);
 }
 
 __global__ void __launch_bounds__(kCountThreads)
@@ -62,6 +84,7 @@ __global__ void __launch_bounds__(kCountThreads)
       none.sequence = -1;
       workspace.rows[row] = none;
     }
+    clear_unused(tiling, row, threadIdx.x, kCountThreads);
     return;
   }
   const TileRow tile = tile_row(problem, place.sequence, place.tile);
@@ -69,12 +92,9 @@ __global__ void __launch_bounds__(kCountThreads)
 
   const BlockRange range = visible_range(tile, problem.causal, tiling.window_left);
   for (int32_t head = warp; head < heads; head += kCountThreads / 32) {
-    int32_t count = max(range.end - range.begin, 0);
-    const int64_t mask_row = int64_t{row} * tiling.mask_heads + head / (heads / max(tiling.mask_heads, 1));
-    if (tiling.counts != nullptr) {
-      // Handed over, so it may be anything: below 0 the tile would be left out, far above overflows bucket_of.
-      count = min(max(tiling.counts[mask_row], 0), count);
-    } else if (tiling.words != nullptr) {
+    int32_t count = known_count(tiling, row, head, max(range.end - range.begin, 0));
+    if (tiling.counts == nullptr && tiling.words != nullptr) {
+      const int64_t mask_row = int64_t{row} * tiling.mask_heads + head / (heads / max(tiling.mask_heads, 1));
       const int32_t* words = tiling.words + mask_row * tiling.num_words;
       count = 0;
       for (int32_t w = range.begin / 32 + lane; w * 32 < range.end; w += 32) {
@@ -86,14 +106,73 @@ __global__ void __launch_bounds__(kCountThreads)
   }
 }
 
+// Where one row lies, for one thread per row and per sequence. `ends`: shared memory for as many.
+__device__ Place place_among_few(const Problem& problem, int32_t row, int32_t* ends, int32_t* scratch) {
+  if (all_alike(problem)) {
+    const int32_t tiles = sequence_geometry(problem, 0).num_tiles();
+    const int32_t sequence = row / max(tiles, 1);
+    return {tiles > 0 && sequence < problem.batch ? sequence : -1, row - sequence * tiles};
+  }
+  const int32_t thread = threadIdx.x;
+  const int32_t tiles = thread < problem.batch ? sequence_geometry(problem, thread).num_tiles() : 0;
+  ends[thread] = inclusive_sum<kFewRows>(tiles, scratch);
+  __syncthreads();
+  if (row >= ends[kFewRows - 1]) return {-1, 0};
+  int32_t low = 0, high = kFewRows - 1;  // the first sequence that ends behind the row
+  while (low < high) {
+    const int32_t middle = (low + high) / 2;
+    if (ends[middle] > row) {
+      high = middle;
+    } else {
+      low = middle + 1;
+    }
+  }
+  return {low, low > 0 ? row - ends[low - 1] : row};
+}
+
+// What count_kernel does, by one CTA, for few pairs whose counts need no look at the mask's words. The counts also go
+// to shared memory.
+__device__ void count_few(const Tiling& tiling, const Workspace& workspace, int32_t* counts, int32_t* scratch) {
+  __shared__ int32_t visible[kFewRows];  // blocks of each row; -1: it belongs to no sequence
+  __shared__ int32_t ends[kFewRows];
+  const auto row = static_cast<int32_t>(threadIdx.x), num_rows = static_cast<int32_t>(tiling.num_rows);
+  const Place place = place_among_few(tiling.problem, row, ends, scratch);
+  TileRow tile{};
+  tile.sequence = -1;
+  if (row < num_rows) {
+    visible[row] = -1;
+    if (place.sequence >= 0) {
+      tile = tile_row(tiling.problem, place.sequence, place.tile);
+      const BlockRange range = visible_range(tile, tiling.problem.causal, tiling.window_left);
+      visible[row] = max(range.end - range.begin, 0);
+    }
+  }
+  cudaGridDependencySynchronize();
+  if (row < num_rows) workspace.rows[row] = tile;
+  __syncthreads();
+  for (int32_t i = threadIdx.x; i < num_rows * tiling.heads; i += kOrderThreads) {
+    const Pair pair = natural_pair(i, num_rows, tiling.group);
+    const int32_t blocks = visible[pair.row];
+    const int32_t count = blocks < 0 ? -1 : known_count(tiling, pair.row, pair.head, blocks);
+    counts[i] = count;
+    workspace.counts[i] = count;
+  }
+  for (int32_t r = threadIdx.x / 32; r < num_rows; r += kOrderWarps) {
+    if (visible[r] < 0) clear_unused(tiling, r, threadIdx.x % 32, 32);
+  }
+  __syncthreads();
+}
+
+template <bool kFew>
 __global__ void __launch_bounds__(kOrderThreads)
-    order_kernel(const Workspace workspace, const int32_t num_rows, const int32_t heads, const int32_t group,
-                 const int32_t shares) {
+    order_kernel(const __grid_constant__ Tiling tiling, const Workspace workspace, const int32_t shares) {
   __shared__ int32_t offsets[kOrderWarps][kBuckets];
   __shared__ int32_t scratch[kOrderWarps];
+  __shared__ int32_t few[kFew ? kFewPairs : 1];
   __shared__ unsigned long long all_work;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int32_t total = num_rows * heads;
+  const auto num_rows = static_cast<int32_t>(tiling.num_rows);
+  const int32_t total = num_rows * tiling.heads, group = tiling.group;
   const int32_t piece = (total + kOrderThreads - 1) / kOrderThreads * 32;
   const int32_t begin = min(warp * piece, total), end = min(begin + piece, total);
 
@@ -101,17 +180,20 @@ __global__ void __launch_bounds__(kOrderThreads)
   for (int i = threadIdx.x; i < kBuckets * kOrderWarps; i += kOrderThreads) (&offsets[0][0])[i] = 0;
   if (threadIdx.x == 0) all_work = 0;
   __syncthreads();
-  cudaGridDependencySynchronize();
+  // Where few tiles lie is known without a look at memory if all sequences are alike; count_few waits later then.
+  if (!kFew || !all_alike(tiling.problem)) cudaGridDependencySynchronize();
+  if constexpr (kFew) count_few(tiling, workspace, few, scratch);
+  const auto count_at = [&](int32_t i) { return kFew ? few[i] : workspace.counts[i]; };
   int64_t work = 0;
 #pragma unroll 4
-  for (int32_t i = begin + lane; i < end; i += 32) work += max(workspace.counts[i], 0);
+  for (int32_t i = begin + lane; i < end; i += 32) work += max(count_at(i), 0);
   for (int d = 16; d > 0; d /= 2) work += __shfl_xor_sync(kAllLanes, work, d);
   if (lane == 0) atomicAdd(&all_work, static_cast<unsigned long long>(work));
   __syncthreads();
   const auto longest_short = static_cast<int64_t>(all_work / (static_cast<unsigned>(shares)));
   // Lanes with the same bucket find each other; the first of them counts for all.
   const auto bucket_at = [&](int32_t i) {
-    const int32_t count = i < end ? workspace.counts[i] : -1;
+    const int32_t count = i < end ? count_at(i) : -1;
     return count < 0 ? -1 : count > longest_short ? bucket_of(count) : kBuckets - 1;
   };
 #pragma unroll 4
@@ -239,12 +321,18 @@ cudaError_t make_order(const Tiling& tiling, const KnownOrder& known, const Work
     known_kernel<<<ctas, kKnownThreads, 0, stream>>>(known, workspace);
     return cudaGetLastError();
   }
-  count_kernel<<<static_cast<unsigned>(tiling.num_rows), kCountThreads, 0, stream>>>(tiling, workspace);
-  const cudaError_t error = cudaGetLastError();
-  if (error != cudaSuccess) return error;
   const auto rows = static_cast<int32_t>(tiling.num_rows);
-  const cudaError_t ordered = launch_early(order_kernel, 1, kOrderThreads, 0, stream, workspace, rows, tiling.heads,
-                                           tiling.group, workers * tiling.long_share);
+  const int shares = workers * tiling.long_share;
+  const bool counts_known = tiling.words == nullptr || tiling.counts != nullptr;
+  cudaError_t ordered;
+  if (counts_known && rows <= kFewRows && tiling.problem.batch <= kFewRows && rows * tiling.heads <= kFewPairs) {
+    ordered = launch_early(order_kernel<true>, 1, kOrderThreads, 0, stream, tiling, workspace, shares);
+  } else {
+    count_kernel<<<static_cast<unsigned>(rows), kCountThreads, 0, stream>>>(tiling, workspace);
+    const cudaError_t error = cudaGetLastError();
+    if (error != cudaSuccess) return error;
+    ordered = launch_early(order_kernel<false>, 1, kOrderThreads, 0, stream, tiling, workspace, shares);
+  }
   const bool level = (tiling.words != nullptr || tiling.counts != nullptr) && tiling.problem.kv.max_seqlen > kLevelKeys;
   if (ordered != cudaSuccess || !level) return ordered;
   const int windows = static_cast<int>((tiling.num_rows * tiling.heads + kWindow - 1) / kWindow);

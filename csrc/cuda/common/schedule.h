@@ -2,7 +2,7 @@
 //
 // Two small kernels prepare it on the device, so that no length and no mask is ever read by the host:
 //   count   one CTA per mask row: where the tile lies (TileRow), and how many blocks each of its heads will visit
-//   order   one CTA: a stable counting sort of all (tile, head) pairs
+//   order   one CTA: a stable counting sort of all (tile, head) pairs; where there are few, it also does the first's work
 // Where there is no mask and all sequences are alike the order is a formula (known_order.h): one kernel writes it out.
 #pragma once
 
@@ -31,6 +31,11 @@ struct Tiling {
   const int32_t* counts = nullptr;  // [num_rows, mask_heads] their bits, where they are known
   int32_t mask_heads = 0;
   int32_t num_words = 0;
+  // What to fill with zeros in rows that belong to no sequence, since nobody works on them; null: nothing.
+  int32_t* unused_words = nullptr;   // [num_rows, unused_row_words]
+  int32_t* unused_counts = nullptr;  // [num_rows, unused_row_counts]
+  int32_t unused_row_words = 0;
+  int32_t unused_row_counts = 0;
   // Tiles longer than 1 / long_share of a worker's share of all blocks leave natural order and go first.
   int32_t long_share = 16;
 };

@@ -74,6 +74,7 @@ __global__ void __launch_bounds__(kThreads, kMinCtasPerSm)
   constexpr int kTokens = Tile<kVec>::kTokens;
   __shared__ alignas(16) float partial[kRows][kChunk];
   __shared__ int64_t row_offset[kPaged ? kTokens : 1];
+  cudaTriggerProgrammaticLaunchCompletion();  // the selection that follows may prepare itself
 
   const KvLayout& kv = params.kv;
   const int thread = threadIdx.x;

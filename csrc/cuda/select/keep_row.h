@@ -148,14 +148,6 @@ template <int kWarps, typename Weight>
 __device__ Cut mass_cut(const Team<kWarps>& team, const uint32_t* keys, int32_t n, double first, double total,
                         float threshold, Weight weight) {
   const auto below = [=](double before) { return static_cast<float>(before / total) < threshold; };
-  const auto weight_above = [&](uint32_t key) {
-    double sum = 0.0;
-    for (int32_t j = team.thread; j < n; j += Team<kWarps>::kThreads) {
-      const uint32_t k = keys[j];
-      if (k > key && k != kFirstKey) sum += static_cast<double>(weight(score_of(k)));
-    }
-    return first + team.sum(sum);
-  };
   uint32_t lowest = kFirstKey, highest = 0;
   for (int32_t j = team.thread; j < n; j += Team<kWarps>::kThreads) {
     const uint32_t k = keys[j];
@@ -164,19 +156,48 @@ __device__ Cut mass_cut(const Team<kWarps>& team, const uint32_t* keys, int32_t 
   }
   uint32_t low = team.smallest(lowest), high = team.largest(highest);
   if (low > high) return {};  // all are first
-  // The smallest number whose greater keys weigh little enough; one above the highest key if there is none.
-  ++high;
+  // The smallest number whose greater keys weigh little enough; one above the highest key if there is none. The weight
+  // changes at keys only, so both ends go to the next one. Only keys in (low, high] are still in question, and soon
+  // there are few: `live` has a bit for each trip of this warp over the row (modulo 32) that may hold one.
+  ++high;  // which is below kFirstKey
+  constexpr int32_t kTeam = Team<kWarps>::kThreads;
+  const int32_t trips = (n + kTeam - 1) / kTeam;
+  uint32_t live = trips < 32 ? (1u << trips) - 1 : kAllLanes;
+  double above = first;  // weight of the keys above `high`, and of the first ones
   while (low < high) {
     const uint32_t middle = low + (high - low) / 2;
-    if (below(weight_above(middle))) {
-      high = middle;
+    double sum = 0.0;
+    uint32_t upper = 0, least = high;  // trips that hold keys in (middle, high], and the lowest of these
+    uint32_t lower = 0, most = low;    // in (low, middle], and the highest
+    for (uint32_t bits = live; bits != 0; bits &= bits - 1) {
+      const int bit = __ffs(static_cast<int>(bits)) - 1;
+      for (int32_t j = bit * kTeam + team.thread; j < n; j += 32 * kTeam) {
+        const uint32_t k = keys[j];
+        if (k <= low || k > high) continue;
+        if (k > middle) {
+          sum += static_cast<double>(weight(score_of(k)));
+          upper |= 1u << bit;
+          least = min(least, k);
+        } else {
+          lower |= 1u << bit;
+          most = max(most, k);
+        }
+      }
+    }
+    __syncwarp();
+    const double before = above + team.sum(sum);
+    if (below(before)) {
+      high = team.largest(most);
+      above = before;
+      live = __reduce_or_sync(kAllLanes, lower);
     } else {
-      low = middle + 1;
+      low = team.smallest(least);
+      live = __reduce_or_sync(kAllLanes, upper);
     }
   }
   const uint32_t equal = count_keys(team, keys, n, [=](uint32_t k, int32_t) { return k == low; });
   if (equal == 0 || low == kFirstKey) return {low, 0};
-  const double before = weight_above(low), each = static_cast<double>(weight(score_of(low)));
+  const double before = above, each = static_cast<double>(weight(score_of(low)));
   uint32_t few = 1, many = equal;  // of the equals, the first always passes; the number that pass
   while (few < many) {
     const uint32_t middle = many - (many - few) / 2;

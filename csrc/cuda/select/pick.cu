@@ -8,7 +8,7 @@
 // Tile      one CTA of 1, 4 or 16 warps per (mask row, mask head), by the length of the row. HeadSharing::kUnion: it
 //           goes through the group's query heads in turn and keeps what any of them keeps; one rescue for all.
 // Memory    reads the visible scores once; shared: a key per block, and the mask's words. Writes words and counts.
-// Waits     for the scores. About 30 trips over the row in shared memory per bisection, no atomics.
+// Waits     for the scores. About ten trips over the row in shared memory, no atomics.
 #include <cstdint>
 
 #include "bsfa/cuda.h"
@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(32 * kWarps, 1)
   const int32_t group = score.problem.num_q_heads / mask_heads;
   for (int32_t member = 0; member < (everything ? 1 : group); ++member) {
     const int32_t head = mask_head * group + member;
-    const float threshold = params.thresholds[head];
+    const float threshold = params.threshold_of(head);
     const float* scores = slab.scores + (int64_t{in_slab} * score.problem.num_q_heads + head) * score.max_blocks;
     // An infinite threshold, or NaN, keeps everything, as nothing is known not to be below it.
     const bool all = everything || !(threshold < INFINITY) || !row.read(scores, always);

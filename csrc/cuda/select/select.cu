@@ -16,7 +16,7 @@ namespace bsfa::cuda {
 namespace {
 
 // Scores of a slab, and what grows with them. kFlat64 works on 64 mask rows at a time, which at a million tokens and 32
-// heads are 68 MB. The other rules could do with less; the strided kernel loses time at the end of every slab.
+// heads are 68 MB. The other rules could do with less; the strided kernels lose time at the end of every slab.
 constexpr int64_t kSlabBytes = 40 << 20;
 constexpr int64_t kStridedSlabBytes = 72 << 20;
 constexpr int32_t kSlabStep = 16;  // rows
@@ -143,19 +143,26 @@ cudaError_t select_blocks(const SelectParams& params, void* workspace, cudaStrea
   if (mask_rows == 0) return cudaSuccess;
   const bool nothing = !has_queries(score) || score.max_blocks == 0;
   const bool fused = score.rule == ScoreRule::kRelativeMax;
-  if (nothing || (fused && !in_natural_order(score))) {  // whose kernel leaves out rows that hold no query
+  if (nothing) {
     cudaError_t error = cudaMemsetAsync(params.counts, 0, mask_rows * sizeof(int32_t), stream);
     if (error == cudaSuccess && params.num_words > 0) {
       error = cudaMemsetAsync(params.words, 0, mask_rows * params.num_words * sizeof(int32_t), stream);
     }
-    if (error != cudaSuccess || nothing) return error;
+    return error;
   }
   int sms = 0;
   cudaError_t error = num_sms(&sms);
   if (error != cudaSuccess) return error;
   if (in_natural_order(score)) return select::relative_max(params, {}, sms, stream);
   const Memory memory = cut_up(score, workspace, sms);
-  error = make_order(tiling_of(score), memory.order, sms, stream);
+  Tiling tiling = tiling_of(score);
+  if (fused) {  // whose kernel leaves out rows that hold no query
+    tiling.unused_words = params.words;
+    tiling.unused_counts = params.counts;
+    tiling.unused_row_counts = score.mask_heads();
+    tiling.unused_row_words = tiling.unused_row_counts * params.num_words;
+  }
+  error = make_order(tiling, memory.order, sms, stream);
   if (error != cudaSuccess) return error;
   if (fused) return select::relative_max(params, memory.order, sms, stream);
   return for_each_slab(score, memory, nullptr, sms, stream,

@@ -4,11 +4,16 @@
 #include <cuda_runtime_api.h>
 
 #include "bsfa/params.h"
+#include "bsfa/summary.h"
 
 namespace bsfa::cuda {
 
 // float16 and bfloat16, any head_dim, page size and strides (rows on 16 bytes are fastest), batch up to 65535.
 cudaError_t pool_blocks(const PoolParams& params, cudaStream_t stream);
+
+// Fill `entries`; `table` and `window_seqlens`.
+cudaError_t summary_entries(const SummaryParams& params, cudaStream_t stream);
+cudaError_t summary_window(const SummaryParams& params, cudaStream_t stream);
 
 // Longest row of the rules from kPooled on: 6.5 million tokens in blocks of 128.
 constexpr int32_t kMaxSelectBlocks = 51200;

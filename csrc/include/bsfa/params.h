@@ -140,18 +140,23 @@ struct ScoreParams {
 // Which visible blocks are kept: those that the rule, or any of the following, keeps.
 struct SelectParams {
   ScoreParams score;                  // score.scores unused
-  const float* thresholds = nullptr;  // [score_heads]
-  int32_t last_tiles = 0;             // query tiles at the end of the prompt that keep everything
-  int32_t min_blocks = 0;             // the best min_blocks by score
-  float min_ratio = 0.0f;             // the best floor(min_ratio * visible blocks)
-  float probability = 1.0f;           // not for kRelativeMax: blocks with more than this share of the weight
-  int32_t rescue_stride = 0;          // > 0: blocks with (131 * tile + 17 * block + rescue_seed) % stride == 0
-  float rescue_probability = 0.0f;    // > 0: blocks whose hash says so, see keep.h
+  const float* thresholds = nullptr;  // [score_heads]; null: `threshold` for all
+  float threshold = 0.0f;
+  int32_t last_tiles = 0;           // query tiles at the end of the prompt that keep everything
+  int32_t min_blocks = 0;           // the best min_blocks by score
+  float min_ratio = 0.0f;           // the best floor(min_ratio * visible blocks)
+  float probability = 1.0f;         // not for kRelativeMax: blocks with more than this share of the weight
+  int32_t rescue_stride = 0;        // > 0: blocks with (131 * tile + 17 * block + rescue_seed) % stride == 0
+  float rescue_probability = 0.0f;  // > 0: blocks whose hash says so, see keep.h
   int32_t rescue_seed = 1;
   const int32_t* prompt_lens = nullptr;  // [B] full prompt length for last_tiles; null: seqlen_k
   int32_t num_words = 0;                 // ceil(max_blocks / 32)
   int32_t* words = nullptr;              // [num_rows, mask_heads, num_words]
   int32_t* counts = nullptr;             // [num_rows, mask_heads]
+
+  BSFA_HOST_DEVICE float threshold_of(int32_t score_head) const {
+    return thresholds != nullptr ? thresholds[score_head] : threshold;
+  }
 };
 
 // Attention of the last query rows of each sequence, its probe (FlexPrefill): the last min(block_m, seqlen_q) rows.

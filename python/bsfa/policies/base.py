@@ -15,6 +15,8 @@ from bsfa.layout import Layout, check_block_sizes
 from bsfa.limits import check_limits, check_tma
 
 Threshold = float | Sequence[float] | Tensor
+# What float32, which the kernels compare, rounds to 0 and to 1: numbers up to the one, and from the other on.
+ZERO_IN_FLOAT32, ONE_IN_FLOAT32 = 2.0**-150, 1.0 - 2.0**-25
 Q = TypeVar("Q", bound="Policy")
 P = TypeVar("P", bound="ThresholdPolicy")
 
@@ -244,6 +246,15 @@ class ScoredPolicy(ThresholdPolicy):
         """What is kept beyond threshold, sink, window, last tiles and min_blocks."""
         return Extras()
 
+    def one_threshold(self) -> float | None:
+        """The threshold of all heads as the kernels want it (:meth:`thresholds_for`); None if heads may differ."""
+        value = self.threshold
+        if not isinstance(value, int | float):
+            return None
+        if self.keeps_at_least:
+            return -1.0 if value <= ZERO_IN_FLOAT32 else float(value)
+        return math.inf if value >= ONE_IN_FLOAT32 else float(value)
+
     def thresholds_for(self, num_heads: int, device: torch.device) -> Tensor:
         """float32 [num_heads] as the kernels want it: keep-all becomes -1 (at least) or +inf (below).
 
@@ -311,12 +322,14 @@ class ScoredPolicy(ThresholdPolicy):
         if self.scoring.sharing == "group":
             assert selection.summary is not None
             heads = selection.summary.shape[-2]
+        threshold = self.one_threshold()  # passed by value where it can be: a tensor costs a kernel that fills it
         words, counts = torch.ops.bsfa.select_blocks(
             *arguments,
-            self.thresholds_for(heads, q.device),
+            self.thresholds_for(heads, q.device) if threshold is None else None,
             self.last_tiles,
             self.min_blocks,
             *self.extras,
             selection.prompt_lens,
+            0.0 if threshold is None else threshold,
         )
         return BlockMask(words, counts, MaskGeometry.of(selection.layout, self.block_m, self.block_n, q.device))

@@ -10,8 +10,8 @@
 //   current step was its tile's last: store O; else O *= rescale
 //   P = S' in 16 bits
 //
-// The warpgroups run freely; with kTakeTurns they would issue in turns ("pingpong", by named barriers), so that one's
-// products run under the other's softmax. They fall into that step by themselves, and turns only cost time.
+// The warpgroups run freely, and by themselves fall into a step in which one's products run under the other's softmax.
+// Issuing in turns ("pingpong", by named barriers) only cost time.
 #pragma once
 
 #include "../../common/mma.h"
@@ -21,19 +21,6 @@
 #include "store.h"
 
 namespace bsfa::cuda::attn::sm90 {
-
-// Turns of the two warpgroups: named barrier kTurn + w lets warpgroup w issue.
-constexpr int kTurn = 1;
-__device__ __forceinline__ void await_turn(int warpgroup) {
-  if constexpr (kTakeTurns) {
-    asm volatile("bar.sync %0, %1;" ::"r"(kTurn + warpgroup), "n"(kConsumers * kWarpgroup) : "memory");
-  }
-}
-__device__ __forceinline__ void give_turn(int warpgroup) {
-  if constexpr (kTakeTurns) {
-    asm volatile("bar.arrive %0, %1;" ::"r"(kTurn + warpgroup), "n"(kConsumers * kWarpgroup) : "memory");
-  }
-}
 
 template <class Config>
 class Consumer {
@@ -58,33 +45,27 @@ class Consumer {
     auto o = partition_fragment_C(output_mma, Shape<Int<kTileRows>, Int<Config::kHeadDimV>>{});
     auto probabilities = make_probabilities<Config>();
 
-    const int warpgroup = warp_ / 4;
     float rescale[2];
 
     // The first step of all.
     await_step();
     Step step = read_step(shared_.steps[key_.slot]);
     if (step.flags & kEnd) return;
-    if (warpgroup == 1) give_turn(0);
     await_query();
-    await_turn(warpgroup);
-    issue(score_mma, query_part(_, _, _, query_.slot), key_part(_, _, _, key_.slot), s, false);
-    give_turn(1 - warpgroup);
+    issue(score_mma, query_part(_, _, _, query_slot()), key_part(_, _, _, key_slot()), s, false);
     read_tokens();
     warpgroup_wait<0>();
     warpgroup_fence_operand(s);
     scores_made(step);
-    key_.advance();
+    next_step(step);
     softmax(s, step, rescale);
     convert(s, probabilities);
 
     // The probabilities of the next step, made beside the product of the step before, which was its tile's first or
     // not.
     const auto advance = [&](bool before_was_first) __attribute__((always_inline)) {
-      await_turn(warpgroup);
-      issue(score_mma, query_part(_, _, _, query_.slot), key_part(_, _, _, key_.slot), s, false);
+      issue(score_mma, query_part(_, _, _, query_slot()), key_part(_, _, _, key_slot()), s, false);
       issue(output_mma, probabilities, value_part(_, _, _, value_.slot), o, !before_was_first);
-      give_turn(1 - warpgroup);
       step = read_step(shared_.steps[key_.slot]);
       read_tokens();
       warpgroup_wait<1>();
@@ -95,7 +76,7 @@ class Consumer {
       warpgroup_wait<0>();
       warpgroup_fence_operand(o);
       release(shared_.value_empty[value_.slot], lane_);
-      key_.advance();  // here, and not before the softmax, which is 2 % slower
+      next_step(step);  // here, and not before the softmax, which is 2 % slower
       value_.advance();
       convert(s, probabilities);
       return rescaled;
@@ -118,17 +99,16 @@ class Consumer {
         issue(output_mma, probabilities, value_part(_, _, _, value_.slot), o, !first);
         warpgroup_wait<0>();
         warpgroup_fence_operand(o);
-        finish_tile(o, rows_, info_slot());
+        finish_tile(o, rows_, query_slot(), info_slot());
         if (Config::kStaged && lane_ == 0) tma_store_wait<0>();  // shared memory must outlive the stores
         return;
       }
-      const int finished_slot = info_slot();
+      const int finished_slot = query_slot(), finished_info = info_slot();
       const SoftmaxRows finished = rows_;
-      query_.advance();
-      info_.advance();
+      next_tile(step);
       await_query();
       advance(first);
-      finish_tile(o, finished, finished_slot);
+      finish_tile(o, finished, finished_slot, finished_info);
     }
   }
 
@@ -138,13 +118,33 @@ class Consumer {
   __device__ void await_query() const { shared_.query_full[query_.slot].wait(query_.parity); }
   // Where what is known of the current tile lies.
   __device__ int info_slot() const { return Config::kStaged ? query_.slot : info_.slot; }
+  // Where the tile's queries lie, and the step's keys.
+  __device__ int query_slot() const { return Config::kPool ? query_slot_ : query_.slot; }
+  __device__ int key_slot() const { return Config::kPool ? key_slot_ : key_.slot; }
+  __device__ Mbarrier& query_empty(int slot) const {
+    return Config::kPool ? shared_.key_empty[slot] : shared_.query_empty[slot];
+  }
+  // To the step after `step`, and to the tile after the one that `step` ended. In a pool `step` says where they lie; a
+  // reduction, of what all lanes have, puts that into uniform registers, where descriptors want it.
+  __device__ void next_step(const Step& step) {
+    key_.advance();
+    if constexpr (Config::kPool) key_slot_ = __reduce_or_sync(kAllLanes, step.flags >> kFirstSlotShift);
+  }
+  __device__ void next_tile(const Step& step) {
+    query_.advance();
+    info_.advance();
+    if constexpr (Config::kPool) {
+      query_slot_ = key_slot_;
+      key_slot_ = __reduce_or_sync(kAllLanes, step.flags >> kSecondSlotShift & (kPoolSlots - 1));
+    }
+  }
 
   // The step's keys are done with, and so are the tile's queries after its last step, unless their slot is still wanted
   // for the output.
   __device__ void scores_made(const Step& step) {
-    release(shared_.key_empty[key_.slot], lane_);
+    release(shared_.key_empty[key_slot()], lane_);
     if constexpr (!Config::kStaged) {
-      if (step.flags & kLast) release(shared_.query_empty[query_.slot], lane_);
+      if (step.flags & kLast) release(query_empty(query_.slot), lane_);
     }
   }
 
@@ -174,7 +174,7 @@ class Consumer {
       const TileRow& tile = shared_.tiles[info_slot()].tile;
       const int first_row = warp_ * kStoreRows + lane_ / 4;
       if (step.flags & kMeans) {
-        const Columns& columns = shared_.columns[step.flags >> kColumnsShift];
+        const Columns& columns = shared_.columns[step.flags >> kColumnsShift & kColumnsMask];
         weigh_means(s, tile, step.first_key, columns, part, first_row, p_.scale.inverse_scale_log2);
       } else {
         mask_scores(s, tile, step.first_key + part * Config::kScoreKeys, first_row, p_.causal, p_.window_left);
@@ -186,15 +186,21 @@ class Consumer {
   }
 
   template <class Tensor>
-  __device__ void finish_tile(const Tensor& o, const SoftmaxRows& rows, int slot) {
-    store_tile<Config>(shared_.query[Config::kStaged ? slot : 0], p_, shared_.tiles[slot], warp_, o, rows);
+  __device__ void finish_tile(const Tensor& o, const SoftmaxRows& rows, int slot, int info) {
+    char* buffer;
+    if constexpr (Config::kPool) {
+      buffer = shared_.key[slot];
+    } else {
+      buffer = shared_.query[Config::kStaged ? slot : 0];
+    }
+    store_tile<Config>(buffer, p_, shared_.tiles[info], warp_, o, rows);
     if (Config::kStaged) stored_slot_ = slot;
   }
 
   // Gives the slot of the last stored tile back, one step after it was stored: by then TMA has read it.
   __device__ void give_back_stored() {
     if (stored_slot_ < 0) return;
-    release_stored(shared_.query_empty[stored_slot_], lane_);
+    release_stored(query_empty(stored_slot_), lane_);
     stored_slot_ = -1;
   }
 
@@ -207,6 +213,7 @@ class Consumer {
   RingPosition<Config::kInfoSlots> info_;
   RingPosition<Config::kKeySlots> key_;
   RingPosition<Config::kValueSlots> value_;
+  int query_slot_ = kFirstQuery, key_slot_ = kFirstKey;  // in the pool
   std::conditional_t<Config::kTokens, RowTokens, NoTokenStorage> tokens_;
   SoftmaxRows rows_{};
   bool rows_complete_ = false;  // every row of this warp has seen a key

@@ -11,6 +11,7 @@
 #include "../../common/schedule.h"
 #include "../../common/tensor_map.h"
 #include "../../common/warp.h"
+#include "pool.h"
 
 namespace bsfa::cuda::attn::sm90 {
 
@@ -20,8 +21,6 @@ constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
 constexpr int kConsumerWarps = kConsumers * 4;
 constexpr int kStoreRows = 16;  // rows that one warp owns, and stores at once
 constexpr int kGroupRows = 8;   // of a swizzle atom
-
-constexpr bool kTakeTurns = false;  // of the consumers to issue products (compute.h)
 
 constexpr int kWorkSlots = 3;   // tiles that the scheduler warp is ahead of the slower load warp
 constexpr int kMaskChunk = 32;  // mask words that a warp holds at once, one per lane
@@ -79,19 +78,23 @@ struct Config {
   using Keys = Operand<kHeadDim, kPages>;
   using Values = Operand<kHeadDimV, kPages>;
   using Outputs = Operand<kHeadDimV>;
+  // Queries and keys share slots (pool.h). Then kKeySlots and kQuerySlots only say how many of them there are at most.
+  static constexpr bool kPool = kHeadDim == 128 && (kVariant == Variant::kPlain || kPages);
   // Blocks in flight. A slot of K is free once its scores are made, one of V only after the softmax that runs beside
   // its product: V gets a third one where there is room.
-  static constexpr int kKeySlots = kHeadDim == 64 && !kPaired ? 5 : 2;
+  static constexpr int kKeySlots = kPool ? 3 : kHeadDim == 64 && !kPaired ? 5 : 2;
   static constexpr int kValueSlots = kHeadDim == 64 && !kPaired ? 5 : kHeadDim == 128 ? 3 : 2;
   // Query tiles in shared memory, two where there is room for them. Then the output of a tile is staged in its query slot.
   // One alone is given to the next tile as soon as the last scores are made, and outputs are stored from registers.
-  static constexpr int kQuerySlots = kHeadDim == 64 || (kHeadDim == 128 && !kTokens) ? 2 : 1;
-  static constexpr bool kStaged = kQuerySlots == 2;
+  static constexpr int kQuerySlots = kPool ? 3 : kHeadDim == 64 || (kHeadDim == 128 && !kTokens) ? 2 : 1;
+  static constexpr bool kStaged = kQuerySlots > 1;
   // What the consumers know of a tile is wanted until it is stored, beside the next tile's first step, which may be that
   // tile's last one and give its queries back.
   static constexpr int kInfoSlots = kStaged ? kQuerySlots : 3;
   static_assert(!kStaged || kHeadDimV <= kHeadDim, "an output fits where its queries were");
   static_assert(!kSkip || kStaged);
+  static_assert(!kPool || (kKeySlots == kPoolSlots - 1 && kQuerySlots == kPoolSlots - 1));
+  static_assert(!kPool || Queries::kTileBytes == Keys::kTileBytes);
 
   template <bool kGrouped>
   using Order = std::conditional_t<kGrouped, cute::Step<cute::_2, cute::_1>,
@@ -139,7 +142,7 @@ struct TileInfo {
 // the means of kBlockKeys blocks instead of as many tokens.
 struct Step {
   int32_t first_key;  // of means: the first block
-  uint32_t flags;     // StepFlags; of means: also the slot of their columns, from bit kColumnsShift
+  uint32_t flags;     // StepFlags, and slots
 };
 enum StepFlags : uint32_t {
   kFirst = 1,   // of its tile
@@ -150,7 +153,11 @@ enum StepFlags : uint32_t {
   kKeep = 32,  // of kSkip: never skipped
   kNone = 64,  // of kSkip: the tile sees nothing, and this step has no keys
 };
-constexpr int kColumnsShift = 8;
+// Above the flags. Of means: the slot of their columns. Of a pool: the first two slots in its order after this step.
+// The first one takes the next step's keys; after the last step of a tile, the next tile's queries, and the second one
+// its first keys.
+constexpr int kColumnsShift = 8, kSecondSlotShift = 28, kFirstSlotShift = 30;
+constexpr uint32_t kColumnsMask = 7;
 
 // Which means of a step enter the softmax, one bit each.
 struct Columns {
@@ -180,16 +187,24 @@ struct TokenStorage {
 };
 struct NoTokenStorage {};
 
+// Slots of queries alone. Where outputs are staged, a finished tile's lies where its queries were.
 template <class Config>
-struct SharedStorage {
-  alignas(1024) char query[Config::kQuerySlots][Config::Queries::kTileBytes];  // kStaged: and a finished tile's output
-  alignas(1024) char key[Config::kKeySlots][Config::Keys::kTileBytes];
+struct QueryTiles {
+  alignas(1024) char query[Config::kQuerySlots][Config::Queries::kTileBytes];
+};
+struct NoQueryTiles {};
+
+template <class Config>
+struct SharedStorage : std::conditional_t<Config::kPool, NoQueryTiles, QueryTiles<Config>> {
+  static constexpr int kKeyTiles = Config::kPool ? kPoolSlots : Config::kKeySlots;
+  alignas(1024) char key[kKeyTiles][Config::Keys::kTileBytes];  // kPool: and queries, and outputs
   alignas(1024) char value[Config::kValueSlots][Config::Values::kTileBytes];
   std::conditional_t<Config::kTokens, TokenStorage<Config>, NoTokenStorage> tokens;
   Mbarrier work_full[kWorkSlots], work_empty[kWorkSlots];
-  Mbarrier query_full[Config::kQuerySlots], query_empty[Config::kQuerySlots];
-  Mbarrier full[Config::kKeySlots];  // of a step: its K and the V of the step before have arrived
-  Mbarrier key_empty[Config::kKeySlots], value_empty[Config::kValueSlots];
+  Mbarrier query_full[Config::kQuerySlots];
+  Mbarrier query_empty[Config::kQuerySlots];  // not of kPool, where key_empty stands for all slots
+  Mbarrier full[Config::kKeySlots];           // of a step: its K and the V of the step before have arrived
+  Mbarrier key_empty[kKeyTiles], value_empty[Config::kValueSlots];
   Mbarrier value_tail;            // a V block whose tail is zeroed before it is handed over
   Step steps[Config::kKeySlots];  // of the K blocks
   // Of the steps of means, in turn. They are read after the K slot is given back, but before the next one is: a slot

@@ -7,7 +7,8 @@
 // Skipping  steps whose scores are all low end after their scores (skip.h, skip_compute.h): kernels of their own.
 // Roles     warpgroup 0: warps 0 and 1 fetch by TMA (load.h), warp 2 hands out tiles (schedule.h, load.h), warp 3
 //           leaves; warpgroups 1 and 2 compute 64 rows each (compute.h) and store them (store.h).
-// Memory    two query tiles, whose slots also stage the output, or one (config.h); rings of K and of V blocks.
+// Memory    query tiles and K blocks share one pool (pool.h), or have rings, of two query tiles or of one (config.h);
+//           a tile's output is staged where its queries were, unless there is only one slot for these; a ring of V.
 // Waits     each ring has full and empty mbarriers. A step's full barrier stands for its K, its Step, and the V of the
 //           step before, which the consumers want together; a query slot's also guards its TileInfo. Consumers wait for
 //           steps and queries; the load warps for free slots and for work; nobody for the host.
@@ -35,15 +36,11 @@ __global__ void __launch_bounds__(kThreads, Config::kCtas) attention_kernel(cons
       shared.work_full[i].init(1);
       shared.work_empty[i].init(2);
     }
-    for (int i = 0; i < Config::kQuerySlots; ++i) {
-      shared.query_full[i].init(1);
-      shared.query_empty[i].init(kConsumerWarps);
-    }
-    for (int i = 0; i < Config::kKeySlots; ++i) {
-      shared.full[i].init(Config::kSkip ? 1 : 2);
-      shared.key_empty[i].init(kConsumerWarps);
-    }
-    for (int i = 0; i < Config::kValueSlots; ++i) shared.value_empty[i].init(kConsumerWarps);
+    for (Mbarrier& full : shared.query_full) full.init(1);
+    for (Mbarrier& full : shared.full) full.init(Config::kSkip ? 1 : 2);
+    for (Mbarrier& empty : shared.query_empty) empty.init(kConsumerWarps);
+    for (Mbarrier& empty : shared.key_empty) empty.init(kConsumerWarps);
+    for (Mbarrier& empty : shared.value_empty) empty.init(kConsumerWarps);
     shared.value_tail.init(1);
     if constexpr (Config::kSkip) {
       auto& skip = shared.skip;

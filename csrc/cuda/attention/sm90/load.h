@@ -366,37 +366,65 @@ class KeyLoader : public Loader<Config, typename Config::Keys> {
           }
         },
         [&](const TileRow& tile, Block block, bool first, bool last) {
-          const Step step{block.first_key, flags_of(tile, block, first, last)};
-          this->shared_.key_empty[key_.slot].wait(key_.parity ^ 1);
+          Step step{block.first_key, flags_of(tile, block, first, last)};
+          char* target = await_key_slot(step);
           if constexpr (Config::kTokens) load_tokens(tile, block);
-          load_step(this->p_.k, block, step);
+          load_step(this->p_.k, block, step, target);
           if (!kQueryFirst && first) load_query(tile, head_of_query, 0.0f);
         },
         [&](const TileRow& tile, const Block& block, uint32_t columns, bool first, bool last) {
           const uint32_t flags = kMeans | kMasked | (first ? kFirst : 0) | (last ? kLast : 0);
-          this->shared_.key_empty[key_.slot].wait(key_.parity ^ 1);
+          Step step{block.first_key, flags | static_cast<uint32_t>(columns_.slot) << kColumnsShift};
+          char* target = await_key_slot(step);
           if (this->lane_ < kBlockKeys / 32) {
             this->shared_.columns[columns_.slot].words[this->lane_] = columns;
           }
           __syncwarp();
-          load_step(this->p_.k_means, block,
-                    {block.first_key, flags | static_cast<uint32_t>(columns_.slot) << kColumnsShift});
+          load_step(this->p_.k_means, block, step, target);
           columns_.advance();
           if (!kQueryFirst && first) load_query(tile, head_of_query, 0.0f);
         });
     // The end is a step without a block.
-    this->shared_.key_empty[key_.slot].wait(key_.parity ^ 1);
+    Step end{0, kEnd};
+    await_key_slot(end);
     if (this->lane_ == 0) {
-      this->shared_.steps[key_.slot] = {0, kEnd};
+      this->shared_.steps[key_.slot] = end;
       this->shared_.full[key_.slot].arrive();
     }
   }
 
  private:
-  __device__ void load_step(const CUtensorMap& map, const Block& block, const Step& step) {
+  __device__ void load_step(const CUtensorMap& map, const Block& block, const Step& step, char* target) {
     if (this->lane_ == 0) this->shared_.steps[key_.slot] = step;
-    this->load_block(map, block, this->shared_.full[key_.slot], this->shared_.key[key_.slot]);
+    this->load_block(map, block, this->shared_.full[key_.slot], target);
     key_.advance();
+  }
+
+  // The slot of a step's keys, once it is free. In a pool the step says where the next one's will lie.
+  __device__ char* await_key_slot(Step& step) {
+    if constexpr (Config::kPool) {
+      const bool first = step.flags & kFirst;
+      const uint32_t entry = pool_.take_keys(first || after_first_);
+      after_first_ = first;
+      step.flags |= pool_.first() << kFirstSlotShift | pool_.second() << kSecondSlotShift;
+      return await_pool_slot(entry);
+    } else {
+      this->shared_.key_empty[key_.slot].wait(key_.parity ^ 1);
+      return this->shared_.key[key_.slot];
+    }
+  }
+  // That of a tile's queries.
+  __device__ char* await_query_slot() {
+    if constexpr (Config::kPool) {
+      return await_pool_slot(pool_.take_query());
+    } else {
+      this->shared_.query_empty[query_.slot].wait(query_.parity ^ 1);
+      return this->shared_.query[query_.slot];
+    }
+  }
+  __device__ char* await_pool_slot(uint32_t entry) {
+    this->shared_.key_empty[entry >> 1].wait((entry & 1) ^ 1);
+    return this->shared_.key[entry >> 1];
   }
 
   // The token mask's words of a block: they come with its keys, and are counted among its bytes.
@@ -418,13 +446,13 @@ class KeyLoader : public Loader<Config, typename Config::Keys> {
       const int32_t own = min(max(tile.position, 0) / kBlockKeys, visible - 1);
       kept_ = {max(own - window, -1) + 1, this->p_.causal || window > visible - own ? visible : own + window};
     }
-    this->shared_.query_empty[query_.slot].wait(query_.parity ^ 1);
+    char* target = await_query_slot();
     if (this->lane_ == 0) {
       this->shared_.tiles[Config::kStaged ? query_.slot : info_.slot] = {tile, head, cut};
       Mbarrier& full = this->shared_.query_full[query_.slot];
       full.arrive_expect(Config::Queries::kTileBytes);
-      Base::load_box(this->p_.q, full, this->shared_.query[query_.slot], cute::TMA::CacheHintSm90::EVICT_FIRST, 0,
-                     tile.query_token, head, tile.query_batch);
+      Base::load_box(this->p_.q, full, target, cute::TMA::CacheHintSm90::EVICT_FIRST, 0, tile.query_token, head,
+                     tile.query_batch);
     }
     query_.advance();
     info_.advance();
@@ -449,7 +477,9 @@ class KeyLoader : public Loader<Config, typename Config::Keys> {
   RingPosition<Config::kInfoSlots> info_;  // where a query slot has no TileInfo of its own
   RingPosition<Config::kKeySlots> key_;
   RingPosition<Config::kKeySlots + 1> columns_;
-  BlockRange kept_;  // of kSkip: the window of the tile, never skipped
+  PoolOrder pool_;
+  bool after_first_ = false;  // of kPool: the step before was the first of its tile
+  BlockRange kept_;           // of kSkip: the window of the tile, never skipped
 };
 
 // Values. A block's V is part of the step after its own, which uses it.

@@ -8,7 +8,8 @@
 
 namespace bsfa::cuda::attn::sm90 {
 
-// Fragments of all query slots, and of the parts of all key slots and value slots; which one is their last mode.
+// Fragments of all query slots, and of the parts of all key slots and value slots; which one is their last mode. In a
+// pool any slot may hold either.
 template <class Config>
 __device__ __forceinline__ auto operand_parts(SharedStorage<Config>& shared, int thread) {
   using namespace cute;
@@ -23,14 +24,22 @@ __device__ __forceinline__ auto operand_parts(SharedStorage<Config>& shared, int
   using KeyLayout = typename Config::template RowsLayout<Config::kScoreKeys, Config::kPages>;
   constexpr int kParts = kBlockKeys / Config::kScoreKeys;  // of a slot; where there are several, they lie in a row
   static_assert(kParts == 1 || (Config::Keys::kPieces == 1 && Config::Values::kPieces == 1));
-  const auto query = tile_of(shared.query[0], staged(QueryLayout{}, Int<Config::kQuerySlots>{}));
-  const auto key = tile_of(shared.key[0], staged(KeyLayout{}, Int<kParts * Config::kKeySlots>{}));
   const auto value =
       tile_of(shared.value[0], staged(typename Config::ColumnsLayout{}, Int<kParts * Config::kValueSlots>{}));
   const auto score_slice = typename Config::ScoreMma{}.get_thread_slice(thread);
   const auto output_slice = typename Config::OutputMma{}.get_thread_slice(thread);
-  return make_tuple(score_slice.partition_fragment_A(query), score_slice.partition_fragment_B(key),
-                    output_slice.partition_fragment_B(value));
+  const auto fragments = [&](char* queries, auto query_slots) {
+    constexpr int kKeyTiles = SharedStorage<Config>::kKeyTiles;
+    const auto query = tile_of(queries, staged(QueryLayout{}, query_slots));
+    const auto key = tile_of(shared.key[0], staged(KeyLayout{}, Int<kParts * kKeyTiles>{}));
+    return make_tuple(score_slice.partition_fragment_A(query), score_slice.partition_fragment_B(key),
+                      output_slice.partition_fragment_B(value));
+  };
+  if constexpr (Config::kPool) {
+    return fragments(shared.key[0], Int<kPoolSlots>{});
+  } else {
+    return fragments(shared.query[0], Int<Config::kQuerySlots>{});
+  }
 }
 
 // The scores' registers, in their order, are the left operand of the second product. (A second set, filled while the

@@ -74,11 +74,11 @@ class PairedConsumer : public Consumer<Config> {
         if (step.flags & kLast) break;
         step = read_step(shared.steps[this->key_.slot]);
       }
-      this->finish_tile(o, this->rows_, this->info_slot());
+      this->finish_tile(o, this->rows_, this->query_slot(), this->info_slot());
       this->query_.advance();
       this->info_.advance();
     }
-    if (Config::kStaged && this->lane_ == 0) tma_store_wait<0>();  // shared memory must outlive the stores
+    if (this->lane_ == 0) tma_store_wait<0>();  // shared memory must outlive the stores
   }
 };
 

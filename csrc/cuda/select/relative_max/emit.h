@@ -46,7 +46,7 @@ class Emitter {
 
   __device__ void write_words(float* energy, float top) const {
     const SelectParams& p = p_.select;
-    const float threshold = p.thresholds[work_.head];
+    const float threshold = p.threshold_of(work_.head);
     int32_t count;
     if (everything_ || threshold < 0.0f) {
       count = for_each_word([](int32_t) { return true; });

@@ -23,6 +23,7 @@ namespace bsfa::cuda::select {
 template <class Config>
 __global__ void __launch_bounds__(kThreads, 1) relative_max_kernel(const __grid_constant__ KernelParams p) {
   extern __shared__ __align__(1024) char memory[];
+  cudaTriggerProgrammaticLaunchCompletion();  // attention's order, and attention, take each SM as it becomes free
   const auto shared = Shared<Config>::in(memory, p.query_slots);
   Control& control = shared.control;
   const int warp = __shfl_sync(kAllLanes, threadIdx.x / 32, 0);

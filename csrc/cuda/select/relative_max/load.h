@@ -18,9 +18,10 @@ __device__ inline bool keeps_everything(const SelectParams& p, const TileRow& ti
 inline __device__ void schedule(Control& control, const KernelParams& p) {
   const int lane = threadIdx.x % 32;
   const Workspace& workspace = p.workspace;
-  cudaGridDependencySynchronize();  // everything else in this kernel waits for this warp's work
   const ScoreParams& score = p.select.score;
   const bool natural = workspace.queue == nullptr;
+  // In natural order the first pairs are made while the kernel before still runs: that takes nothing from memory.
+  if (!natural || p.select.prompt_lens != nullptr) cudaGridDependencySynchronize();
   const auto num_rows = static_cast<int32_t>(score.num_rows);
   const uint32_t total = natural ? num_rows * score.score_heads() : workspace.queue->total;
   const int32_t tiles = natural ? num_rows / score.problem.batch : 0;  // of each sequence
@@ -41,6 +42,7 @@ inline __device__ void schedule(Control& control, const KernelParams& p) {
       work.steps = scored ? ceil_div(work.visible, kStepBlocks) : 0;
     }
     const int taken = __popc(__ballot_sync(kAllLanes, work.head >= 0));
+    if (round == 0) cudaGridDependencySynchronize();  // everything else in this kernel waits for this warp's work
     for (int i = 0; i <= taken && i < 32; ++i, slot.advance()) {  // after the last pair of all, the end
       control.work_empty[slot.slot].wait(slot.parity ^ 1);
       if (lane == i) {
