@@ -506,10 +506,9 @@ def test_nothing_to_do(layout: str, lengths: tuple[tuple[int, int], ...]) -> Non
 @pytest.mark.parametrize("layout", [BATCHED, PACKED, PAGED])
 def test_memory(layout: str) -> None:
     """A byte for each element of k (packed: of 128 tokens more a sequence), 16 for each block and head; the mask."""
-    hq, hkv, dim, lengths = 4, 2, 128, ((2048, 8192), (2048, 6000))
-    inputs = replace(BASE, lengths=((2048, 8192),) * 2 if layout == BATCHED else lengths, hkv=hkv, dim=dim).make()
-    inputs.case = replace(inputs.case, layout=layout, page_size=64)
-    inputs.lay_out()
+    hq, hkv, dim = 4, 2, 128
+    lengths = ((2048, 8192), (2048, 8192 if layout == BATCHED else 6000))
+    inputs = replace(BASE, lengths=lengths, hq=hq, hkv=hkv, dim=dim, layout=layout, page_size=64).make()
     there = inputs.to(DEVICE)
     rows = inputs.geometry.num_rows
     arguments = arguments_of(there, rows)
