@@ -1,13 +1,11 @@
-// Bounds of logits from FP8 products: what both kernels share, for one head_dim.
+// Bounds of logits from products of 8-bit integers: what both kernels share, for one head_dim.
 //
-// q and k are rounded to e4m3, q with a power of two of its own for each row, k with one for each block of 128 keys of a
-// head. With q' and k' the rounded rows, Cauchy and Schwarz give
+// q and k are rounded to integers of -127 .. 127 times a factor, of its own for each row of q, and for each block of 128
+// keys of a head. With q' and k' what they become, Cauchy and Schwarz give
 //
 //   |q . k - q' . k'| = |q . (k - k') + (q - q') . k'| <= |q| |k - k'| + |q - q'| |k'|
 //
-// and the norms of what rounding took away are known. The product itself is off by at most kProductLoss |q'| |k'|: in every
-// instruction of 32 terms these are aligned to the largest one and cut off 13 bits below it, and the sum is rounded to the
-// 11 bits of float16. Rows are brought to magnitudes of at most 16, so that no sum leaves float16's range.
+// where the norms of what rounding took away are known, and the product of integers is exact.
 #pragma once
 
 #include <cute/tensor.hpp>
@@ -25,16 +23,17 @@ constexpr int kGroupRows = kTileRows / kConsumers;
 constexpr int kThreads = kConsumers * kWarpgroup;
 constexpr int kWarps = kThreads / 32;
 constexpr int kCtasPerSm = 2;
-constexpr int kStages = 5;           // KV blocks in shared memory
-constexpr int kAhead = kStages - 2;  // steps from a block's fetch to its use; warps may be two steps apart
-constexpr int kMaxBlocks = 1 << 16;  // of a sequence: their numbers are listed in 16 bits
+constexpr int kStages = 5;                 // KV blocks in shared memory
+constexpr int kAhead = kStages - 2;        // steps from a block's fetch to its use; warps may be two steps apart
+constexpr int kMaxBlocks = 1 << 16;        // of a sequence: their numbers are listed in 16 bits
+constexpr int kHalfKeys = kBlockKeys / 2;  // of one product
 constexpr int kQuantizeThreads = 256;
 static_assert(kGroupRows == kSkipRows);
 
 // Of one KV block and head.
 struct alignas(16) BlockFacts {
   float factor;  // k is k' times this
-  float lost;    // largest |k - k'|, and what the product's own rounding adds to it
+  float lost;    // largest |k - k'|
   float norm;    // largest |k| or |k'|
   float unused;
 };
@@ -44,16 +43,16 @@ struct Config {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kSteps = kHeadDim / 32;  // of 32 terms
   static constexpr int kImageBytes = kBlockKeys * kHeadDim;
-  using Fp8 = cute::float_e4m3_t;
   // A block's image in memory is what lies in shared memory: rows swizzled as the product wants them.
-  using Atom = std::conditional_t<kHeadDim == 128, cute::SM90::GMMA::Layout_K_SW128_Atom<Fp8>,
-                                  cute::SM90::GMMA::Layout_K_SW64_Atom<Fp8>>;
+  using Atom = std::conditional_t<kHeadDim == 128, cute::SM90::GMMA::Layout_K_SW128_Atom<int8_t>,
+                                  cute::SM90::GMMA::Layout_K_SW64_Atom<int8_t>>;
   using KeyLayout = decltype(cute::tile_to_shape(Atom{}, cute::Shape<cute::Int<kBlockKeys>, cute::Int<kHeadDim>>{}));
+  // The same bytes in halves: [key, column, half of a stage].
+  using HalvesLayout = decltype(cute::tile_to_shape(
+      Atom{}, cute::Shape<cute::Int<kHalfKeys>, cute::Int<kHeadDim>, cute::Int<2 * kStages>>{}));
   using Mma = decltype(cute::make_tiled_mma(
       cute::SM90::GMMA::rs_op_selector<
-          Fp8, Fp8, cute::half_t, cute::Shape<cute::Int<kGroupRows>, cute::Int<kBlockKeys>, cute::Int<kHeadDim>>>()));
-  static constexpr float kProductLoss = (kHeadDim + kSteps) / 8192.0f + kSteps / 1024.0f;
-  static_assert(16 * 16 * kHeadDim < 65504);
+          int8_t, int8_t, int32_t, cute::Shape<cute::Int<kGroupRows>, cute::Int<kHalfKeys>, cute::Int<kHeadDim>>>()));
 };
 
 // Images [Hkv, blocks, kImageBytes] and facts [Hkv, blocks] of all sequences.
@@ -89,20 +88,20 @@ struct KernelParams {
   unsigned long long* skips;  // zeroed
 };
 
-// The power of two that brings `largest` to 8 .. 16, and its inverse. Beyond 2^100 either way values are held badly, or
-// not at all, which the norms of what is lost then say.
-struct Power {
+// What brings `largest` to 127, and its inverse. Beyond 1e30 either way values are held badly, or not at all, which the
+// norms of what is lost then say.
+struct Factor {
   float up, down;
 };
-__device__ __forceinline__ Power power_for(float largest) {
-  const int exponent = static_cast<int>(__float_as_uint(largest) >> 23 & 0xff) - 127;
-  const int up = min(max(3 - exponent, -100), 100);
-  return {__uint_as_float((127 + up) << 23), __uint_as_float((127 - up) << 23)};
+__device__ __forceinline__ Factor factor_for(float largest) {
+  const float x = fminf(fmaxf(largest, 1e-30f), 1e30f);
+  return {127.0f / x, x / 127.0f};
 }
 
-// Norms are rounded up by a little more than what the sums of their squares can be off. Numbers below float32's normal
-// ones count as lost.
+// Norms are rounded up by a little more than what the sums of their squares can be off. To what is lost belongs what
+// float32 loses, of numbers (kRounding of the norm) and of those below its normal ones.
 constexpr float kUp = 1.0f + 1e-5f;
+constexpr float kRounding = 1e-6f;
 constexpr float kSubnormal = 2e-37f;
 
 }  // namespace bsfa::cuda::bound

@@ -3,7 +3,7 @@
 // Tile      a CTA takes one (tile, query head) pair: 128 rows against 128 keys a step. Two CTAs share an SM, so that four
 //           warpgroups fill the tensor cores; what one waits for, the others hide.
 // Roles     both warpgroups compute, 64 rows each; one thread also fetches the images of blocks, three steps ahead.
-// Products  two sets of scores in turn: one is made while the other is looked at.
+// Products  64 keys each, in two sets of scores: one is made while the other is looked at.
 // Decision  a thread looks at the largest of its scores of a row; a warp keeps a block by one vote. No warp waits for
 //           another one: each sets the bits that it keeps in the row of words in shared memory, 32 blocks at a time.
 // Order     the blocks in question are listed before the first step. Absolute: from the last to the first, without those
@@ -134,38 +134,27 @@ class KeyLoader {
   RingPosition<kStages> slot_;
 };
 
-// The largest of the thread's scores of each row. Word 2 j + r of the accumulator holds row r, columns
-// 8 j + 2 (lane % 4) and the next.
-template <class Tensor>
-__device__ __forceinline__ float largest_of_row(const Tensor& words, int r) {
-  const auto at = [&](int j) {
-    const uint32_t word = words(2 * j + r);
-    return *reinterpret_cast<const __half2*>(&word);
-  };
-  __half2 tops[4] = {at(0), at(1), at(2), at(3)};
+// Less than any score.
+constexpr int32_t kUnseen = INT32_MIN;
+
+// The largest of the thread's scores of row r, in a half of a block; `score(i)` is element i. Element 4 j + 2 r + c is
+// column 8 j + 2 (lane % 4) + c.
+template <class Score>
+__device__ __forceinline__ int32_t largest_of_row(const Score& score, int r) {
+  int32_t tops[2];
 #pragma unroll
-  for (int j = 4; j < kBlockKeys / 8; ++j) tops[j % 4] = __hmax2(tops[j % 4], at(j));
-  const __half2 top = __hmax2(__hmax2(tops[0], tops[1]), __hmax2(tops[2], tops[3]));
-  return fmaxf(__low2float(top), __high2float(top));
+  for (int j = 0; j < kHalfKeys / 8; ++j) {
+    const int32_t a = score(4 * j + 2 * r), b = score(4 * j + 2 * r + 1);
+    tops[j % 2] = j < 2 ? max(a, b) : __vimax3_s32(tops[j % 2], a, b);
+  }
+  return max(tops[0], tops[1]);
 }
 
-// Scores of keys that a row does not see become -inf.
-template <class Tensor>
-__device__ __forceinline__ void mask_scores(Tensor& words, const TileRow& tile, int32_t first_key, int first_row,
-                                            bool causal) {
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const int32_t position = tile.position + first_row + 8 * r;
-    const int32_t end =
-        (causal ? min(position + 1, tile.seqlen_k) : tile.seqlen_k) - first_key - 2 * static_cast<int>(threadIdx.x % 4);
-#pragma unroll
-    for (int j = 0; j < kBlockKeys / 8; ++j) {
-      constexpr uint32_t kNone = 0xfc00;  // -inf
-      uint32_t& word = words(2 * j + r);
-      if (8 * j >= end) word = (word & 0xffff0000u) | kNone;
-      if (8 * j + 1 >= end) word = (word & 0xffffu) | kNone << 16;
-    }
-  }
+// The same over the keys that the row sees: those before `end`, counted from the half's first one.
+template <class Score>
+__device__ __forceinline__ int32_t largest_seen(const Score& score, int r, int32_t end) {
+  end -= 2 * static_cast<int>(threadIdx.x % 4);
+  return largest_of_row([&](int i) { return i / 4 * 8 + i % 2 < end ? score(i) : kUnseen; }, r);
 }
 
 // What softcap makes of a bound; off by `kCapLoss` caps at most.
@@ -193,13 +182,11 @@ __device__ void compare(SharedStorage<C>& shared, uint32_t* kept_words, const ui
   const int first_row = threadIdx.x / 32 * 16 + lane / 4;
   typename C::Mma mma;
   const auto slice = mma.get_thread_slice(thread);
-  const auto keys =
-      make_tensor(make_smem_ptr(reinterpret_cast<typename C::Fp8*>(shared.key[0])),
-                  tile_to_shape(typename C::KeyLayout{}, Shape<Int<kBlockKeys>, Int<C::kHeadDim>, Int<kStages>>{}));
+  const auto keys = make_tensor(make_smem_ptr(reinterpret_cast<int8_t*>(shared.key[0])), typename C::HalvesLayout{});
   const auto key_part = slice.partition_fragment_B(keys);
-  auto even = partition_fragment_C(mma, Shape<Int<kGroupRows>, Int<kBlockKeys>>{});
-  auto odd = partition_fragment_C(mma, Shape<Int<kGroupRows>, Int<kBlockKeys>>{});
-  auto query_part = make_tensor<typename C::Fp8>(Shape<Shape<_4, _2, _2>, _1, Int<C::kSteps>>{});
+  auto low = partition_fragment_C(mma, Shape<Int<kGroupRows>, Int<kHalfKeys>>{});
+  auto high = partition_fragment_C(mma, Shape<Int<kGroupRows>, Int<kHalfKeys>>{});
+  auto query_part = make_tensor<int8_t>(Shape<Shape<_4, _2, _2>, _1, Int<C::kSteps>>{});
   Rows rows;
   {
     uint32_t fragment[C::kHeadDim / 8];
@@ -218,62 +205,84 @@ __device__ void compare(SharedStorage<C>& shared, uint32_t* kept_words, const ui
   const auto flush = [&]() {
     if (lane == 0 && kept != 0) atomicOr(kept_words + word, kept);
   };
-  // What becomes of a step's scores.
-  const auto judge = [&](auto& s, int32_t block, const BlockFacts& facts) __attribute__((always_inline)) {
-    auto scores = recast<uint32_t>(s);
-    if (kRelative && block >= whole) mask_scores(scores, work.tile, block * kBlockKeys, first_row, p.problem.causal);
-    bool keep = false;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const float middle = rows.factor[r] * facts.factor * largest_of_row(scores, r);
-      const float error = rows.error(r, facts);
-      const float above = bound_above(middle + error, cap);
-      const float limit = kRelative ? floor[r] + cut : cut;
-      keep |= rows.counts[r] & !(above < limit);  // NaN keeps
-      if constexpr (kRelative) floor[r] = fmaxf(floor[r], max_over_quad(bound_below(middle - error, cap)));
-    }
-    keep = __any_sync(kAllLanes, keep);
-    if (block / 32 != word) {
-      flush();
-      word = block / 32;
-      kept = 0;
-    }
-    kept |= static_cast<uint32_t>(keep) << (block % 32);
-  };
   if (num_steps == 0) return;
-  int32_t step = 0, block = 0;
-  BlockFacts facts;
-  const auto start = [&](auto& s) __attribute__((always_inline)) {
-    shared.key_full[slot.slot].wait(slot.parity);
-    issue(mma, query_part, key_part(_, _, _, slot.slot), s, false);
+  warpgroup_fence_operand(query_part);
+  const auto block_of = [&](int32_t step) { return __shfl_sync(kAllLanes, static_cast<int32_t>(steps[step]), 0); };
+  const auto look = [&](const auto& s, int32_t block, int half, int32_t (&tops)[2]) __attribute__((always_inline)) {
+    const auto score = [&](int i) { return s(i); };
+    if (kRelative && block >= whole) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int32_t seen =
+            p.problem.causal ? min(work.tile.position + first_row + 8 * r + 1, work.tile.seqlen_k) : work.tile.seqlen_k;
+        tops[r] = largest_seen(score, r, seen - block * kBlockKeys - half * kHalfKeys);
+      }
+      return;
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) tops[r] = largest_of_row(score, r);
   };
-  const auto finish = [&](auto& s) __attribute__((always_inline)) {
-    block = __shfl_sync(kAllLanes, static_cast<int32_t>(steps[step]), 0);
+  // What becomes of a block whose rows' largest scores are `tops`.
+  const auto judge = [&](const int32_t (&tops)[2], int32_t block, const BlockFacts& facts)
+                         __attribute__((always_inline)) {
+                           bool keep = false;
+#pragma unroll
+                           for (int r = 0; r < 2; ++r) {
+                             const float middle = rows.factor[r] * facts.factor * static_cast<float>(tops[r]);
+                             const float error = rows.error(r, facts);
+                             const float above = bound_above(middle + error, cap);
+                             const float limit = kRelative ? floor[r] + cut : cut;
+                             keep |= rows.counts[r] & !(above < limit);  // NaN keeps
+                             if constexpr (kRelative) {
+                               const float below = tops[r] == kUnseen ? -INFINITY : bound_below(middle - error, cap);
+                               floor[r] = fmaxf(floor[r], max_over_quad(below));
+                             }
+                           }
+                           keep = __any_sync(kAllLanes, keep);
+                           if (block / 32 != word) {
+                             flush();
+                             word = block / 32;
+                             kept = 0;
+                           }
+                           kept |= static_cast<uint32_t>(keep) << (block % 32);
+                         };
+  int32_t block = block_of(0);
+  shared.key_full[0].wait(0);
+  issue(mma, query_part, key_part(_, _, _, 0), low, false);
+  warpgroup_wait<0>();
+  int32_t tops[2], of_high[2];
+  BlockFacts facts;
+  const auto join = [&]() {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) tops[r] = max(tops[r], of_high[r]);
+  };
+  // The fences behind an issue keep the compiler from looking at scores before it.
+  for (int32_t step = 0;;) {
+    warpgroup_fence_operand(low);
+    issue(mma, query_part, key_part(_, _, _, 2 * slot.slot + 1), high, false);
+    warpgroup_fence_operand(low);
     facts = shared.facts[slot.slot];
+    look(low, block, 0, tops);
+    if (fetches) loader.load(step + kAhead, num_steps);
+    __syncwarp();
     warpgroup_wait<0>();
-    warpgroup_fence_operand(s);
+    warpgroup_fence_operand(high);
     if (lane == 0) shared.key_empty[slot.slot].arrive();
     slot.advance();
-    ++step;
-  };
-  warpgroup_fence_operand(query_part);
-  start(even);
-  finish(even);
-  // Judges the scores `s` of the step before while those of the next one are made; false if there is none.
-  const auto advance = [&](auto& s, auto& other) __attribute__((always_inline)) {
-    if (step == num_steps) {
-      judge(s, block, facts);
-      return false;
-    }
-    start(other);
-    if (fetches) loader.load(step + kAhead - 1, num_steps);
-    __syncwarp();
-    judge(s, block, facts);
-    finish(other);
-    return true;
-  };
-  while (advance(even, odd) && advance(odd, even)) {
+    if (++step == num_steps) break;
+    shared.key_full[slot.slot].wait(slot.parity);
+    issue(mma, query_part, key_part(_, _, _, 2 * slot.slot), low, false);
+    warpgroup_fence_operand(high);
+    const int32_t next = block_of(step);
+    look(high, block, 1, of_high);
+    join();
+    judge(tops, block, facts);
+    block = next;
+    warpgroup_wait<0>();
   }
+  look(high, block, 1, of_high);
+  join();
+  judge(tops, block, facts);
   flush();
 }
 

@@ -1,4 +1,4 @@
-// Keys in e4m3: one CTA for each KV block of a head reads its 128 keys, rounds them with one power of two, and writes
+// Keys in 8 bits: one CTA for each KV block of a head reads its 128 keys, rounds them with one factor, and writes
 // their image as the products want it in shared memory, with the block's facts. Keys past the end of a sequence count as
 // zeros: they are not read. Floors: K once from HBM, half of its bytes to it.
 #pragma once
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kQuantizeThreads) quantize_kernel(const __grid
   __syncthreads();
 #pragma unroll
   for (int w = 0; w < kWarps; ++w) largest = fmaxf(largest, scratch[0][w]);
-  const Power power = power_for(largest);
+  const Factor factor = factor_for(largest);
 
   const int64_t index = head * p.keys.blocks + p.keys.first_block(p.problem.kv, sequence) + block;
   uint8_t* image = p.keys.images + index * C::kImageBytes;
@@ -66,8 +66,8 @@ __global__ void __launch_bounds__(kQuantizeThreads) quantize_kernel(const __grid
   for (int i = 0; i < kTrips; ++i) {
     Squares squares;
     uint2 rounded;
-    rounded.x = round_four<Element>({words[i][0], words[i][1]}, power.up, squares);
-    rounded.y = round_four<Element>({words[i][2], words[i][3]}, power.up, squares);
+    rounded.x = round_four<Element>({words[i][0], words[i][1]}, factor.up, squares);
+    rounded.y = round_four<Element>({words[i][2], words[i][3]}, factor.up, squares);
     *reinterpret_cast<uint2*>(image + layout(i * kRows + thread / kLanes, column)) = rounded;
     squares = sum_over<kLanes>(squares);
     norm = max_or_nan(norm, max_or_nan(squares.whole, squares.held));
@@ -87,9 +87,9 @@ __global__ void __launch_bounds__(kQuantizeThreads) quantize_kernel(const __grid
     lost = max_or_nan(lost, scratch[2][w]);
   }
   BlockFacts facts;
-  facts.factor = power.down;
-  facts.norm = norm_of(norm, power.down);
-  facts.lost = (norm_of(lost, power.down) + kSubnormal + C::kProductLoss * facts.norm) * kUp;
+  facts.factor = factor.down;
+  facts.norm = norm_of(norm, factor.down);
+  facts.lost = loss_of(lost, factor.down, facts.norm);
   facts.unused = 0.0f;
   p.keys.facts[index] = facts;
 }

@@ -25,7 +25,7 @@ __device__ __forceinline__ Rows take_rows(const KernelParams& p, const TileRow& 
                                           uint32_t (&fragment)[kHeadDim / 8]) {
   constexpr int kQuarters = kHeadDim / 16;
   const float scale = fabsf(p.problem.softmax_scale);
-  const uint32_t sign = p.problem.softmax_scale < 0.0f ? 0x80808080u : 0u;  // of e4m3
+  const float sign = p.problem.softmax_scale < 0.0f ? -1.0f : 1.0f;
   Rows rows;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -46,14 +46,15 @@ __device__ __forceinline__ Rows take_rows(const KernelParams& p, const TileRow& 
     float largest = 0.0f;
 #pragma unroll
     for (int i = 0; i < kQuarters; ++i) largest = fmaxf(largest, largest_of<Element>(words[i]));
-    const Power power = power_for(max_over<4>(largest));
+    const Factor factor = factor_for(max_over<4>(largest));
     Squares squares;
 #pragma unroll
-    for (int i = 0; i < kQuarters; ++i) fragment[2 * i + r] = round_four<Element>(words[i], power.up, squares) ^ sign;
+    for (int i = 0; i < kQuarters; ++i) fragment[2 * i + r] = round_four<Element>(words[i], sign * factor.up, squares);
     squares = sum_over<4>(squares);
-    rows.factor[r] = scale * power.down;
-    rows.norm[r] = scale * norm_of(max_or_nan(squares.whole, squares.held), power.down) * kUp;
-    rows.lost[r] = scale * (norm_of(squares.lost, power.down) + kSubnormal) * kUp;
+    const float norm = norm_of(max_or_nan(squares.whole, squares.held), factor.down);
+    rows.factor[r] = scale * factor.down;
+    rows.norm[r] = scale * norm * kUp;
+    rows.lost[r] = scale * loss_of(squares.lost, factor.down, norm) * kUp;
   }
   return rows;
 }

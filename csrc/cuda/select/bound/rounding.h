@@ -1,21 +1,19 @@
-// Rows of 16-bit elements rounded to e4m3, with the norms of what they were and of what was lost.
+// Rows of 16-bit elements rounded to 8-bit integers, with the norms of what they were and of what was lost.
 #pragma once
-
-#include <cuda_fp8.h>
 
 #include "../../common/scalar.h"
 #include "config.h"
 
 namespace bsfa::cuda::bound {
 
-// Sums of squares, in units of the row's power of two.
+// Sums of squares, in units of the factor.
 struct Squares {
   float whole = 0.0f;  // of the elements
-  float held = 0.0f;   // of what e4m3 holds of them
+  float held = 0.0f;   // of the integers
   float lost = 0.0f;   // of the difference
 };
 
-// The largest magnitude of eight elements' worth of words; NaN is left to the sums.
+// The largest magnitude of the words' elements; NaN is left to the sums.
 template <class Element, int kWords>
 __device__ __forceinline__ float largest_of(const uint32_t (&words)[kWords]) {
   float largest = 0.0f;
@@ -27,22 +25,23 @@ __device__ __forceinline__ float largest_of(const uint32_t (&words)[kWords]) {
   return largest;
 }
 
-// Four elements, times `up`, in e4m3.
+// Four elements, times `up`, as integers in the bytes of a word.
 template <class Element>
 __device__ __forceinline__ uint32_t round_four(const uint32_t (&words)[2], float up, Squares& squares) {
   uint32_t rounded = 0;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    float2 x = unpack(words[i], Element{});
-    x.x *= up;
-    x.y *= up;
-    const __nv_fp8x2_storage_t pair = __nv_cvt_float2_to_fp8x2(x, __NV_SATFINITE, __NV_E4M3);
-    const float2 held = __half22float2(__half2(__nv_cvt_fp8x2_to_halfraw2(pair, __NV_E4M3)));
-    rounded |= static_cast<uint32_t>(pair) << (16 * i);
-    const float lost[2] = {x.x - held.x, x.y - held.y};
-    squares.whole += x.x * x.x + x.y * x.y;
-    squares.held += held.x * held.x + held.y * held.y;
-    squares.lost += lost[0] * lost[0] + lost[1] * lost[1];
+    const float2 pair = unpack(words[i], Element{});
+    const float xs[2] = {pair.x * up, pair.y * up};
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const int held = __float2int_rn(fminf(fmaxf(xs[j], -127.0f), 127.0f));
+      const float lost = xs[j] - static_cast<float>(held);
+      rounded |= (static_cast<uint32_t>(held) & 0xffu) << (16 * i + 8 * j);
+      squares.whole += xs[j] * xs[j];
+      squares.held += static_cast<float>(held * held);
+      squares.lost += lost * lost;
+    }
   }
   return rounded;
 }
@@ -65,7 +64,10 @@ __device__ __forceinline__ Squares sum_over(Squares s) {
   return s;
 }
 
-// Norms from squares, in the elements' own units.
+// From squares, in the elements' own units: a norm, and one of what is lost beside it.
 __device__ __forceinline__ float norm_of(float squares, float down) { return sqrtf(squares) * kUp * down; }
+__device__ __forceinline__ float loss_of(float squares, float down, float norm) {
+  return (norm_of(squares, down) + kRounding * norm + kSubnormal) * kUp;
+}
 
 }  // namespace bsfa::cuda::bound
