@@ -108,16 +108,16 @@ cudaError_t skip_mask(const SkipMaskParams& params, void* workspace, cudaStream_
 // Longest row of bound_mask(): 8.4 million tokens.
 constexpr int32_t kMaxBoundBlocks = 65536;
 
-// Whether bound_mask() has a kernel for this: float16 and bfloat16 on sm_90, head_dim 64 or 128, tiles and blocks of 128,
-// at most kMaxBoundBlocks of these in a sequence, and 65535 sequences.
+// Whether bound_mask() has a kernel for this: float16 and bfloat16 on sm_90, head_dim 64 or 128, tiles and blocks of
+// 128 tokens, at most kMaxBoundBlocks of these in a sequence, and 65535 sequences.
 bool bound_mask_supports(const Problem& problem);
 
 // Scratch memory of bound_mask(), on the device: the keys in 8 bits, and 16 bytes for each block and KV head.
 int64_t bound_mask_workspace_bytes(const SkipMaskParams& params);
 
-// The blocks of attention.words (null: all visible ones) that a group of rows may keep, by bounds from FP8 products:
-// what is left out is skipped by skip attention for certain. Clears the counters, and counts there what was met and left
-// out. num_rows as for tile_max(); q and k aligned to 16 bytes in base and strides. One memset, two kernels.
+// The blocks of attention.words (null: all visible ones) that a group of rows may keep, by bounds from products in 8
+// bits: what is left out is skipped by skip attention for certain. Clears the counters, and counts there what was met
+// and left out. num_rows as for tile_max(); q and k aligned to 16 bytes in base and strides. One memset, two kernels.
 cudaError_t bound_mask(const SkipMaskParams& params, void* workspace, cudaStream_t stream);
 
 }  // namespace bsfa::cuda
