@@ -17,8 +17,8 @@
 // summary_entries: int64 [B, blocks], summary_window: int32 [B, units * pages of a unit] and [B] (summary.h).
 // select_blocks: thresholds float32 [score heads], or none: `threshold` for all of them.
 // skip_mask (SkipMaskParams): the mask for the second pass, words [R, Hq, ceil(N / 32)]; R = num_rows, also of
-// mask_words. bound_mask: likewise, a mask for skip_attention or skip_mask; CUDA alone. Relative thresholds above 0 leave
-// nothing out: in two passes what is skipped then has a say in the running maxima.
+// mask_words. bound_mask: likewise, a mask for skip_attention or skip_mask; CUDA alone. Relative thresholds above 0
+// leave nothing out: in two passes what is skipped then has a say in the running maxima.
 // The enumerations of params.h go by name: form "absolute", "relative"; pooling "mean", "maxabs", "center"; rule
 // "relative_max", "pooled", "flat64", "antidiagonal"; sharing "none", "union", "group".
 #pragma once
