@@ -26,6 +26,7 @@ struct Work {
   AlwaysKept always;
   BlockRange visible;
   const uint32_t* within;  // null: all
+  int32_t last;            // the last one that may be kept, -1 without any
   float cut;               // nats; NaN: nothing is left out
 
   __device__ bool keeps_all() const { return cut != cut; }
@@ -34,9 +35,11 @@ struct Work {
   __device__ __forceinline__ uint32_t candidates(int32_t w) const {
     return (within != nullptr ? within[w] : ~0u) & visible.bits_of_word(w);
   }
+  // Among them the last one: attention meets it first, and its sums have other bits in another order.
   __device__ __forceinline__ uint32_t forced(int32_t w) const {
+    const uint32_t met_first = last >= 0 && last / 32 == w ? 1u << (last % 32) : 0;
     return BlockRange{0, always.sink_end}.bits_of_word(w) |
-           BlockRange{always.window_begin, always.window_end}.bits_of_word(w);
+           BlockRange{always.window_begin, always.window_end}.bits_of_word(w) | met_first;
   }
 };
 
@@ -61,25 +64,21 @@ template <bool kRelative>
 __device__ __forceinline__ int32_t list_steps(const Work& work, uint16_t* steps) {
   const int lane = threadIdx.x % 32;
   const int32_t words = ceil_div(work.visible.end, 32);
-  int32_t count = 0, last = -1;
+  int32_t count = 0;
   const auto put = [&](int32_t block) {
     if (lane == 0) steps[count] = static_cast<uint16_t>(block);
     ++count;
   };
   if constexpr (kRelative) {  // the last one and block 0 come first
-    for (int32_t w = words - 1; w >= 0 && last < 0; --w) {
-      const uint32_t bits = work.candidates(w);
-      if (bits != 0) last = w * 32 + 31 - __clz(bits);
-    }
-    if (last < 0) return 0;
-    put(last);
-    if (last > 0 && (work.candidates(0) & 1u) != 0) put(0);
+    if (work.last < 0) return 0;
+    put(work.last);
+    if (work.last > 0 && (work.candidates(0) & 1u) != 0) put(0);
   }
   for (int32_t end = words; end > 0; end -= 32) {
     const int32_t w = end - 1 - lane;
     uint32_t bits = w >= 0 ? work.candidates(w) : 0;
     if constexpr (kRelative) {
-      if (w == last / 32) bits &= ~(1u << (last % 32));
+      if (w == work.last / 32) bits &= ~(1u << (work.last % 32));
       if (w == 0) bits &= ~1u;
     } else {
       if (w >= 0) bits &= ~work.forced(w);
@@ -304,6 +303,11 @@ __device__ Work work_of(const KernelParams& p, const Pair& pair, const Place& pl
   work.visible = visible_range(work.tile, p.problem.causal, -1);
   const int64_t within = int64_t{pair.row} * p.within_heads + pair.head / p.heads_per_within_head;
   work.within = p.within != nullptr ? reinterpret_cast<const uint32_t*>(p.within) + within * p.num_words : nullptr;
+  work.last = -1;
+  for (int32_t w = ceil_div(work.visible.end, 32) - 1; w >= 0 && work.last < 0; --w) {
+    const uint32_t bits = work.candidates(w);
+    if (bits != 0) work.last = w * 32 + 31 - __clz(bits);
+  }
   const int32_t column = min(max(absolute_tile(work.tile), 0), p.columns - 1);
   work.cut = safe_cut<kRelative>(p.thresholds[int64_t{pair.head} * p.columns + column]);
   return work;
