@@ -16,7 +16,7 @@ static_assert(kMaxBlocks == kMaxBoundBlocks);
 int64_t key_blocks(const SkipMaskParams& params) {
   const KvLayout& kv = params.attention.problem.kv;
   const int64_t batch = params.attention.problem.batch;
-  if (kv.cu_seqlens != nullptr) return params.attention.k.tokens / kBlockKeys + batch + 1;
+  if (kv.cu_seqlens != nullptr) return params.attention.k.tokens / kBlockKeys + batch;
   return batch * ceil_div(kv.max_seqlen, kBlockKeys);
 }
 
