@@ -14,6 +14,7 @@
 #include "bsfa/cuda.h"
 #include "bsfa/keep.h"
 #include "keep_row.h"
+#include "keep_sorted.h"
 #include "pick.h"
 
 namespace bsfa::cuda {
@@ -39,7 +40,8 @@ struct Row {
   double first;   // weight of the blocks that rank before all others
   double total;
 
-  __device__ __forceinline__ float weight(float score) const { return antidiagonal ? score : exp2f(score - largest); }
+  __device__ __forceinline__ float relative_weight(float score) const { return exp2f(score - largest); }
+  __device__ __forceinline__ float weight(float score) const { return antidiagonal ? score : relative_weight(score); }
 
   // False: the row keeps everything. Leaves the keys in shared memory.
   __device__ bool read(const float* scores, const AlwaysKept& always) {
@@ -68,31 +70,115 @@ struct Row {
     team.sync();
     first = team.sum(of_first);
     total = first + team.sum(of_others);
-    return !nan && total > 0.0 && total < static_cast<double>(INFINITY);
+    return !nan && has_weight();
   }
+
+  // The same for one warp, with the row in registers as well: blocks lane, lane + 32, ... and kNoKey beyond its end.
+  template <int kPerLane>
+  __device__ __forceinline__ bool read_short(const float* scores, const AlwaysKept& always,
+                                             uint32_t (&mine)[kPerLane]) {
+    static_assert(kWarps == 1, "lanes of one warp");
+    const int32_t lane = team.thread;
+    bool nan = false;
+    float loaded[kPerLane];  // all on their way before the first is looked at
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) loaded[i] = lane + 32 * i < visible ? scores[lane + 32 * i] : -INFINITY;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      nan |= loaded[i] != loaded[i];
+      mine[i] = key_of(loaded[i]);
+    }
+    if (__any_sync(kAllLanes, nan)) return false;
+    double of_first = 0.0, of_others = 0.0;
+    if (antidiagonal) {
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) {
+        const int32_t j = lane + 32 * i;
+        const bool ranks_first = (j < visible) & always(j);
+        const double w = static_cast<double>(j < visible ? score_of(mine[i]) : 0.0f);
+        of_first = ranks_first ? of_first + w : of_first;
+        of_others = ranks_first ? of_others : of_others + w;
+        mine[i] = ranks_first ? kFirstKey : mine[i];
+      }
+    } else {
+      uint32_t highest = 0;
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) highest = max(highest, mine[i]);
+      largest = score_of(__reduce_max_sync(kAllLanes, highest));
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) {
+        const float w = relative_weight(score_of(mine[i]));
+        of_others += static_cast<double>(lane + 32 * i < visible ? w : 0.0f);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      const bool inside = lane + 32 * i < visible;
+      if (inside) keys[lane + 32 * i] = mine[i];
+      mine[i] = inside ? mine[i] : kNoKey;
+    }
+    team.sync();
+    first = team.sum(of_first);
+    total = first + team.sum(of_others);
+    return has_weight();
+  }
+
+ private:
+  __device__ __forceinline__ bool has_weight() const { return total > 0.0 && total < static_cast<double>(INFINITY); }
 };
 
-// The blocks that a row keeps beside those of keep.h.
-struct Choice {
-  Cut mass, best;
-};
+__device__ __forceinline__ int32_t at_least(const SelectParams& params, int32_t visible) {
+  return max(best_blocks(params.min_blocks, params.min_ratio, visible), 1);
+}
 
+// What a row keeps beside the blocks of keep.h. False: it keeps everything.
 template <int kWarps>
-__device__ Choice choose(const Row<kWarps>& row, const SelectParams& params, float threshold) {
+__device__ bool choose_long(Row<kWarps>& row, const float* scores, const AlwaysKept& always, const SelectParams& params,
+                            float threshold, Cut& cut) {
+  if (!row.read(scores, always)) return false;
   const auto weight = [&row](float score) { return row.weight(score); };
-  const int32_t n = row.visible;
-  Choice choice;
-  choice.mass = mass_cut(row.team, row.keys, n, row.first, row.total, threshold, weight);
-  const int32_t count = max(best_blocks(params.min_blocks, params.min_ratio, n), 1);
-  choice.best = best_cut(row.team, row.keys, n, count);
-  return choice;
+  const Cut mass = mass_cut(row.team, row.keys, row.visible, row.first, row.total, threshold, weight);
+  cut = wider(mass, best_cut(row.team, row.keys, row.visible, at_least(params, row.visible)));
+  return true;
+}
+
+template <int kPerLane>
+__device__ bool choose_sorted(Row<1>& row, const float* scores, const AlwaysKept& always, const SelectParams& params,
+                              float threshold, uint32_t* window, Cut& cut) {
+  SortedRow<kPerLane> sorted;
+  sorted.blocks = row.keys;
+  sorted.window = window;
+  sorted.lane = row.team.thread;
+  sorted.n = row.visible;
+  if (!row.read_short(scores, always, sorted.keys)) return false;
+  sorted.sort();
+  Cut mass;
+  if (row.antidiagonal) {
+    mass = sorted.mass(row.first, row.total, threshold, [](float score) { return score; });
+  } else {
+    const auto weight = [&row](float score) { return row.relative_weight(score); };
+    mass = sorted.mass(row.first, row.total, threshold, weight);
+  }
+  cut = wider(mass, sorted.best(at_least(params, row.visible)));
+  return true;
+}
+
+// The same for a row of at most kShortRow blocks.
+__device__ __forceinline__ bool choose_short(Row<1>& row, const float* scores, const AlwaysKept& always,
+                                             const SelectParams& params, float threshold, uint32_t* window, Cut& cut) {
+  static_assert(kShortRow == 32 * 32, "32 keys in a lane");
+  if (row.visible > 512) return choose_sorted<32>(row, scores, always, params, threshold, window, cut);
+  if (row.visible > 256) return choose_sorted<16>(row, scores, always, params, threshold, window, cut);
+  if (row.visible > 128) return choose_sorted<8>(row, scores, always, params, threshold, window, cut);
+  return choose_sorted<4>(row, scores, always, params, threshold, window, cut);
 }
 
 template <int kWarps>
-__global__ void __launch_bounds__(32 * kWarps, 1)
+__global__ void __launch_bounds__(32 * kWarps, kWarps == 1 ? 24 : 1)
     pick_kernel(const __grid_constant__ SelectParams params, const __grid_constant__ Slab slab, const Rescue rescue) {
   extern __shared__ uint32_t memory[];
   __shared__ TeamScratch<kWarps> scratch;
+  __shared__ alignas(16) uint32_t window[kWarps == 1 ? 32 : 1];
   const ScoreParams& score = params.score;
   const int32_t mask_heads = score.mask_heads();
   const int32_t in_slab = blockIdx.x / mask_heads;
@@ -129,15 +215,21 @@ __global__ void __launch_bounds__(32 * kWarps, 1)
     const float threshold = params.threshold_of(head);
     const float* scores = slab.scores + (int64_t{in_slab} * score.problem.num_q_heads + head) * score.max_blocks;
     // An infinite threshold, or NaN, keeps everything, as nothing is known not to be below it.
-    const bool all = everything || !(threshold < INFINITY) || !row.read(scores, always);
-    Choice choice;
-    if (!all) choice = choose(row, params, threshold);
+    bool all = everything || !(threshold < INFINITY);
+    Cut cut;
+    if (!all) {
+      if constexpr (kWarps == 1) {
+        all = !choose_short(row, scores, always, params, threshold, window, cut);
+      } else {
+        all = !choose_long(row, scores, always, params, threshold, cut);
+      }
+    }
     for (int32_t w = warp; w < used_words; w += kWarps) {
       const int32_t block = w * 32 + lane;
       bool keep = block < visible;
       if (keep && !all) {
         const uint32_t key = row.keys[block];
-        keep = choice.mass.keeps(key, block) || choice.best.keeps(key, block) || always(block);
+        keep = static_cast<bool>(cut.keeps(key, block) | always(block));
         if (!keep && params.probability < 1.0f) {
           keep = static_cast<double>(row.weight(score_of(key))) > static_cast<double>(params.probability) * row.total;
         }
