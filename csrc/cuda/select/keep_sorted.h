@@ -78,6 +78,13 @@ __device__ __forceinline__ void sort_warp(uint32_t (&keys)[kPerLane], int lane) 
   }
 }
 
+// The weight of a block that is neither beyond the row nor among the first of all.
+template <typename Weight>
+__device__ __forceinline__ double weigh(uint32_t key, Weight weight) {
+  const float w = weight(score_of(key));
+  return static_cast<double>(key == kNoKey || key == kFirstKey ? 0.0f : w);
+}
+
 // The sum of the lanes below this one.
 __device__ __forceinline__ double sum_before(double value, int lane) {
   double sum = value;
@@ -113,19 +120,15 @@ struct SortedRow {
   template <typename Weight>
   __device__ Cut mass(double first, double total, float threshold, Weight weight) const {
     const auto below = [=](double before) { return static_cast<float>(before / total) < threshold; };
-    const auto weigh = [&](uint32_t key) {  // blocks of kFirstKey are in `first`
-      const float w = weight(score_of(key));
-      return static_cast<double>(key == kNoKey || key == kFirstKey ? 0.0f : w);
-    };
     double sum = 0.0;
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i) sum += weigh(keys[i]);
+    for (int i = 0; i < kPerLane; ++i) sum += weigh(keys[i], weight);
     const double before = first + sum_before(sum, lane);
     const uint32_t begun = __ballot_sync(kAllLanes, lane * kPerLane < n && below(before));
     if (begun == 0) return {};
     const int holder = __popc(begun) - 1;  // the last lane whose first block passes
     const uint32_t key = show(holder);
-    const double above = __shfl_sync(kAllLanes, before, holder) + sum_before(weigh(key), lane);
+    const double above = __shfl_sync(kAllLanes, before, holder) + sum_before(weigh(key, weight), lane);
     const bool passes = lane == 0 || (key != kNoKey && below(above));
     return cut_after(holder, __popc(__ballot_sync(kAllLanes, passes)), key);
   }

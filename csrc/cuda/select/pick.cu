@@ -26,7 +26,8 @@ constexpr int32_t kLongRow = 8192;   // and four
 constexpr int32_t kSharedBytes = 227 * 1024;
 
 constexpr int64_t words_of(int64_t blocks) { return (blocks + 31) / 32; }
-constexpr int64_t shared_bytes(int64_t blocks) { return (blocks + words_of(blocks)) * sizeof(uint32_t); }
+// Words, and keys for all their bits.
+constexpr int64_t shared_bytes(int64_t blocks) { return 33 * words_of(blocks) * sizeof(uint32_t); }
 static_assert(shared_bytes(kMaxSelectBlocks) + sizeof(TeamScratch<16>) <= kSharedBytes, "the longest row fits");
 
 // The keys of one head's row, and what its weights add up to.
@@ -73,7 +74,8 @@ struct Row {
     return !nan && has_weight();
   }
 
-  // The same for one warp, with the row in registers as well: blocks lane, lane + 32, ... and kNoKey beyond its end.
+  // The same for one warp, with the row in registers as well: blocks lane, lane + 32, ... and kNoKey beyond its end. In
+  // shared memory, too, kNoKey fills the last word's blocks. A lane reads there what it wrote itself.
   template <int kPerLane>
   __device__ __forceinline__ bool read_short(const float* scores, const AlwaysKept& always,
                                              uint32_t (&mine)[kPerLane]) {
@@ -82,23 +84,24 @@ struct Row {
     bool nan = false;
     float loaded[kPerLane];  // all on their way before the first is looked at
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i) loaded[i] = lane + 32 * i < visible ? scores[lane + 32 * i] : -INFINITY;
+    for (int i = 0; i < kPerLane; ++i) loaded[i] = lane + 32 * i < visible ? scores[lane + 32 * i] : 0.0f;
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
       nan |= loaded[i] != loaded[i];
-      mine[i] = key_of(loaded[i]);
+      mine[i] = lane + 32 * i < visible ? key_of(loaded[i]) : kNoKey;
+      if (32 * i < visible) keys[lane + 32 * i] = mine[i];
     }
     if (__any_sync(kAllLanes, nan)) return false;
     double of_first = 0.0, of_others = 0.0;
     if (antidiagonal) {
+      for (int32_t j = lane; j < min(always.sink_end, visible); j += 32) of_first += move_first(j);
+      for (int32_t j = always.window_begin / 32 * 32 + lane; j < min(always.window_end, visible); j += 32) {
+        if (j >= max(always.window_begin, always.sink_end)) of_first += move_first(j);
+      }
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i) {
-        const int32_t j = lane + 32 * i;
-        const bool ranks_first = (j < visible) & always(j);
-        const double w = static_cast<double>(j < visible ? score_of(mine[i]) : 0.0f);
-        of_first = ranks_first ? of_first + w : of_first;
-        of_others = ranks_first ? of_others : of_others + w;
-        mine[i] = ranks_first ? kFirstKey : mine[i];
+        if (32 * i < visible) mine[i] = keys[lane + 32 * i];
+        of_others += weigh(mine[i], [](float score) { return score; });
       }
     } else {
       uint32_t highest = 0;
@@ -107,15 +110,8 @@ struct Row {
       largest = score_of(__reduce_max_sync(kAllLanes, highest));
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i) {
-        const float w = relative_weight(score_of(mine[i]));
-        of_others += static_cast<double>(lane + 32 * i < visible ? w : 0.0f);
+        of_others += weigh(mine[i], [this](float score) { return relative_weight(score); });
       }
-    }
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      const bool inside = lane + 32 * i < visible;
-      if (inside) keys[lane + 32 * i] = mine[i];
-      mine[i] = inside ? mine[i] : kNoKey;
     }
     team.sync();
     first = team.sum(of_first);
@@ -125,6 +121,13 @@ struct Row {
 
  private:
   __device__ __forceinline__ bool has_weight() const { return total > 0.0 && total < static_cast<double>(INFINITY); }
+
+  // Block j ranks before all others from now on. Returns its weight.
+  __device__ __forceinline__ double move_first(int32_t j) {
+    const double w = static_cast<double>(weight(score_of(keys[j])));
+    keys[j] = kFirstKey;
+    return w;
+  }
 };
 
 __device__ __forceinline__ int32_t at_least(const SelectParams& params, int32_t visible) {
@@ -173,8 +176,30 @@ __device__ __forceinline__ bool choose_short(Row<1>& row, const float* scores, c
   return choose_sorted<4>(row, scores, always, params, threshold, window, cut);
 }
 
+__device__ __forceinline__ uint32_t first_bits(int32_t count) {
+  return count >= 32 ? kAllLanes : count > 0 ? (1u << count) - 1 : 0u;
+}
+
+// Word w of the mask that holds them.
+__device__ __forceinline__ uint32_t word_of(const AlwaysKept& always, int32_t w) {
+  const uint32_t window = first_bits(always.window_end - 32 * w) & ~first_bits(always.window_begin - 32 * w);
+  return first_bits(always.sink_end - 32 * w) | window;
+}
+
+// Each lane's word of a mask of at most 32: the blocks that `cut` keeps. kNoKey fills the last word's keys.
+__device__ __forceinline__ uint32_t kept_word(const Cut& cut, const uint32_t* keys, int32_t used_words, int32_t lane) {
+  uint32_t mine = 0;
+#pragma unroll 4
+  for (int32_t w = 0; w < used_words; ++w) {
+    const int32_t block = 32 * w + lane;
+    const uint32_t bits = __ballot_sync(kAllLanes, cut.keeps(keys[block], block));
+    mine = lane == w ? bits : mine;
+  }
+  return mine;
+}
+
 template <int kWarps>
-__global__ void __launch_bounds__(32 * kWarps, kWarps == 1 ? 24 : 1)
+__global__ void __launch_bounds__(32 * kWarps, kWarps == 1 ? 23 : 1)
     pick_kernel(const __grid_constant__ SelectParams params, const __grid_constant__ Slab slab, const Rescue rescue) {
   extern __shared__ uint32_t memory[];
   __shared__ TeamScratch<kWarps> scratch;
@@ -201,6 +226,7 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 1 ? 24 : 1)
   const int32_t prompt_len = params.prompt_lens != nullptr ? params.prompt_lens[tile.sequence] : -1;
   const bool everything = is_last_tile(geometry, local, params.last_tiles, prompt_len);
   const bool rescues = rescue.stride > 0 || rescue.parts > 0;
+  const bool plain = !rescues && !(params.probability < 1.0f);
 
   uint32_t* words = memory;
   Row<kWarps> row;
@@ -224,7 +250,12 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 1 ? 24 : 1)
         all = !choose_long(row, scores, always, params, threshold, cut);
       }
     }
-    for (int32_t w = warp; w < used_words; w += kWarps) {
+    if (kWarps == 1 && plain) {
+      const uint32_t bits = (all ? kAllLanes : kept_word(cut, row.keys, used_words, lane) | word_of(always, lane)) &
+                            first_bits(visible - 32 * lane);
+      if (lane < used_words) words[lane] = member == 0 ? bits : words[lane] | bits;
+    }
+    for (int32_t w = kWarps == 1 && plain ? used_words : warp; w < used_words; w += kWarps) {
       const int32_t block = w * 32 + lane;
       bool keep = block < visible;
       if (keep && !all) {
