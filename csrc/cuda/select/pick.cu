@@ -1,14 +1,16 @@
 // Masks from scores, for the rules whose threshold is a share of the row's weight (ScoreRule from kPooled on).
 //
 // weight    kPooled, kFlat64: 2^(score - largest score of the row); kAntidiagonal: the score itself
-// kept      blocks before which less than the threshold's share of all weight ranks (keep_row.h), the best block, the
-//           best min_blocks and floor(min_ratio * visible), blocks of more than `probability` of the weight, and those
-//           of keep.h. kAntidiagonal: sinks and window rank before all others, in the order of their index.
+// kept      blocks before which less than the threshold's share of all weight ranks (keep_sorted.h for rows of up to
+//           1024 blocks, else keep_row.h), the best block, the best min_blocks and floor(min_ratio * visible), blocks of
+//           more than `probability` of the weight, and those of keep.h. kAntidiagonal: sinks and window rank before
+//           all others, in the order of their index.
 // NaN       a row that holds a NaN, or has no finite weight, keeps all it sees: dropping blocks would hide that.
 // Tile      one CTA of 1, 4 or 16 warps per (mask row, mask head), by the length of the row. HeadSharing::kUnion: it
 //           goes through the group's query heads in turn and keeps what any of them keeps; one rescue for all.
 // Memory    reads the visible scores once; shared: a key per block, and the mask's words. Writes words and counts.
-// Waits     for the scores. About ten trips over the row in shared memory, no atomics.
+// Waits     for the scores. One warp: sorts in registers, no barrier, the same work whatever the scores are. More: about
+//           thirty trips over the row in shared memory. No atomics.
 #include <cstdint>
 
 #include "bsfa/cuda.h"
@@ -286,6 +288,10 @@ cudaError_t launch(const SelectParams& params, const Slab& slab, cudaStream_t st
   const int bytes = static_cast<int>(shared_bytes(params.score.max_blocks));
   cudaError_t error = cudaFuncSetAttribute(pick_kernel<kWarps>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                            static_cast<int>(kSharedBytes - sizeof(TeamScratch<kWarps>)));
+  if (error != cudaSuccess) return error;
+  // As many CTAs on an SM as registers allow, and no other division of its memory than the kernel before had.
+  error = cudaFuncSetAttribute(pick_kernel<kWarps>, cudaFuncAttributePreferredSharedMemoryCarveout,
+                               cudaSharedmemCarveoutMaxShared);
   if (error != cudaSuccess) return error;
   const unsigned ctas = static_cast<unsigned>(slab.row_end - slab.row_begin) * params.score.mask_heads();
   pick_kernel<kWarps><<<ctas, 32 * kWarps, bytes, stream>>>(params, slab, rescue_of(params));
