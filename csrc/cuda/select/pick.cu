@@ -208,8 +208,9 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 1 ? 23 : 1)
   __shared__ alignas(16) uint32_t window[kWarps == 1 ? 32 : 1];
   const ScoreParams& score = params.score;
   const int32_t mask_heads = score.mask_heads();
-  const int32_t in_slab = blockIdx.x / mask_heads;
-  const int32_t mask_head = blockIdx.x - in_slab * mask_heads;
+  // From the last: the longest rows of a causal call, and the scores that were written last.
+  const int32_t pair = static_cast<int32_t>(gridDim.x - 1 - blockIdx.x);
+  const int32_t in_slab = pair / mask_heads, mask_head = pair - in_slab * mask_heads;
   const int32_t thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int64_t mask_row = int64_t{slab.row_begin + in_slab} * mask_heads + mask_head;
   int32_t* out = params.words + mask_row * params.num_words;
