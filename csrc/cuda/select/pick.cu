@@ -2,15 +2,15 @@
 //
 // weight    kPooled, kFlat64: 2^(score - largest score of the row); kAntidiagonal: the score itself
 // kept      blocks before which less than the threshold's share of all weight ranks (keep_sorted.h for rows of up to
-//           1024 blocks, else keep_row.h), the best block, the best min_blocks and floor(min_ratio * visible), blocks of
-//           more than `probability` of the weight, and those of keep.h. kAntidiagonal: sinks and window rank before
+//           1024 blocks, else keep_row.h), the best block, the best min_blocks and floor(min_ratio * visible), blocks
+//           of more than `probability` of the weight, and those of keep.h. kAntidiagonal: sinks and window rank before
 //           all others, in the order of their index.
 // NaN       a row that holds a NaN, or has no finite weight, keeps all it sees: dropping blocks would hide that.
 // Tile      one CTA of 1, 4 or 16 warps per (mask row, mask head), by the length of the row. HeadSharing::kUnion: it
 //           goes through the group's query heads in turn and keeps what any of them keeps; one rescue for all.
 // Memory    reads the visible scores once; shared: a key per block, and the mask's words. Writes words and counts.
-// Waits     for the scores. One warp: sorts in registers, no barrier, the same work whatever the scores are. More: about
-//           thirty trips over the row in shared memory. No atomics.
+// Waits     for the scores. One warp: sorts in registers, no barrier, the same work whatever the scores are. More
+//           warps: about thirty trips over the row in shared memory. No atomics.
 #include <cstdint>
 
 #include "bsfa/cuda.h"
@@ -30,7 +30,7 @@ constexpr int32_t kSharedBytes = 227 * 1024;
 constexpr int64_t words_of(int64_t blocks) { return (blocks + 31) / 32; }
 // Words, and keys for all their bits.
 constexpr int64_t shared_bytes(int64_t blocks) { return 33 * words_of(blocks) * sizeof(uint32_t); }
-static_assert(shared_bytes(kMaxSelectBlocks) + sizeof(TeamScratch<16>) <= kSharedBytes, "the longest row fits");
+static_assert(shared_bytes(kMaxSelectBlocks) + sizeof(TeamScratch<16>) + 128 <= kSharedBytes, "the longest row fits");
 
 // The keys of one head's row, and what its weights add up to.
 template <int kWarps>
@@ -200,10 +200,12 @@ __device__ __forceinline__ uint32_t kept_word(const Cut& cut, const uint32_t* ke
   return mine;
 }
 
-template <int kWarps>
-__global__ void __launch_bounds__(32 * kWarps, kWarps == 1 ? 23 : 1)
+// kPlain: no probability and no rescue. For one warp, whose words a lane each then makes.
+template <int kWarps, bool kPlain>
+__global__ void __launch_bounds__(32 * kWarps, kWarps == 1 ? 20 : 1)
     pick_kernel(const __grid_constant__ SelectParams params, const __grid_constant__ Slab slab, const Rescue rescue) {
   extern __shared__ uint32_t memory[];
+  static_assert(!kPlain || kWarps == 1, "a word for each lane");
   __shared__ TeamScratch<kWarps> scratch;
   __shared__ alignas(16) uint32_t window[kWarps == 1 ? 32 : 1];
   const ScoreParams& score = params.score;
@@ -229,7 +231,6 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 1 ? 23 : 1)
   const int32_t prompt_len = params.prompt_lens != nullptr ? params.prompt_lens[tile.sequence] : -1;
   const bool everything = is_last_tile(geometry, local, params.last_tiles, prompt_len);
   const bool rescues = rescue.stride > 0 || rescue.parts > 0;
-  const bool plain = !rescues && !(params.probability < 1.0f);
 
   uint32_t* words = memory;
   Row<kWarps> row;
@@ -253,24 +254,25 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 1 ? 23 : 1)
         all = !choose_long(row, scores, always, params, threshold, cut);
       }
     }
-    if (kWarps == 1 && plain) {
+    if constexpr (kPlain) {
       const uint32_t bits = (all ? kAllLanes : kept_word(cut, row.keys, used_words, lane) | word_of(always, lane)) &
                             first_bits(visible - 32 * lane);
       if (lane < used_words) words[lane] = member == 0 ? bits : words[lane] | bits;
-    }
-    for (int32_t w = kWarps == 1 && plain ? used_words : warp; w < used_words; w += kWarps) {
-      const int32_t block = w * 32 + lane;
-      bool keep = block < visible;
-      if (keep && !all) {
-        const uint32_t key = row.keys[block];
-        keep = static_cast<bool>(cut.keeps(key, block) | always(block));
-        if (!keep && params.probability < 1.0f) {
-          keep = static_cast<double>(row.weight(score_of(key))) > static_cast<double>(params.probability) * row.total;
+    } else {
+      for (int32_t w = warp; w < used_words; w += kWarps) {
+        const int32_t block = w * 32 + lane;
+        bool keep = block < visible;
+        if (keep && !all) {
+          const uint32_t key = row.keys[block];
+          keep = static_cast<bool>(cut.keeps(key, block) | always(block));
+          if (!keep && params.probability < 1.0f) {
+            keep = static_cast<double>(row.weight(score_of(key))) > static_cast<double>(params.probability) * row.total;
+          }
+          if (!keep && rescues) keep = rescue(absolute, block, mask_head);
         }
-        if (!keep && rescues) keep = rescue(absolute, block, mask_head);
+        const uint32_t bits = __ballot_sync(kAllLanes, keep);
+        if (lane == 0) words[w] = member == 0 ? bits : words[w] | bits;
       }
-      const uint32_t bits = __ballot_sync(kAllLanes, keep);
-      if (lane == 0) words[w] = member == 0 ? bits : words[w] | bits;
     }
     row.team.sync();  // before the next head's keys
   }
@@ -284,18 +286,20 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 1 ? 23 : 1)
   if (thread == 0) params.counts[mask_row] = static_cast<int32_t>(count);
 }
 
-template <int kWarps>
+constexpr int32_t longest_row(int warps) { return warps == 1 ? kShortRow : warps == 4 ? kLongRow : kMaxSelectBlocks; }
+
+template <int kWarps, bool kPlain = false>
 cudaError_t launch(const SelectParams& params, const Slab& slab, cudaStream_t stream) {
   const int bytes = static_cast<int>(shared_bytes(params.score.max_blocks));
-  cudaError_t error = cudaFuncSetAttribute(pick_kernel<kWarps>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           static_cast<int>(kSharedBytes - sizeof(TeamScratch<kWarps>)));
+  const auto kernel = pick_kernel<kWarps, kPlain>;
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                           static_cast<int>(shared_bytes(longest_row(kWarps))));
   if (error != cudaSuccess) return error;
   // As many CTAs on an SM as registers allow, and no other division of its memory than the kernel before had.
-  error = cudaFuncSetAttribute(pick_kernel<kWarps>, cudaFuncAttributePreferredSharedMemoryCarveout,
-                               cudaSharedmemCarveoutMaxShared);
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
   if (error != cudaSuccess) return error;
   const unsigned ctas = static_cast<unsigned>(slab.row_end - slab.row_begin) * params.score.mask_heads();
-  pick_kernel<kWarps><<<ctas, 32 * kWarps, bytes, stream>>>(params, slab, rescue_of(params));
+  kernel<<<ctas, 32 * kWarps, bytes, stream>>>(params, slab, rescue_of(params));
   return cudaGetLastError();
 }
 
@@ -305,7 +309,9 @@ cudaError_t pick_blocks(const SelectParams& params, const Slab& slab, cudaStream
   const int32_t blocks = params.score.max_blocks;
   if (blocks > kMaxSelectBlocks || params.score.rule == ScoreRule::kRelativeMax) return cudaErrorInvalidValue;
   if (slab.row_end <= slab.row_begin) return cudaSuccess;
-  if (blocks <= kShortRow) return launch<1>(params, slab, stream);
+  const Rescue rescue = rescue_of(params);
+  const bool plain = rescue.stride <= 0 && rescue.parts <= 0 && !(params.probability < 1.0f);
+  if (blocks <= kShortRow) return plain ? launch<1, true>(params, slab, stream) : launch<1>(params, slab, stream);
   return blocks <= kLongRow ? launch<4>(params, slab, stream) : launch<16>(params, slab, stream);
 }
 
