@@ -410,9 +410,9 @@ def check_long_rows(blocks: int, rule: Rule, dim: int = 64) -> None:
 
 
 @pytest.mark.parametrize("rule", [POOLED, RELATIVE_MAX, replace(POOLED, min_blocks=50, min_ratio=0.01)], ids=str)
-@pytest.mark.parametrize("blocks", [1023, 1024, 1025, 8192, 8193, 16_384])
+@pytest.mark.parametrize("blocks", [128, 129, 300, 513, 1023, 1024, 1025, 8192, 8193, 16_384])
 def test_long_rows(blocks: int, rule: Rule) -> None:
-    """Rows for one warp, four and sixteen."""
+    """Rows for one warp, with 4 to 32 blocks in a lane, for four warps and for sixteen."""
     check_long_rows(blocks, rule)
 
 

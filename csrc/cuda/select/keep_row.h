@@ -74,11 +74,11 @@ __device__ __forceinline__ uint32_t key_of(float score) {
   if (score != score) score = -INFINITY;
   if (score == 0.0f) score = 0.0f;
   const uint32_t bits = __float_as_uint(score);
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+  return bits ^ (static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31) | 0x80000000u);
 }
 
 __device__ __forceinline__ float score_of(uint32_t key) {
-  return __uint_as_float(key & 0x80000000u ? key ^ 0x80000000u : ~key);
+  return __uint_as_float(key ^ (~static_cast<uint32_t>(static_cast<int32_t>(key) >> 31) | 0x80000000u));
 }
 
 // Blocks that rank before a place in the row.
@@ -87,9 +87,14 @@ struct Cut {
   int32_t tie_end = 0;  // of the blocks with this very key, those below tie_end
 
   __device__ __forceinline__ bool keeps(uint32_t block_key, int32_t block) const {
-    return block_key > key || (block_key == key && block < tie_end);
+    return (block_key > key) | ((block_key == key) & (block < tie_end));
   }
 };
+
+// Keeps what one of the two keeps: they are ends in the same order.
+__device__ __forceinline__ Cut wider(const Cut& a, const Cut& b) {
+  return a.key < b.key || (a.key == b.key && a.tie_end > b.tie_end) ? a : b;
+}
 
 // How many of the n keys satisfy `test(key, block)`.
 template <int kWarps, typename Test>
