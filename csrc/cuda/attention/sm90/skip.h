@@ -8,7 +8,7 @@
 // kept: where all is kept, values then arrive as early as in attention that does not skip. A block that all skip is not
 // fetched, or for nothing. V slots are taken in the order of fetches, which a consumer cannot know: it reads the slot of a
 // step's V from `ready`, and then waits for the slot's barrier. A slot is free once every warp is done with the step that
-// had it.
+// had it, and what was fetched for that step has arrived.
 //
 // All words between warps carry step numbers, so none has to be reset, and a reader that comes late sees that. The V warp
 // is never so far ahead that it overwrites one in `ready` that is still wanted: of the steps from the one whose product is
@@ -119,6 +119,8 @@ class SkipValueLoader : public ValueLoader<Config> {
       }
       const bool free = (others >> 8 & kOfWarps) == kOfWarps;
       if (free && (expected_ || (keepers & kOfWarps) != 0)) {
+        // What was fetched for nothing may still be on its way: nobody has waited for it.
+        skip.value_full[this->value_.slot].wait(this->value_.parity ^ 1);
         if (lane == 0) {
           publish(skip.ready[step_.slot],
                   step_.number << 4 | this->value_.slot << 1 | static_cast<int32_t>(this->value_.parity));
