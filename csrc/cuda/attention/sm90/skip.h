@@ -84,6 +84,8 @@ class SkipValueLoader : public ValueLoader<Config> {
     this->for_each_step([](const TileRow&, int32_t, float) {},
                         [this](const TileRow&, const Block& block, bool, bool) { load_if_kept(block); },
                         [](const TileRow&, const Block&, uint32_t, bool, bool) {});
+    // Shared memory must outlive what is on its way.
+    for (int i = 0; i < Config::kValueSlots; ++i, this->value_.advance()) await_last();
   }
 
  private:
@@ -119,8 +121,7 @@ class SkipValueLoader : public ValueLoader<Config> {
       }
       const bool free = (others >> 8 & kOfWarps) == kOfWarps;
       if (free && (expected_ || (keepers & kOfWarps) != 0)) {
-        // What was fetched for nothing may still be on its way: nobody has waited for it.
-        skip.value_full[this->value_.slot].wait(this->value_.parity ^ 1);
+        await_last();
         if (lane == 0) {
           publish(skip.ready[step_.slot],
                   step_.number << 4 | this->value_.slot << 1 | static_cast<int32_t>(this->value_.parity));
@@ -133,6 +134,9 @@ class SkipValueLoader : public ValueLoader<Config> {
       }
     }
   }
+
+  // Until what the next slot held last has arrived: if it was fetched for nothing nobody has waited for it.
+  __device__ void await_last() const { this->shared_.skip.value_full[this->value_.slot].wait(this->value_.parity ^ 1); }
 
   StepCount<SkipStorage<Config>::kRing> step_;
   int32_t user_ = -1;     // lane i: the step whose values slot i held last
