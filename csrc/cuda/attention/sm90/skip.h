@@ -93,7 +93,7 @@ class SkipValueLoader : public ValueLoader<Config> {
   static_assert(Config::kValueSlots <= kRing && kConsumerWarps == 8 && kRing > 2);
 
   __device__ void load_if_kept(const Block& block) {
-    const int slot_before = step_.slot == 0 ? kRing - 1 : step_.slot - 1;
+    const int two_before = step_.slot == 0 ? kRing - 1 : step_.slot - 1;
     step_.advance();
     auto& skip = this->shared_.skip;
     const int32_t before = __shfl_sync(kAllLanes, user_, this->value_.slot);
@@ -102,7 +102,7 @@ class SkipValueLoader : public ValueLoader<Config> {
     const int lane = this->lane_, warp = lane % kConsumerWarps, part = lane / kConsumerWarps;
     const int32_t* word = part == 0   ? &skip.votes[warp][step_.slot]
                           : part == 1 ? &skip.done[warp]
-                                      : &skip.votes[warp][slot_before == 0 ? kRing - 1 : slot_before - 1];
+                                      : &skip.votes[warp][two_before];
     const int32_t number = part == 2 ? step_.number - 2 : step_.number;
     const int32_t yes = number << 1 | 1;
     constexpr unsigned kOfWarps = (1u << kConsumerWarps) - 1;
