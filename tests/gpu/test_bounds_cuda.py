@@ -538,3 +538,20 @@ def test_unsupported_calls_are_named(options: dict[str, Any], message: str, pass
     case = replace(BASE, lengths=TWINS, **options)
     with pytest.raises(bsfa.UnsupportedError, match=message):
         case.make().to(DEVICE).run(ExactSkip(ratio=0.1, block_n=case.block_n, passes=passes, bounds=True))
+
+
+@pytest.mark.parametrize("form", ["absolute", "relative"])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_calls_in_a_row(dim: int, form: str) -> None:
+    """Many tiles to a CTA, calls without and with bounds one after the other, and the host waits for none of them.
+
+    Values are fetched before it is known whether they are wanted: slots and shared memory must outlive that.
+    """
+    inputs = planted(replace(BASE, lengths=((8192, 8192),), hq=16, hkv=4, dim=dim, dtype=BF16), 50).to(DEVICE)
+    policy = planted_policy(form).to(torch.device(DEVICE, 0))
+    policies = [policy, with_bounds(policy)]
+    outs = [bsfa.attention(inputs.q, inputs.k, inputs.v, policy=policies[i % 2], return_lse=True) for i in range(24)]
+    torch.cuda.synchronize()
+    for out, lse in outs[1:]:
+        assert torch.equal(bits(out), bits(outs[0][0]))
+        assert torch.equal(bits(lse), bits(outs[0][1]))
