@@ -267,7 +267,8 @@ struct AttentionParams {
 // decisions in one pass, and a tile keeps what one of its groups keeps.
 //
 // bound_mask() fills the same struct: the mask then keeps every block that a group of the tile may keep, judged by upper
-// bounds of its logits. Attention that skips does over it what it would do over attention.words, to the bit.
+// bounds of its logits, and the last block of each tile. Attention that skips does over it what it would do over
+// attention.words, to the bit. In the relative form thresholds above 0 leave nothing out.
 struct SkipMaskParams {
   AttentionParams attention;  // with `skip`, not counted, and num_rows; v, out, lse and window_left have no say
   int32_t num_words = 0;      // of a row and head of the result; with attention.words its num_words
