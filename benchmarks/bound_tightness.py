@@ -1,0 +1,136 @@
+"""How much ExactSkip's bounds (docs/kernels/bound_mask.md) are sure of on a real model; on the CPU, no kernels of bsfa.
+
+Queries and keys of every layer of the embedded model on one prompt, in bfloat16, are rounded as the kernels do it, and
+in two other ways. Printed per layer: the median error of a logit in nats that the bound allows for, and of the pairs
+(group of 64 rows, KV block; neither sink nor diagonal) the share whose exact logits all lie a cut of some nats below
+the largest one that the row has in its diagonal block and the sink, beside the share for which the bounds are sure.
+
+``PYTHONPATH=python python benchmarks/bound_tightness.py [--tokens 4096] [--output FILE]``
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from calibrating import TINY_LM, prompts_of_length
+
+BLOCK, GROUP = 128, 64
+CUTS = (2.0, 4.0, 6.0)  # nats
+
+Round = Callable[[Tensor, Tensor], Tensor]
+
+
+def integers(x: Tensor, largest: Tensor) -> Tensor:
+    """8-bit integers times largest / 127: what the kernels do."""
+    factor = largest.clamp(min=1e-30) / 127
+    return (x / factor).round() * factor
+
+
+def e4m3(x: Tensor, largest: Tensor) -> Tensor:
+    """float8 with a power of two that brings ``largest`` to 8 .. 16."""
+    power = torch.exp2(3 - torch.floor(torch.log2(largest.clamp(min=1e-30))))
+    return (x * power).to(torch.float8_e4m3fn).float() / power
+
+
+def queries_and_keys(tokens: int) -> list[tuple[Tensor, Tensor, float]]:
+    """Of each layer: float32 [heads, tokens, dim] with the values of bfloat16, and the scale."""
+    found: list[tuple[Tensor, Tensor, float]] = []
+
+    def attention(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: float, **_: Any) -> Any:
+        found.append((q[0].bfloat16().float(), k[0].bfloat16().float(), scaling))
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True, scale=scaling)
+        return out.transpose(1, 2), None
+
+    ALL_ATTENTION_FUNCTIONS["bound-tightness"] = attention
+    tokenizer = AutoTokenizer.from_pretrained(TINY_LM / "model")
+    model = AutoModelForCausalLM.from_pretrained(TINY_LM / "model", dtype=torch.float32)
+    model.set_attn_implementation("bound-tightness")
+    prompt = prompts_of_length("calibration", tokenizer, tokens, 2)[0]
+    ids = torch.tensor(tokenizer(prompt.text)["input_ids"])[None, :tokens]
+    with torch.no_grad():
+        model(ids)
+    return found
+
+
+def lines_of(layer: int, q: Tensor, k: Tensor, scale: float) -> list[str]:
+    """One line for each way of rounding."""
+    heads, n, _ = q.shape
+    blocks = n // BLOCK
+
+    def per_query_head(x: Tensor) -> Tensor:
+        return x.repeat_interleave(heads // k.shape[0], 0)
+
+    row, block = torch.arange(n)[:, None], torch.arange(blocks)[None]
+    free = (block > 0) & (block < row // BLOCK)
+    logits = torch.einsum("hnd,hmd->hnm", q, per_query_head(k)) * scale
+    logits.masked_fill_(torch.arange(n)[None] > row, -torch.inf)
+    exact = logits.unflatten(2, (blocks, BLOCK)).amax(-1)
+    own = exact.gather(2, (row // BLOCK).expand(heads, n, 1))
+    seen = torch.maximum(own, exact[:, :, :1])
+
+    def share(rows: Tensor) -> float:
+        groups = (rows | ~free).unflatten(1, (-1, GROUP)).all(2) & free[::GROUP]
+        return float(groups.sum() / (free[::GROUP].sum() * heads))
+
+    lines = []
+    ways: tuple[tuple[str, Round, bool], ...] = (
+        ("8-bit integers", integers, False),
+        ("keys less their mean", integers, True),
+        ("e4m3", e4m3, False),
+    )
+    for name, rounded, centred in ways:
+        mean = k.mean(1, keepdim=True) if centred else torch.zeros_like(k[:, :1])
+        keys = (k - mean).unflatten(1, (blocks, BLOCK))
+        held = rounded(keys, keys.abs().amax((-1, -2), keepdim=True))
+        lost = (keys - held).norm(dim=-1).amax(-1)
+        norm = torch.maximum(keys.norm(dim=-1), held.norm(dim=-1)).amax(-1)
+        queries = rounded(q, q.abs().amax(-1, keepdim=True))
+        size = torch.maximum(q.norm(dim=-1), queries.norm(dim=-1))
+        if rounded is e4m3:  # products rounded to float16, terms cut off 13 bits below the largest
+            lost = lost + norm * (q.shape[-1] * 33 / 32 / 8192 + q.shape[-1] / 32 / 1024)
+        error = scale * (
+            size[..., None] * per_query_head(lost)[:, None]
+            + (q - queries).norm(dim=-1)[..., None] * per_query_head(norm)[:, None]
+        )
+        top = torch.einsum("hnd,hbjd->hnbj", queries, per_query_head(held)).amax(-1)
+        offset = torch.einsum("hnd,hd->hn", q, per_query_head(mean[:, 0]))
+        bound = scale * (top + offset[..., None]) + error
+        if not bool((bound - exact)[:, free].ge(-1e-4).all()):
+            raise AssertionError(f"layer {layer}, {name}: a logit is above its bound")
+        shares = "  ".join(f"{share(exact < seen - c):.3f} {share(bound < seen - c):.3f}" for c in CUTS)
+        lines.append(f"{layer}  {name:22}  {float(error[:, free].median()):5.2f}  {shares}")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--output", help="a file for what is printed")
+    arguments = parser.parse_args()
+    with contextlib.redirect_stderr(io.StringIO()):  # progress bars
+        layers = queries_and_keys(arguments.tokens // BLOCK * BLOCK)
+    lines = [
+        f"Bounds of logits on the embedded model, {arguments.tokens} tokens (benchmarks/bound_tightness.py).",
+        "layer, rounding, median error in nats; for cuts of "
+        f"{', '.join(f'{c:g}' for c in CUTS)} nats: share that can be skipped, share that is certain",
+    ]
+    for layer, (q, k, scale) in enumerate(layers):
+        lines += lines_of(layer, q, k, scale)
+    text = "\n".join(lines) + "\n"
+    print(text, end="")
+    if arguments.output:
+        with open(arguments.output, "w", encoding="utf-8") as file:
+            file.write(text)
+
+
+if __name__ == "__main__":
+    main()
