@@ -164,16 +164,13 @@ struct Columns {
   uint32_t words[kBlockKeys / 32];
 };
 
-// Of kSkip. A step's number counts all steps of the CTA. Rings by that number are one longer than K's: a warp that is
+// Of kSkip. A step's number counts all steps of the CTA. The ring by that number is one longer than K's: a warp that is
 // that far ahead of another one of its CTA would have needed a K slot which that one still holds.
 template <class Config>
 struct SkipStorage {
   static constexpr int kRing = Config::kKeySlots + 1;
   // Number << 1 | whether the warp wants to keep the step; before that something smaller.
   int32_t votes[kConsumerWarps][kRing];
-  int32_t ready[kRing];          // number << 4 | slot of V << 1 | parity: V of that step is on its way
-  int32_t done[kConsumerWarps];  // no value of this step, or one before, is wanted by the warp any more
-  Mbarrier value_full[Config::kValueSlots];
 };
 struct NoSkipStorage {};
 

@@ -21,7 +21,6 @@
 #include "compute.h"
 #include "load.h"
 #include "paired_compute.h"
-#include "skip.h"
 #include "skip_compute.h"
 
 namespace bsfa::cuda::attn::sm90 {
@@ -37,19 +36,15 @@ __global__ void __launch_bounds__(kThreads, Config::kCtas) attention_kernel(cons
       shared.work_empty[i].init(2);
     }
     for (Mbarrier& full : shared.query_full) full.init(1);
-    for (Mbarrier& full : shared.full) full.init(Config::kSkip ? 1 : 2);
+    for (Mbarrier& full : shared.full) full.init(2);
     for (Mbarrier& empty : shared.query_empty) empty.init(kConsumerWarps);
     for (Mbarrier& empty : shared.key_empty) empty.init(kConsumerWarps);
     for (Mbarrier& empty : shared.value_empty) empty.init(kConsumerWarps);
     shared.value_tail.init(1);
     if constexpr (Config::kSkip) {
-      auto& skip = shared.skip;
-      for (int i = 0; i < Config::kValueSlots; ++i) skip.value_full[i].init(1);
-      for (auto& words : skip.votes) {
+      for (auto& words : shared.skip.votes) {
         for (int32_t& word : words) word = -1;
       }
-      for (int32_t& word : skip.ready) word = -1;
-      for (int32_t& word : skip.done) word = -1;
     }
     fence_barrier_init();
     for (const CUtensorMap* map : {&p.q, &p.k, &p.v, &p.out, &p.k_means, &p.v_means, &p.tokens}) {
@@ -62,7 +57,7 @@ __global__ void __launch_bounds__(kThreads, Config::kCtas) attention_kernel(cons
     if (warp == 0) {
       KeyLoader<Config>(shared, p).run();
     } else if (warp == 1) {
-      std::conditional_t<Config::kSkip, SkipValueLoader<Config>, ValueLoader<Config>>(shared, p).run();
+      ValueLoader<Config>(shared, p).run();
     } else if (warp == 2) {
       schedule(shared, p);
     }

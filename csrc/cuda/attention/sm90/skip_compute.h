@@ -47,15 +47,14 @@ class SkipConsumer {
 
     Step step{0, 0};
     float rescale[2];
-    int32_t ready = -1;  // what was last seen of where the values of the last step are
-    bool kept = false;   // the last step: P holds its probabilities, V has not been multiplied yet
-    bool empty = true;   // O holds nothing of the tile
+    bool kept = false;  // the last step: P holds its probabilities, V has not been multiplied yet
+    bool empty = true;  // O holds nothing of the tile
 
     const auto issue_scores = [&]() __attribute__((always_inline)) {
       issue(score_mma, query_part(_, _, _, query_.slot), key_part(_, _, _, key_.slot), s, false);
     };
     const auto issue_product = [&]() __attribute__((always_inline)) {
-      issue(output_mma, probabilities, value_part(_, _, _, await_value(ready)), o, !empty);
+      issue(output_mma, probabilities, value_part(_, _, _, value_.slot), o, !empty);
     };
     const auto take_scores = [&]() __attribute__((always_inline)) {
       warpgroup_fence_operand(s);
@@ -66,6 +65,7 @@ class SkipConsumer {
       warpgroup_fence_operand(s);
       warpgroup_wait<0>();
       warpgroup_fence_operand(o);
+      done_with_value();
     };
     const auto scale_output = [&]() __attribute__((always_inline)) {
 #pragma unroll
@@ -90,14 +90,9 @@ class SkipConsumer {
         kept = decide(s, step);
         if (kept || counts(step)) softmax(s, step, rescale);
         finish_product();
-        done_with(step_.number - 1);
         key_.advance();
         finish_tile(o, finished, slot);
-        if (kept) {
-          convert(s, probabilities);
-        } else {
-          done_with(step_.number);
-        }
+        if (kept) convert(s, probabilities);
         more = !(step.flags & kLast);
       } else {
         begin_tile();
@@ -107,6 +102,7 @@ class SkipConsumer {
         await_step();
         issue_scores();
         if (!kept) {
+          if (step_.number >= 0) done_with_value();  // of a step that was skipped
           step = read_step(shared_.steps[key_.slot]);
           warpgroup_wait<0>();
           take_scores();
@@ -123,11 +119,9 @@ class SkipConsumer {
           take_scores();
           if (__builtin_expect((step.flags | unusual_) == 0, 1)) {
             kept = decide_usual(s);
-            ready = observe(shared_.skip.ready[step_.slot]);
             if (__builtin_expect(kept, 1)) {
               const bool rescaled = softmax_usual(s, rescale);
               finish_product();
-              done_with(step_.number - 1);
               key_.advance();
               if (rescaled) scale_output();
               convert(s, probabilities);
@@ -139,15 +133,10 @@ class SkipConsumer {
           }
           const bool rescaled = (kept || counts(step)) && softmax(s, step, rescale);
           finish_product();
-          done_with(step_.number - 1);
           if (rescaled) scale_output();
         }
         key_.advance();
-        if (kept) {
-          convert(s, probabilities);
-        } else {
-          done_with(step_.number);
-        }
+        if (kept) convert(s, probabilities);
         more = !(step.flags & kLast);
       }
       count_tile();
@@ -178,7 +167,7 @@ class SkipConsumer {
     if (stored_slot_ >= 0 && stored_slot_ != query_.slot) give_back_stored();
   }
 
-  // The step's K and the step itself have arrived.
+  // The step's K, the V of the one before, and the step itself have arrived.
   __device__ void await_step() const { shared_.full[key_.slot].wait(key_.parity); }
 
   // On to the next tile, whose queries are waited for; its rows have seen nothing.
@@ -206,18 +195,10 @@ class SkipConsumer {
     skipped_ = 0;
   }
 
-  // The slot of the values of step `step_`, which this warpgroup keeps, once they have arrived. `ready`: what was last
-  // seen of where they will be.
-  __device__ __forceinline__ int await_value(int32_t ready) const {
-    while (ready >> 4 != step_.number) ready = observe(shared_.skip.ready[step_.slot]);
-    const int slot = ready >> 1 & 7;
-    static_assert(Config::kValueSlots <= 8, "bits of a slot");
-    shared_.skip.value_full[slot].wait(ready & 1);
-    return slot;
-  }
-
-  __device__ void done_with(int32_t number) const {
-    if (lane_ == 0) publish(shared_.skip.done[warp_], number);
+  // The values of the step before are not wanted any more.
+  __device__ __forceinline__ void done_with_value() {
+    release(shared_.value_empty[value_.slot], lane_);
+    value_.advance();
   }
   // Whether the exponentials of a step that is skipped are wanted.
   __device__ bool counts(const Step& step) const { return p_.skip.counted && !(step.flags & kNone); }
@@ -339,6 +320,7 @@ class SkipConsumer {
   const Ballot<Config> ballot_;
   RingPosition<Config::kQuerySlots> query_;
   RingPosition<Config::kKeySlots> key_;
+  RingPosition<Config::kValueSlots> value_;  // of the step before
   StepCount<kRing> step_;
   SoftmaxRows rows_{};
   float top_[2];      // of the rows in the step, of this thread's scores

@@ -20,11 +20,14 @@ namespace bsfa::cuda::bound {
 constexpr int kWarpgroup = 128;
 constexpr int kConsumers = 2;  // warpgroups that compute, 64 query rows each
 constexpr int kGroupRows = kTileRows / kConsumers;
-constexpr int kThreads = kConsumers * kWarpgroup;
-constexpr int kWarps = kThreads / 32;
+constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
+constexpr int kConsumerWarps = kConsumers * kWarpgroup / 32;
 constexpr int kCtasPerSm = 2;
+// setmaxnreg, per thread: what a CTA has at its launch, handed out anew.
+constexpr int kProducerRegisters = 32, kConsumerRegisters = 104;
+constexpr int kLaunchRegisters = 65536 / (kCtasPerSm * kThreads) / 8 * 8;
+static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= (1 + kConsumers) * kLaunchRegisters);
 constexpr int kStages = 5;                 // KV blocks in shared memory
-constexpr int kAhead = kStages - 2;        // steps from a block's fetch to its use; warps may be two steps apart
 constexpr int kMaxBlocks = 1 << 16;        // of a sequence: their numbers are listed in 16 bits
 constexpr int kHalfKeys = kBlockKeys / 2;  // of one product
 constexpr int kQuantizeThreads = 256;
