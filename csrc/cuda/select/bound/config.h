@@ -10,6 +10,7 @@
 
 #include <cute/tensor.hpp>
 
+#include "../../common/mask_output.h"
 #include "../../common/mbarrier.h"
 #include "../../common/schedule.h"
 #include "../../common/warp.h"
@@ -70,22 +71,10 @@ struct QuantizedKeys {
   }
 };
 
-struct KernelParams {
-  Problem problem;
+struct KernelParams : MaskOutput {
   TensorView q, k;
   QuantizedKeys keys;
-  int64_t num_rows;       // of the mask
-  const int32_t* within;  // null: all visible blocks
-  int32_t within_heads;
-  int32_t heads_per_within_head;
-  int32_t num_words;  // of a row and head
-  const float* thresholds;
-  int32_t columns;
-  int32_t sink_blocks;
-  int32_t window_blocks;
-  int32_t* words;
-  int32_t* counts;
-  unsigned long long* skips;  // zeroed
+  int64_t num_rows;  // of the mask
 };
 
 // What brings `largest` to 127, and its inverse. Beyond 1e30 either way values are held badly, or not at all, which the
