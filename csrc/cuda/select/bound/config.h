@@ -36,8 +36,9 @@ struct alignas(16) BlockFacts {
   float factor;  // k is k' times this
   float lost;    // largest |k - k'|
   float norm;    // largest |k| or |k'|
-  float unused;
+  float unused;  // 0: bulk copies take 16 bytes, all of which are to be written ones
 };
+static_assert(sizeof(BlockFacts) == 16);
 
 template <int kHeadDim_>
 struct Config {
