@@ -21,9 +21,12 @@ int64_t key_blocks(const SkipMaskParams& params) {
 template <class Element, int kHeadDim, bool kRelative>
 cudaError_t launch_bounds(const KernelParams& k, cudaStream_t stream) {
   const auto kernel = bound_kernel<Element, kHeadDim, kRelative>;
-  const int bytes = shared_bytes<Config<kHeadDim>>(k.num_words);
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  constexpr int kMostBytes = shared_bytes<Config<kHeadDim>>(kMaxBlocks / 32);
+  static_assert(kMostBytes + 128 <= 227 * 1024, "shared memory of one SM, with what finds the tile");
+  static DevicesDone allowed;
+  const cudaError_t error = allow_shared_memory(allowed, kernel, kMostBytes);
   if (error != cudaSuccess) return error;
+  const int bytes = shared_bytes<Config<kHeadDim>>(k.num_words);
   return launch_early(kernel, static_cast<int>(k.num_rows * k.problem.num_q_heads), kThreads, bytes, stream, k);
 }
 
