@@ -107,7 +107,8 @@ def replays(
 
     def run() -> Result:
         arguments = {"skip": policy, "return_skips": True, **static.maths, **static.layout}
-        return bsfa.block_sparse_attention(static.q, static.k, static.v, kept, **arguments)  # type: ignore[return-value]
+        out, lse, skips = bsfa.block_sparse_attention(static.q, static.k, static.v, kept, **arguments)
+        return out, lse, skips
 
     run()
     torch.cuda.synchronize()

@@ -7,7 +7,7 @@
 
 namespace bsfa::cuda {
 
-// In elements from the start of `view`, without the head. Only tokens of the sequence: the table names no page of others.
+// In elements from the start of `view`, without the head. Only tokens of the sequence: no others have a page.
 __device__ __forceinline__ int64_t token_offset(const KvLayout& kv, const TensorView& view, int32_t sequence,
                                                 int32_t token) {
   if (kv.block_table != nullptr) {
