@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 import oracle_skip
-from bsfa.attending import mask_by_bounds
 from bsfa.policies import ExactSkip
 from cases import F32, NAN, Case, Inputs, poison
 from oracle import positions, visible_tokens
@@ -44,7 +43,7 @@ def bound_masks(inputs: Inputs, policy: ExactSkip, masks: Masks = None) -> tuple
     there, moved = inputs.to(DEVICE), policy.to(torch.device(DEVICE))
     g = inputs.geometry
     poison((g.num_rows, inputs.case.hq, -(-g.num_blocks // 32)), (g.num_rows, inputs.case.hq), device=DEVICE)
-    mask, counts = first_masks(there, moved, masks, by=mask_by_bounds)
+    mask, counts = first_masks(there, moved, masks, operator="bound_mask")
     rows = mask.to_rows().cpu()
     assert torch.equal(mask.counts.cpu(), rows.sum(-1, dtype=torch.int32))
     return rows, counts.cpu()

@@ -174,6 +174,13 @@ class Inputs:
                 self.v[here, :count] = values[i * page : (i + 1) * page]
         self.seqlens_k = int32([n for _, n in case.lengths])
 
+    def take(self, other: Inputs) -> None:
+        """Overwrite these tensors, paged and of packed queries, by those of a case that needs no more room."""
+        for name in ("q", "k", "v", "cu_q", "seqlens_k"):
+            getattr(self, name).copy_(getattr(other, name))
+        self.block_table.fill_(GARBAGE_PAGES[0])
+        self.block_table[:, : other.block_table.shape[1]] = other.block_table.to(self.q.device)
+
     def to(self, device: str | torch.device) -> Inputs:
         """The same tensors on a device, over the same memory: strides, gaps and what they hold are kept."""
         other = copy(self)

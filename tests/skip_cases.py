@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,7 +9,7 @@ from torch import Tensor
 import bsfa
 import oracle
 import oracle_skip
-from bsfa.attending import mask_by_logits
+from bsfa.attending import mask_ahead, skip_cuts
 from bsfa.policies import ExactSkip
 from bsfa.stages import resolve_layout
 from cases import F32, ROUNDING, Case, Inputs, assert_within, check_attention, poison
@@ -94,14 +92,16 @@ def first_masks(
     inputs: Inputs,
     policy: ExactSkip,
     masks: list[np.ndarray] | None = None,
-    by: Callable[..., tuple[bsfa.BlockMask, Tensor]] = mask_by_logits,
+    operator: str = "skip_mask",
 ) -> tuple[bsfa.BlockMask, Tensor]:
-    """The mask between the two passes over ``inputs`` (or that of bounds, ``by``), and the counts."""
+    """The mask between the two passes over ``inputs`` (``operator``: or that of bounds), and the counts."""
     case, names = inputs.case, ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
     where = {name: inputs.layout.get(name) for name in (*names, "block_table", "seqlens_k")}
     layout = resolve_layout(inputs.q, inputs.k, None, case.causal, **where)
     within = None if masks is None else inputs.block_mask(masks)
-    return by(inputs.q, inputs.k, within, layout, case.softmax_scale, case.softcap, policy)
+    cuts = skip_cuts(inputs.q, layout, policy)
+    op = getattr(torch.ops.bsfa, operator)
+    return mask_ahead(op, inputs.q, inputs.k, within, layout, case.softmax_scale, case.softcap, policy, cuts)
 
 
 def check_two_passes(

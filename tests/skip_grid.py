@@ -16,7 +16,7 @@ from torch import Tensor
 import bsfa
 from bsfa.policies import ExactSkip
 from cases import BATCHED, BF16, F16, PACKED, PAGED, PAGED_PACKED, Case, Inputs, poison, square, table
-from skip_cases import check_skipping, check_two_passes
+from skip_cases import check_skipping, check_two_passes, make, masks_of, policy_for
 
 LSE_CONSTANT = 1e-5
 #: Relative distance to the threshold that every decision of a case has: above what float32 in another order can turn,
@@ -83,6 +83,48 @@ def no_synchronisation(device: str) -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def replays(
+    form: str, masked: bool, **options: Any
+) -> Iterator[tuple[Inputs, ExactSkip, list[np.ndarray] | None, Result]]:
+    """Attention on CUDA by one graph, replayed with other lengths, pages, masks, values and cuts: what went into each
+    replay, and its result, over memory that held something else. ``options``: of the policy.
+    """
+    mask = "random" if masked else "none"
+    case = replace(BASE, lengths=((65, 500), (0, 0), (100, 330)), layout=PAGED_PACKED, mask=mask)
+    both = [make(case), make(replace(case, lengths=((100, 400), (65, 440), (0, 0)), seed=1))]
+    masks = [masks_of(inputs) for inputs in both]
+    policies = [policy_for(*pair, form, **options) for pair in zip(both, masks, strict=True)]
+    static, policy = both[0].to("cuda"), policies[0].to(torch.device("cuda"))
+    static.max_q = 128
+    kept = None if masks[0] is None else static.block_mask(masks[0])
+
+    def cuts(of: ExactSkip) -> Tensor:
+        values = of.reference if form == "absolute" else of.ratio
+        assert isinstance(values, Tensor)
+        return values
+
+    def run() -> Result:
+        arguments = {"skip": policy, "return_skips": True, **static.maths, **static.layout}
+        out, lse, skips = bsfa.block_sparse_attention(static.q, static.k, static.v, kept, **arguments)
+        return out, lse, skips
+
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = run()
+    for i in (1, 0, 1):
+        static.take(both[i])
+        if kept is not None:
+            kept.words.copy_(both[i].block_mask(masks[i]).words)
+        cuts(policy).copy_(cuts(policies[i]))
+        for t in result:
+            t.fill_(-5)
+        graph.replay()
+        torch.cuda.synchronize()
+        yield both[i], policies[i], masks[i], result
 
 
 # --- the grid ---------------------------------------------------------------------------------------------------------

@@ -135,10 +135,12 @@ def after_bounds(
     names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "block_table", "seqlens_k")
     layout = resolve_layout(inputs.q, inputs.k, None, inputs.case.causal, *map(inputs.layout.get, names))
     mask = policy.select(Selection(inputs.q, layout, inputs.case.softmax_scale, 0.0, None, None))
-    cuts = attending.skip_cuts(inputs.q, layout, policy)
-    given = (inputs.q, inputs.k, inputs.v, mask, layout, inputs.case.softmax_scale, 0.0, policy, cuts, None)
     monkeypatch.setattr(torch.ops.bsfa, "bound_mask", bound_mask)
-    return attending._attend_over(*given), attending._attend_after_bounds(*given), made
+    monkeypatch.setattr(attending, "goes_by_bounds", lambda device: True)
+    given = (inputs.q, inputs.k, inputs.v, mask, layout, inputs.case.softmax_scale, 0.0)
+    want = attending.attend_skipping(*given, policy)
+    assert not made
+    return want, attending.attend_skipping(*given, replace(policy, bounds=True)), made
 
 
 @WITH_FORMS

@@ -82,44 +82,38 @@ def attend_skipping(
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`attend` that skips, on inputs that have been checked: also the counts int64 [Hq, 2] of what was."""
-    run = _attend_after_bounds if skip.bounds and q.device.type != "cpu" else _attend_over
-    return run(q, k, v, mask, layout, softmax_scale, softcap, skip, skip_cuts(q, layout, skip), out)
-
-
-def _attend_after_bounds(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: BlockMask | None,
-    layout: Layout,
-    softmax_scale: float,
-    softcap: float,
-    skip: ExactSkip,
-    cuts: Tensor,
-    out: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`attend_skipping` over what bounds leave of ``mask``."""
-    kept, bounded = mask_by_bounds(q, k, mask, layout, softmax_scale, softcap, skip, cuts)
-    result, lse, skips = _attend_over(q, k, v, kept, layout, softmax_scale, softcap, skip, cuts, out)
-    return result, lse, skips + bounded.narrow(1, 1, 1)  # what bounds left out was met, and is skipped
-
-
-def _attend_over(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: BlockMask | None,
-    layout: Layout,
-    softmax_scale: float,
-    softcap: float,
-    skip: ExactSkip,
-    cuts: Tensor,
-    out: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`attend_skipping` by exact logits alone."""
+    cuts = skip_cuts(q, layout, skip)
+    bounded = None
+    if skip.bounds and goes_by_bounds(q.device):
+        mask, bounded = mask_ahead(torch.ops.bsfa.bound_mask, q, k, mask, layout, softmax_scale, softcap, skip, cuts)
     if skip.passes == 2:
-        kept, skips = mask_by_logits(q, k, mask, layout, softmax_scale, softcap, skip, cuts)
-        return (*attend(q, k, v, kept, layout, softmax_scale, softcap, None, out), skips)
+        mask, skips = mask_ahead(torch.ops.bsfa.skip_mask, q, k, mask, layout, softmax_scale, softcap, skip, cuts)
+        result, lse = attend(q, k, v, mask, layout, softmax_scale, softcap, None, out)
+    else:
+        result, lse, skips = _attend_in_one_pass(q, k, v, mask, layout, softmax_scale, softcap, skip, cuts, out)
+    if bounded is not None:
+        skips = skips + bounded.narrow(1, 1, 1)  # what bounds left out was met, and is skipped
+    return result, lse, skips
+
+
+def goes_by_bounds(device: torch.device) -> bool:
+    """Whether bounds of logits save anything there: elsewhere ``ExactSkip.bounds`` changes nothing."""
+    return device.type != "cpu"
+
+
+def _attend_in_one_pass(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask | None,
+    layout: Layout,
+    softmax_scale: float,
+    softcap: float,
+    skip: ExactSkip,
+    cuts: Tensor,
+    out: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`attend_skipping` over ``mask``, by exact logits alone."""
     arguments = (
         q,
         k,
@@ -157,42 +151,7 @@ def skip_cuts(q: Tensor, layout: Layout, skip: ExactSkip) -> Tensor:
     return skip.cuts(q.shape[-2], positions // skip.block_m + 1, q.device)
 
 
-def mask_by_logits(
-    q: Tensor,
-    k: Tensor,
-    mask: BlockMask | None,
-    layout: Layout,
-    softmax_scale: float,
-    softcap: float,
-    skip: ExactSkip,
-    cuts: Tensor | None = None,
-) -> tuple[BlockMask, Tensor]:
-    """The first of two passes of ``skip``: what attention is left to do of ``mask``, and the counts int64 [Hq, 2].
-
-    cuts: the policy's for this call; None: found here.
-    """
-    cuts = skip_cuts(q, layout, skip) if cuts is None else cuts
-    return _mask_by(torch.ops.bsfa.skip_mask, q, k, mask, layout, softmax_scale, softcap, skip, cuts)
-
-
-def mask_by_bounds(
-    q: Tensor,
-    k: Tensor,
-    mask: BlockMask | None,
-    layout: Layout,
-    softmax_scale: float,
-    softcap: float,
-    skip: ExactSkip,
-    cuts: Tensor | None = None,
-) -> tuple[BlockMask, Tensor]:
-    """What ``skip`` may keep of ``mask``, by bounds of logits: its passes do over that what they would do over
-    ``mask``. And the counts int64 [Hq, 2] of what was met and left out. On CUDA alone; ``cuts`` as above.
-    """
-    cuts = skip_cuts(q, layout, skip) if cuts is None else cuts
-    return _mask_by(torch.ops.bsfa.bound_mask, q, k, mask, layout, softmax_scale, softcap, skip, cuts)
-
-
-def _mask_by(
+def mask_ahead(
     operator: Callable[..., tuple[Tensor, Tensor, Tensor]],
     q: Tensor,
     k: Tensor,
@@ -203,7 +162,12 @@ def _mask_by(
     skip: ExactSkip,
     cuts: Tensor,
 ) -> tuple[BlockMask, Tensor]:
-    """The mask and the counts of an operator that decides ahead of attention."""
+    """What an operator that decides ahead of attention leaves of ``mask``, and the counts int64 [Hq, 2] of what it met
+    and left out.
+
+    ``skip_mask``: the first of two passes of ``skip``; attention without skipping is the second. ``bound_mask``: what
+    ``skip`` may keep, by bounds of logits; its passes do over that what they would do over ``mask``. On CUDA alone.
+    """
     words, counts, skips = operator(
         q,
         k,

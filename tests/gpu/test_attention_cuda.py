@@ -578,10 +578,7 @@ def test_cuda_graph(masked: bool) -> None:
     with torch.cuda.graph(graph):
         lse = run()
     for inputs in (second, first):
-        for name in ("q", "k", "v", "cu_q", "seqlens_k"):
-            getattr(static, name).copy_(getattr(inputs, name))
-        static.block_table.fill_(-7)
-        static.block_table[:, : inputs.block_table.shape[1]] = inputs.block_table.to(DEVICE)
+        static.take(inputs)
         masks = masks_of(inputs) if masked else None
         if mask is not None:
             mask.words.copy_(inputs.block_mask(masks).words)

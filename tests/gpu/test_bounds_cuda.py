@@ -48,6 +48,7 @@ from skip_grid import (
     Result,
     no_synchronisation,
     random_case,
+    replays,
     skip,
 )
 
@@ -402,44 +403,8 @@ def test_the_same_bits_again() -> None:
 @pytest.mark.parametrize("masked", [False, True])
 def test_cuda_graph(masked: bool, form: str, passes: int) -> None:
     """One graph serves other lengths, pages, masks and values, and counts anew at each replay."""
-    case = replace(
-        BASE, lengths=((65, 500), (0, 0), (100, 330)), layout=PAGED_PACKED, mask="random" if masked else "none"
-    )
-    first, second = make(case), make(replace(case, lengths=((100, 400), (65, 440), (0, 0)), seed=1))
-    policies = [policy_for(inputs, masks_of(inputs), form, passes=passes) for inputs in (first, second)]
-    static = first.to(DEVICE)
-    static.max_q = 128
-    masks = masks_of(first)
-    mask = None if masks is None else static.block_mask(masks)
-    policy = with_bounds(policies[0]).to(torch.device(DEVICE))
-    values = policy.reference if form == "absolute" else policy.ratio
-    assert isinstance(values, Tensor)
-
-    def run() -> Result:
-        options = {"skip": policy, "return_skips": True, **static.maths, **static.layout}
-        return bsfa.block_sparse_attention(static.q, static.k, static.v, mask, **options)  # type: ignore[return-value]
-
-    run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = run()
-    for i in (1, 0, 1):
-        inputs = (first, second)[i]
-        for name in ("q", "k", "v", "cu_q", "seqlens_k"):
-            getattr(static, name).copy_(getattr(inputs, name))
-        static.block_table.fill_(-7)
-        static.block_table[:, : inputs.block_table.shape[1]] = inputs.block_table.to(DEVICE)
-        masks = masks_of(inputs)
-        if mask is not None:
-            assert masks is not None
-            mask.words.copy_(inputs.block_mask(masks).words)
-        values.copy_(policies[i].reference if form == "absolute" else policies[i].ratio)  # type: ignore[arg-type]
-        for t in result:
-            t.fill_(-5)
-        graph.replay()
-        torch.cuda.synchronize()
-        assert same(result, skip(inputs, policies[i], masks, DEVICE))
+    for inputs, policy, masks, result in replays(form, masked, passes=passes, bounds=True):
+        assert same(result, skip(inputs, replace(policy, bounds=False), masks, DEVICE))
 
 
 @WITH_PASSES

@@ -48,6 +48,7 @@ from transformers import LlamaConfig
 import bsfa
 from bsfa import _library, limits
 from bsfa.integrations import sglang as backend_module
+from bsfa.integrations._sglang_runner import unsuited
 from bsfa.integrations.serving import ServingConfig
 from bsfa.policies import RelativeMax
 
@@ -774,11 +775,11 @@ def case_servers_it_does_not_serve() -> None:
         assert server.backend.served == 0 and all(words in reason for reason in server.backend.reasons)
     for name, sizes in (("attn_cp_size", {"tp_size": 2, "moe_tp_size": 2}), ("attn_dcp_size", {})):
         with published(), get_parallel().override(**{name: 2, **sizes}):
-            assert "context parallelism" in backend_module._unsuited(make_runner())
+            assert "context parallelism" in unsuited(make_runner())
     quantized = make_runner()
     quantized.token_to_kv_pool = SimpleNamespace(full_kv_pool=SimpleNamespace(is_quantized_kv_cache=True))
     with published():
-        assert "quantized" in backend_module._unsuited(quantized)
+        assert "quantized" in unsuited(quantized)
 
 
 def case_fp8_cache() -> None:

@@ -13,7 +13,6 @@ namespace bsfa::cuda {
 namespace {
 
 using measure::KernelParams;
-using measure::MaskOutput;
 using measure::Quantity;
 
 constexpr int kPrepareThreads = 256;
@@ -82,6 +81,7 @@ cudaError_t run(const Measurement& m, Quantity quantity, KernelParams& k, void* 
   if (!measure_supports(p) || pairs > INT32_MAX || m.num_rows > INT32_MAX) return cudaErrorInvalidValue;
   if (pairs == 0 || m.q.tokens == 0 || m.q.batch_size == 0) return cudaSuccess;
   k.workspace = Workspace::in(workspace, rows, p.num_q_heads);
+  k.work_rows = rows;
   k.num_heads = p.num_q_heads;
   k.heads_per_kv_head = p.num_q_heads / p.num_kv_heads;
   k.causal = p.causal;
@@ -172,22 +172,8 @@ cudaError_t skip_mask(const SkipMaskParams& params, void* workspace, cudaStream_
   clear(a.skip.counts, sizeof(int64_t) * 2 * p.num_q_heads);
   if (error != cudaSuccess || pairs == 0 || params.num_words == 0) return error;
   KernelParams k{};
-  MaskOutput& mask = k.mask;
+  k.mask = mask_output(params);
   const Measurement m{p, a.q, a.k, a.num_rows, 0, nullptr};
-  mask.problem = p;
-  mask.num_rows = m.work_rows();
-  mask.within = a.words;
-  mask.within_heads = a.mask_heads;
-  mask.heads_per_within_head = p.num_q_heads / std::max(a.mask_heads, 1);
-  mask.num_words = params.num_words;
-  mask.thresholds = a.skip.thresholds;
-  mask.columns = a.skip.columns;
-  mask.sink_blocks = a.skip.sink_blocks;
-  mask.window_blocks = a.skip.window_blocks;
-  mask.words = params.words;
-  mask.counts = params.counts;
-  static_assert(sizeof(unsigned long long) == sizeof(int64_t));
-  mask.skips = reinterpret_cast<unsigned long long*>(a.skip.counts);
   return run(m, maxima_of(a.skip.form), k, workspace, sms, stream);
 }
 

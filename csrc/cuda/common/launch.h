@@ -71,4 +71,16 @@ class DevicesDone {
   PerDevice done_;
 };
 
+// Lets launches of a kernel on the current device have up to `bytes` of dynamic shared memory. `allowed` belongs to this
+// kernel alone: what it says is done is not done again. `carveout`: of an SM's memory, cudaSharedmemCarveout...
+template <class Kernel>
+cudaError_t allow_shared_memory(DevicesDone& allowed, Kernel* kernel, int bytes,
+                                int carveout = cudaSharedmemCarveoutDefault) {
+  return allowed.once([=] {
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (error != cudaSuccess || carveout == cudaSharedmemCarveoutDefault) return error;
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, carveout);
+  });
+}
+
 }  // namespace bsfa::cuda

@@ -106,37 +106,13 @@ __global__ void __launch_bounds__(kCountThreads)
   }
 }
 
-// Where one row lies, for one thread per row and per sequence. `ends`: shared memory for as many.
-__device__ Place place_among_few(const Problem& problem, int32_t row, int32_t* ends, int32_t* scratch) {
-  if (all_alike(problem)) {
-    const int32_t tiles = sequence_geometry(problem, 0).num_tiles();
-    const int32_t sequence = row / max(tiles, 1);
-    return {tiles > 0 && sequence < problem.batch ? sequence : -1, row - sequence * tiles};
-  }
-  const int32_t thread = threadIdx.x;
-  const int32_t tiles = thread < problem.batch ? sequence_geometry(problem, thread).num_tiles() : 0;
-  ends[thread] = inclusive_sum<kFewRows>(tiles, scratch);
-  __syncthreads();
-  if (row >= ends[kFewRows - 1]) return {-1, 0};
-  int32_t low = 0, high = kFewRows - 1;  // the first sequence that ends behind the row
-  while (low < high) {
-    const int32_t middle = (low + high) / 2;
-    if (ends[middle] > row) {
-      high = middle;
-    } else {
-      low = middle + 1;
-    }
-  }
-  return {low, low > 0 ? row - ends[low - 1] : row};
-}
-
 // What count_kernel does, by one CTA, for few pairs whose counts need no look at the mask's words. The counts also go
 // to shared memory.
 __device__ void count_few(const Tiling& tiling, const Workspace& workspace, int32_t* counts, int32_t* scratch) {
   __shared__ int32_t visible[kFewRows];  // blocks of each row; -1: it belongs to no sequence
   __shared__ int32_t ends[kFewRows];
   const auto row = static_cast<int32_t>(threadIdx.x), num_rows = static_cast<int32_t>(tiling.num_rows);
-  const Place place = place_among_few(tiling.problem, row, ends, scratch);
+  const Place place = place_among_few<kFewRows>(tiling.problem, row, ends, scratch);
   TileRow tile{};
   tile.sequence = -1;
   if (row < num_rows) {

@@ -16,6 +16,7 @@
 
 #include "../common/alignment.h"
 #include "../common/scalar.h"
+#include "../common/token_offset.h"
 #include "bsfa/cuda.h"
 #include "config.h"
 
@@ -144,18 +145,6 @@ __global__ void __launch_bounds__(kThreads, kMinCtasPerSm)
   store(out, count > 0 ? total / static_cast<float>(count) : 0.0f);
 }
 
-// Row of a token of sequence b, in elements from the start of k, without the head. Only tokens of the sequence.
-__device__ __forceinline__ int64_t token_offset(const PoolParams& params, int32_t b, int32_t token) {
-  const KvLayout& kv = params.kv;
-  if (kv.block_table != nullptr) {
-    const int32_t page = token / kv.page_size;
-    const int32_t slot = token - page * kv.page_size;
-    return kv.block_table[b * kv.block_table_stride + page] * params.k.batch_stride + slot * params.k.token_stride;
-  }
-  if (kv.cu_seqlens != nullptr) return (static_cast<int64_t>(kv.cu_seqlens[b]) + token) * params.k.token_stride;
-  return b * params.k.batch_stride + token * params.k.token_stride;
-}
-
 // kMaxAbs: the largest magnitude; ties: the earlier token. kCenter: token number count / 2. Both 16-bit types order
 // their magnitudes as their bits do, with NaN above all, so the bits are all that is looked at.
 template <Pooling kPooling>
@@ -182,11 +171,11 @@ __global__ void __launch_bounds__(kChunk)
 
   uint16_t best = 0;
   if constexpr (kPooling == Pooling::kCenter) {
-    if (count > 0) best = source[token_offset(params, b, first_token + count / 2)];
+    if (count > 0) best = source[token_offset(kv, params.k, b, first_token + count / 2)];
   } else {
 #pragma unroll 4
     for (int32_t i = 0; i < count; ++i) {
-      const uint16_t x = source[token_offset(params, b, first_token + i)];
+      const uint16_t x = source[token_offset(kv, params.k, b, first_token + i)];
       if ((x & 0x7fffu) > (best & 0x7fffu)) best = x;
     }
   }

@@ -13,6 +13,7 @@
 //           warps: about thirty trips over the row in shared memory. No atomics.
 #include <cstdint>
 
+#include "../common/launch.h"
 #include "bsfa/cuda.h"
 #include "bsfa/keep.h"
 #include "keep_row.h"
@@ -292,11 +293,10 @@ template <int kWarps, bool kPlain = false>
 cudaError_t launch(const SelectParams& params, const Slab& slab, cudaStream_t stream) {
   const int bytes = static_cast<int>(shared_bytes(params.score.max_blocks));
   const auto kernel = pick_kernel<kWarps, kPlain>;
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           static_cast<int>(shared_bytes(longest_row(kWarps))));
-  if (error != cudaSuccess) return error;
+  constexpr int kMostBytes = static_cast<int>(shared_bytes(longest_row(kWarps)));
+  static DevicesDone allowed;
   // As many CTAs on an SM as registers allow, and no other division of its memory than the kernel before had.
-  error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  const cudaError_t error = allow_shared_memory(allowed, kernel, kMostBytes, cudaSharedmemCarveoutMaxShared);
   if (error != cudaSuccess) return error;
   const unsigned ctas = static_cast<unsigned>(slab.row_end - slab.row_begin) * params.score.mask_heads();
   kernel<<<ctas, 32 * kWarps, bytes, stream>>>(params, slab, rescue_of(params));

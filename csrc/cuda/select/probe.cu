@@ -23,6 +23,7 @@
 #include <utility>
 
 #include "../common/alignment.h"
+#include "../common/launch.h"
 #include "../common/mbarrier.h"
 #include "bsfa/cuda.h"
 #include "bsfa/geometry.h"
@@ -496,8 +497,8 @@ cudaError_t launch(const KernelParams& params, cudaStream_t stream) {
   const dim3 grid(problem.num_q_heads, params.spans, problem.batch);
   constexpr int kKeyBytes = sizeof(Shared<kHeadDim>::keys), kAllBytes = sizeof(Shared<kHeadDim>);
   static_assert(kAllBytes * kMinCtasPerSm <= 227 * 1024 - kMinCtasPerSm * 1024, "shared memory of an SM");
-  cudaError_t error =
-      cudaFuncSetAttribute(spread_kernel<T, kHeadDim>, cudaFuncAttributeMaxDynamicSharedMemorySize, kAllBytes);
+  static DevicesDone allowed;
+  cudaError_t error = allow_shared_memory(allowed, spread_kernel<T, kHeadDim>, kAllBytes);
   if (error != cudaSuccess) return error;
   maxima_kernel<T, kHeadDim><<<grid, kThreads, kKeyBytes, stream>>>(params);
   if ((error = cudaGetLastError()) != cudaSuccess) return error;

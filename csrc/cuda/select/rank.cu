@@ -6,6 +6,7 @@
 // Memory    reads and writes the row once; shared: its scores.
 #include <cstdint>
 
+#include "../common/launch.h"
 #include "bsfa/cuda.h"
 #include "bsfa/keep.h"
 #include "keep_row.h"
@@ -83,8 +84,9 @@ __global__ void __launch_bounds__(kThreads) fill_kernel(float* scores, const int
 cudaError_t rank_blocks(const ScoreParams& params, const Slab& slab, cudaStream_t stream) {
   if (params.max_blocks > kMaxSelectBlocks || params.rule == ScoreRule::kRelativeMax) return cudaErrorInvalidValue;
   if (slab.row_end <= slab.row_begin || params.max_blocks == 0) return cudaSuccess;
-  const cudaError_t error = cudaFuncSetAttribute(rank_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                 static_cast<int>(kMaxSelectBlocks * sizeof(float)));
+  static DevicesDone allowed;
+  const cudaError_t error =
+      allow_shared_memory(allowed, rank_kernel, static_cast<int>(kMaxSelectBlocks * sizeof(float)));
   if (error != cudaSuccess) return error;
   const unsigned ctas = static_cast<unsigned>(slab.row_end - slab.row_begin) * params.problem.num_q_heads;
   rank_kernel<<<ctas, kThreads, params.max_blocks * sizeof(float), stream>>>(params, slab);

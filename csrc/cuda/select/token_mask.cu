@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "../common/launch.h"
 #include "../common/place.h"
 #include "../common/warp.h"
 #include "bsfa/cuda.h"
@@ -193,8 +194,8 @@ cudaError_t token_mask(const TokenMaskParams& params, cudaStream_t stream) {
                     on_16_bytes(params.index_batch_stride);
   const int32_t pass_words = std::min(params.row_words, kPassWords);
   const int bytes = kWarps * pass_words * 4 + params.num_words * 4;
-  error = cudaFuncSetAttribute(token_mask_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               kWarps * kPassWords * 4 + (kMaxTokenBlocks / 32) * 4);
+  static DevicesDone allowed;
+  error = allow_shared_memory(allowed, token_mask_kernel, kWarps * kPassWords * 4 + (kMaxTokenBlocks / 32) * 4);
   if (error != cudaSuccess) return error;
   token_mask_kernel<<<static_cast<unsigned>(params.num_rows), kThreads, bytes, stream>>>(params, pass_words, wide);
   return cudaGetLastError();

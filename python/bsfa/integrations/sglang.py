@@ -11,7 +11,7 @@ SGLang's choice for the device if that is bsfa too. This is so for decode batche
 request (no policy, or shorter than ``min_seqlen``), and for what bsfa does not compute; a reason of the last kind is
 logged once. See docs/integrations_sglang.md for the list.
 
-SGLang is imported when a function here is called, not with this module, and asked for features, never for its version.
+SGLang is imported when a function here is called, not with this module; what it is asked is in _sglang_runner.py.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from bsfa.errors import UnsupportedError
+from bsfa.integrations._sglang_runner import decoding_backend, parallel, records_prefill, unsuited, write_location
 from bsfa.integrations.serving import (
     ENVIRONMENT,
     PrefillPlan,
@@ -52,86 +53,6 @@ _logger = logging.getLogger("bsfa.sglang")
 _MODES = ("EXTEND", "MIXED")
 #: Attributes of the dense backend's metadata that are not None where a batch has a mask of its own.
 _MASKS = ("custom_mask", "image_token_ranges")
-
-
-# ---- what SGLang is asked -------------------------------------------------------------------------------------------
-
-
-def _parallel(name: str, default: int) -> int:
-    """A number of the process's place among the ranks (``attn_tp_rank``, ``attn_cp_size`` ...)."""
-    try:
-        from sglang.srt.runtime_context import get_parallel
-    except ImportError:
-        pass
-    else:
-        try:
-            return int(getattr(get_parallel(), name))
-        except AttributeError:
-            return default
-    from sglang.srt.layers import dp_attention  # where releases before the runtime context have it
-
-    old = getattr(dp_attention, name.replace("attn_", "get_attention_"), None)
-    return default if old is None else int(old())
-
-
-def _write_location(forward_batch: Any, layer: Any) -> Any:
-    """Where a full-attention layer's new keys belong, as ``set_kv_buffer`` of this SGLang wants it."""
-    try:
-        from sglang.srt.mem_cache.memory_pool import KVWriteLoc
-    except ImportError:
-        return forward_batch.out_cache_loc
-    if hasattr(KVWriteLoc, "for_layer"):
-        return KVWriteLoc.for_layer(forward_batch, layer)
-    return KVWriteLoc(forward_batch.out_cache_loc)
-
-
-def _default_dense(runner: Any) -> str:
-    """Name of the dense backend where the command line names no other than bsfa."""
-    device = torch.device(runner.device)
-    if device.type != "cuda":
-        return "torch_native"
-    return "fa3" if torch.cuda.get_device_capability(device)[0] in (8, 9) else "flashinfer"
-
-
-def _dense_name(runner: Any) -> str:
-    """The backend that decodes, if it is not this one."""
-    name = getattr(runner, "decode_attention_backend_str", None)
-    if name is None:  # set on the arguments before it was on the runner
-        arguments = getattr(runner, "server_args", None)
-        name = getattr(arguments, "decode_attention_backend", None) or getattr(arguments, "attention_backend", None)
-    return _default_dense(runner) if name in (None, NAME) else str(name)
-
-
-def _records_prefill(runner: Any) -> bool:
-    """Whether whole prefill forwards are recorded in CUDA graphs, attention included."""
-    graphs = getattr(getattr(runner, "server_args", None), "cuda_graph_config", None)
-    try:
-        from sglang.srt.runtime_context import get_exec
-
-        graphs = get_exec().graph.cuda_graph_config  # what SGLang made of the arguments
-    except (ImportError, AttributeError):  # releases before the runtime context
-        pass
-    backend = getattr(getattr(graphs, "prefill", None), "backend", None)
-    return str(getattr(backend, "value", backend)).lower() == "full"
-
-
-def _unsuited(runner: Any) -> str | None:
-    """Why no batch of this runner is for bsfa; None if some may be."""
-    if getattr(runner, "is_draft_worker", False):
-        return "this is the draft model of speculative decoding; policies are for the target model"
-    if _parallel("attn_cp_size", 1) > 1:
-        return "context parallelism splits the sequence over ranks"
-    if _parallel("attn_dcp_size", 1) > 1:
-        return "decode context parallelism splits the KV cache over ranks"
-    if getattr(getattr(runner, "kv_index_translator", None), "is_translating", False):
-        return "the unified memory pool numbers KV slots in another way than req_to_token"
-    pool = runner.token_to_kv_pool
-    if any(kind.__name__.startswith("PageInterleave") for kind in type(pool).__mro__):
-        return "the KV pool is sharded by pages"
-    inner = getattr(pool, "full_kv_pool", pool)  # of pools that keep several kinds of layers
-    if getattr(inner, "is_quantized_kv_cache", False):
-        return "the KV cache is quantized"
-    return None
 
 
 # ---- the KV pool as pages -------------------------------------------------------------------------------------------
@@ -174,7 +95,7 @@ class _Layers:
         self.device = torch.device(runner.device)
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
-        self.rank, self.size = _parallel("attn_tp_rank", 0), _parallel("attn_tp_size", 1)
+        self.rank, self.size = parallel("attn_tp_rank", 0), parallel("attn_tp_size", 1)
         self.max_seqlen = int(runner.model_config.context_len)
         hf_config = runner.model_config.hf_config
         config.check_model(hf_config)
@@ -303,7 +224,7 @@ def backend_class() -> type[Any]:
             self.req_to_token_pool = runner.req_to_token_pool
             self.token_to_kv_pool = runner.token_to_kv_pool
             self.page_size = int(runner.page_size)
-            self._unsuited = _unsuited(runner)
+            self._unsuited = unsuited(runner)
             # A draft model has layers of its own, which the configuration does not describe.
             self._layers = None if getattr(runner, "is_draft_worker", False) else _Layers(runner, self.config)
             self._batch: _Batch | None = None
@@ -499,7 +420,7 @@ def backend_class() -> type[Any]:
             if k is not None and save_kv_cache:
                 k = k.view(-1, layer.tp_k_head_num, layer.head_dim)
                 v = v.view(-1, layer.tp_v_head_num, layer.v_head_dim)
-                location = _write_location(batch, layer)
+                location = write_location(batch, layer)
                 self.token_to_kv_pool.set_kv_buffer(layer, location, k, v, layer.k_scale, layer.v_scale)
             keys, values = self._pages(layer)
             assert keys is not None and values is not None and self._layers is not None
@@ -575,12 +496,12 @@ def create_backend(runner: Any) -> Any:
         raise UnsupportedError(
             "bsfa has no multi-head latent attention (MLA): choose another --prefill-attention-backend"
         )
-    if _records_prefill(runner):
+    if records_prefill(runner):
         raise UnsupportedError(
             "bsfa cannot be part of a full prefill CUDA graph, which would replay one batch's lengths: start with "
             "--cuda-graph-backend-prefill breakable (or disabled)"
         )
-    name = _dense_name(runner)
+    name = decoding_backend(runner, NAME)
     if name not in ATTENTION_BACKENDS:
         raise ValueError(f"SGLang has no attention backend '{name}' (it has {', '.join(sorted(ATTENTION_BACKENDS))})")
     return backend_class()(runner, ATTENTION_BACKENDS[name](runner), name)

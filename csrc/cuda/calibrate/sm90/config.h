@@ -7,6 +7,7 @@
 #include <cute/tensor.hpp>
 
 #include "../../common/logits.h"
+#include "../../common/mask_output.h"
 #include "../../common/mbarrier.h"
 #include "../../common/schedule.h"
 #include "../../common/tensor_map.h"
@@ -138,27 +139,11 @@ struct SharedStorage {
   Work work[kWorkSlots];
 };
 
-// SkipMaskParams, as the kernel wants it.
-struct MaskOutput {
-  Problem problem;
-  int64_t num_rows;       // of the workspace
-  const int32_t* within;  // null: all visible blocks
-  int32_t within_heads;
-  int32_t heads_per_within_head;
-  int32_t num_words;  // of a row and head
-  const float* thresholds;
-  int32_t columns;
-  int32_t sink_blocks;
-  int32_t window_blocks;
-  int32_t* words;   // zeroed; null: the results themselves are written
-  int32_t* counts;  // zeroed
-  unsigned long long* skips;
-};
-
 // What the launch passes to the kernel, by value: the descriptors must lie in parameter memory.
 struct KernelParams {
   CUtensorMap q, k;
   Workspace workspace;
+  int64_t work_rows;  // its rows
   // block_m = 64: add position / 64 of a row for the row of the results, by sequence. Null: those are the tiles' rows.
   const int32_t* first_rows;
   int32_t num_heads;
@@ -177,7 +162,7 @@ struct KernelParams {
   int64_t lse_batch_stride, lse_head_stride;
   float* out;  // [rows, num_heads, max_blocks]
   int32_t max_blocks;
-  MaskOutput mask;
+  MaskOutput mask;  // words and counts zeroed
 };
 
 }  // namespace bsfa::cuda::measure

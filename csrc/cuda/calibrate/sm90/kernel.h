@@ -73,7 +73,8 @@ cudaError_t launch_kernel(const KernelParams& params, int num_ctas, cudaStream_t
   constexpr int kBytes = sizeof(SharedStorage<Config>);
   static_assert(kBytes <= 227 * 1024, "shared memory of one SM");
   const auto kernel = measure_kernel<kQuantity, kToMask, Config>;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  static DevicesDone allowed;
+  const cudaError_t error = allow_shared_memory(allowed, kernel, kBytes);
   if (error != cudaSuccess) return error;
   return launch_early(kernel, num_ctas, kThreads, kBytes, stream, params);
 }

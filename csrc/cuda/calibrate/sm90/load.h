@@ -40,7 +40,7 @@ __device__ void schedule(SharedStorage<Config>& shared, const KernelParams& p) {
         work.within = reinterpret_cast<const uint32_t*>(mask.within) + row * mask.num_words;
       }
       const int32_t group = p.heads_per_kv_head;  // counts are in natural order (schedule.cu)
-      const int64_t place = int64_t{pair.head / group} * mask.num_rows + (mask.num_rows - 1 - pair.row);
+      const int64_t place = int64_t{pair.head / group} * p.work_rows + (p.work_rows - 1 - pair.row);
       work.steps = workspace.counts[place * group + pair.head % group];
     }
     if (work.steps > 0) {

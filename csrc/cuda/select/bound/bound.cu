@@ -1,6 +1,4 @@
 // bound_mask: from its parameters to the kernels that fit.
-#include <algorithm>
-
 #include "bsfa/cuda.h"
 #include "kernel.h"
 #include "quantize.h"
@@ -23,9 +21,12 @@ int64_t key_blocks(const SkipMaskParams& params) {
 template <class Element, int kHeadDim, bool kRelative>
 cudaError_t launch_bounds(const KernelParams& k, cudaStream_t stream) {
   const auto kernel = bound_kernel<Element, kHeadDim, kRelative>;
-  const int bytes = shared_bytes<Config<kHeadDim>>(k.num_words);
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  constexpr int kMostBytes = shared_bytes<Config<kHeadDim>>(kMaxBlocks / 32);
+  static_assert(kMostBytes + 128 <= 227 * 1024, "shared memory of one SM, with what finds the tile");
+  static DevicesDone allowed;
+  const cudaError_t error = allow_shared_memory(allowed, kernel, kMostBytes);
   if (error != cudaSuccess) return error;
+  const int bytes = shared_bytes<Config<kHeadDim>>(k.num_words);
   return launch_early(kernel, static_cast<int>(k.num_rows * k.problem.num_q_heads), kThreads, bytes, stream, k);
 }
 
@@ -67,29 +68,14 @@ cudaError_t bound_mask(const SkipMaskParams& params, void* workspace, cudaStream
   if (!bound_mask_supports(p) || pairs > INT32_MAX) return cudaErrorInvalidValue;
   const cudaError_t error = cudaMemsetAsync(a.skip.counts, 0, sizeof(int64_t) * 2 * p.num_q_heads, stream);
   if (error != cudaSuccess || pairs == 0) return error;
-  KernelParams k{};
-  k.problem = p;
-  k.q = a.q;
-  k.k = a.k;
   const auto base = (reinterpret_cast<uintptr_t>(workspace) + kAlignment - 1) / kAlignment * kAlignment;
-  k.keys.blocks = key_blocks(params);
-  k.keys.max_blocks = ceil_div(p.kv.max_seqlen, kBlockKeys);
-  k.keys.images = reinterpret_cast<uint8_t*>(base);
-  k.keys.facts =
-      reinterpret_cast<BlockFacts*>(k.keys.images + k.keys.blocks * p.num_kv_heads * int64_t{kBlockKeys} * p.head_dim);
-  k.num_rows = a.num_rows;
-  k.within = a.words;
-  k.within_heads = a.mask_heads;
-  k.heads_per_within_head = p.num_q_heads / std::max(a.mask_heads, 1);
-  k.num_words = params.num_words;
-  k.thresholds = a.skip.thresholds;
-  k.columns = a.skip.columns;
-  k.sink_blocks = a.skip.sink_blocks;
-  k.window_blocks = a.skip.window_blocks;
-  k.words = params.words;
-  k.counts = params.counts;
-  static_assert(sizeof(unsigned long long) == sizeof(int64_t));
-  k.skips = reinterpret_cast<unsigned long long*>(a.skip.counts);
+  QuantizedKeys keys{};
+  keys.blocks = key_blocks(params);
+  keys.max_blocks = ceil_div(p.kv.max_seqlen, kBlockKeys);
+  keys.images = reinterpret_cast<uint8_t*>(base);
+  keys.facts =
+      reinterpret_cast<BlockFacts*>(keys.images + keys.blocks * p.num_kv_heads * int64_t{kBlockKeys} * p.head_dim);
+  const KernelParams k{mask_output(params), a.q, a.k, keys, a.num_rows};
   return p.dtype == DType::kBFloat16 ? launch<__nv_bfloat16>(k, a.skip.form, stream)
                                      : launch<__half>(k, a.skip.form, stream);
 }

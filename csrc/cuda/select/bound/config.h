@@ -10,6 +10,7 @@
 
 #include <cute/tensor.hpp>
 
+#include "../../common/mask_output.h"
 #include "../../common/mbarrier.h"
 #include "../../common/schedule.h"
 #include "../../common/warp.h"
@@ -38,8 +39,9 @@ struct alignas(16) BlockFacts {
   float factor;  // k is k' times this
   float lost;    // largest |k - k'|
   float norm;    // largest |k| or |k'|
-  float unused;
+  float unused;  // 0: bulk copies take 16 bytes, all of which are to be written ones
 };
+static_assert(sizeof(BlockFacts) == 16);
 
 template <int kHeadDim_>
 struct Config {
@@ -73,22 +75,10 @@ struct QuantizedKeys {
   }
 };
 
-struct KernelParams {
-  Problem problem;
+struct KernelParams : MaskOutput {
   TensorView q, k;
   QuantizedKeys keys;
-  int64_t num_rows;       // of the mask
-  const int32_t* within;  // null: all visible blocks
-  int32_t within_heads;
-  int32_t heads_per_within_head;
-  int32_t num_words;  // of a row and head
-  const float* thresholds;
-  int32_t columns;
-  int32_t sink_blocks;
-  int32_t window_blocks;
-  int32_t* words;
-  int32_t* counts;
-  unsigned long long* skips;  // zeroed
+  int64_t num_rows;  // of the mask
 };
 
 // What brings `largest` to 127, and its inverse. Beyond 1e30 either way values are held badly, or not at all, which the

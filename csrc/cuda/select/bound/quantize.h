@@ -3,21 +3,10 @@
 // zeros: they are not read. Floors: K once from HBM, half of its bytes to it.
 #pragma once
 
+#include "../../common/token_offset.h"
 #include "rounding.h"
 
 namespace bsfa::cuda::bound {
-
-// First element of a key, without the head.
-__device__ __forceinline__ int64_t key_offset(const KernelParams& p, int32_t sequence, int32_t token) {
-  const KvLayout& kv = p.problem.kv;
-  if (kv.block_table != nullptr) {
-    const int32_t page = token / kv.page_size;
-    const int32_t slot = token - page * kv.page_size;
-    return kv.block_table[sequence * kv.block_table_stride + page] * p.k.batch_stride + slot * p.k.token_stride;
-  }
-  if (kv.cu_seqlens != nullptr) return (int64_t{kv.cu_seqlens[sequence]} + token) * p.k.token_stride;
-  return sequence * p.k.batch_stride + token * p.k.token_stride;
-}
 
 template <class Element, int kHeadDim>
 __global__ void __launch_bounds__(kQuantizeThreads) quantize_kernel(const __grid_constant__ KernelParams p) {
@@ -41,8 +30,8 @@ __global__ void __launch_bounds__(kQuantizeThreads) quantize_kernel(const __grid
     const int row = i * kRows + thread / kLanes;
     uint4 bits{};
     if (row < keys) {
-      const auto* source = static_cast<const Element*>(p.k.data) + key_offset(p, sequence, first + row) +
-                           head * p.k.head_stride + column;
+      const auto* source = static_cast<const Element*>(p.k.data) +
+                           token_offset(p.problem.kv, p.k, sequence, first + row) + head * p.k.head_stride + column;
       bits = *reinterpret_cast<const uint4*>(source);
     }
     words[i][0] = bits.x;

@@ -69,7 +69,8 @@ template <class Config>
 cudaError_t launch_kernel(const KernelParams& params, int num_ctas, cudaStream_t stream) {
   const int bytes = Shared<Config>::bytes(params.query_slots, params.energy_slots, params.energy_stride);
   const auto kernel = relative_max_kernel<Config>;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  static DevicesDone allowed;
+  const cudaError_t error = allow_shared_memory(allowed, kernel, kSharedBytes);
   if (error != cudaSuccess) return error;
   return launch_early(kernel, num_ctas, kThreads, bytes, stream, params);
 }

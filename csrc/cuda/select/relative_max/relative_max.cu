@@ -9,8 +9,6 @@
 namespace bsfa::cuda::select {
 namespace {
 
-constexpr int kSharedBytes = 227 * 1024;  // of one SM
-
 static_assert(Shared<Config<cute::bfloat16_t, 128, false>>::bytes(kMinQuerySlots, 1, kMaxRelativeMaxBlocks) <=
               kSharedBytes);
 

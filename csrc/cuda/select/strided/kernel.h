@@ -12,6 +12,7 @@
 
 #include <cutlass/arch/reg_reconfig.h>
 
+#include "../../common/launch.h"
 #include "compute.h"
 #include "load.h"
 
@@ -49,7 +50,8 @@ cudaError_t launch_kernel(const KernelParams& params, int num_ctas, cudaStream_t
   constexpr int kBytes = sizeof(SharedStorage);
   static_assert(kBytes <= 227 * 1024, "shared memory of one SM");
   const auto kernel = strided_kernel<Config>;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  static DevicesDone allowed;
+  const cudaError_t error = allow_shared_memory(allowed, kernel, kBytes);
   if (error != cudaSuccess) return error;
   kernel<<<num_ctas, kThreads, kBytes, stream>>>(params);
   return cudaGetLastError();
