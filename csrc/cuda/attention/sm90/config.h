@@ -164,11 +164,12 @@ struct Columns {
   uint32_t words[kBlockKeys / 32];
 };
 
-// Of kSkip. A step's number counts all steps of the CTA. The ring by that number is one longer than K's: a warp that is
-// that far ahead of another one of its CTA would have needed a K slot which that one still holds.
+// Of kSkip. A step's number counts all steps of the CTA. The ring by that number is longer than K's: a warp that is so far
+// ahead of another one of its CTA would have needed a K slot which that one still holds.
 template <class Config>
 struct SkipStorage {
-  static constexpr int kRing = Config::kKeySlots + 1;
+  static constexpr int kRing = Config::kKeySlots < 4 ? 4 : 8;
+  static_assert(kRing > Config::kKeySlots);
   // Number << 1 | whether the warp wants to keep the step; before that something smaller.
   int32_t votes[kConsumerWarps][kRing];
 };

@@ -487,7 +487,6 @@ template <class Config>
 class ValueLoader : public Loader<Config, typename Config::Values> {
   using Base = Loader<Config, typename Config::Values>;
 
- protected:
   using typename Base::Block;
 
  public:
@@ -512,7 +511,6 @@ class ValueLoader : public Loader<Config, typename Config::Values> {
     step_.advance();
   }
 
- protected:
   __device__ void load_value(const CUtensorMap& map, const Block& block, Mbarrier& full, char* target) {
     // Rows past the sequence's end meet probabilities of zero, but zero times NaN is NaN: they must be zeros.
     const bool zero_tail = block.valid < kBlockKeys && (block.valid <= 0 || !this->p_.tails_are_zero);
@@ -537,8 +535,6 @@ class ValueLoader : public Loader<Config, typename Config::Values> {
   }
 
   RingPosition<Config::kValueSlots> value_;
-
- private:
   RingPosition<Config::kKeySlots> step_;
   uint32_t tail_parity_ = 0;
 };

@@ -9,7 +9,7 @@
 namespace bsfa::cuda::attn::sm90 {
 
 // Fragments of all query slots, and of the parts of all key slots and value slots; which one is their last mode. In a
-// pool any slot may hold either.
+// pool any slot may hold either. `thread`: any one of the warpgroup.
 template <class Config>
 __device__ __forceinline__ auto operand_parts(SharedStorage<Config>& shared, int thread) {
   using namespace cute;

@@ -21,40 +21,30 @@ __device__ __forceinline__ int32_t observe(const int32_t& word) {
   return value;
 }
 
-// Position in a ring by step number.
-template <int kSlots>
-struct StepCount {
-  int32_t number = -1;
-  int slot = kSlots - 1;
-
-  __device__ __forceinline__ void advance() {
-    ++number;
-    if (++slot == kSlots) slot = 0;
-  }
-};
-
 // A warpgroup's decisions. All its warps call decide(), in step.
 template <class Config>
 class Ballot {
  public:
   __device__ Ballot(SkipStorage<Config>& shared, int warp, int lane) : shared_(shared), warp_(warp), lane_(lane) {}
 
-  // Whether the warpgroup keeps step `at`: if one of its threads wants to.
-  __device__ __forceinline__ bool decide(const StepCount<SkipStorage<Config>::kRing>& at, bool keep) const {
+  // Whether the warpgroup keeps a step: if one of its threads wants to.
+  __device__ __forceinline__ bool decide(int32_t step, bool keep) const {
     const bool mine = __any_sync(kAllLanes, keep);
-    if (lane_ == 0) publish(shared_.votes[warp_][at.slot], at.number << 1 | static_cast<int32_t>(mine));
-    return mine || asked(at);
+    if (lane_ == 0) publish(shared_.votes[warp_][step & kMask], step << 1 | static_cast<int32_t>(mine));
+    return mine || asked(step);
   }
 
  private:
+  static constexpr int32_t kMask = SkipStorage<Config>::kRing - 1;
+
   // Whether one of the other warps wants to keep it.
-  __device__ __forceinline__ bool asked(const StepCount<SkipStorage<Config>::kRing>& at) const {
-    const int32_t yes = at.number << 1 | 1;
-    const int32_t& word = shared_.votes[warp_ / 4 * 4 + lane_ % 4][at.slot];
+  __device__ __forceinline__ bool asked(int32_t step) const {
+    const int32_t yes = step << 1 | 1;
+    const int32_t& word = shared_.votes[warp_ / 4 * 4 + lane_ % 4][step & kMask];
     for (;;) {
       const int32_t value = observe(word);
       if (__any_sync(kAllLanes, value == yes)) return true;
-      if (__all_sync(kAllLanes, value >> 1 >= at.number)) return false;
+      if (__all_sync(kAllLanes, value >> 1 >= step)) return false;
     }
   }
 

@@ -10,33 +10,32 @@
 // The tile that a step ended is stored once its last product is done: at once where its last step was skipped.
 #pragma once
 
-#include "../../common/mma.h"
-#include "../../common/steps.h"
-#include "operands.h"
+#include "compute.h"
 #include "skip.h"
-#include "softmax.h"
-#include "store.h"
 
 namespace bsfa::cuda::attn::sm90 {
 
 template <class Config>
-class SkipConsumer {
-  using Element = typename Config::Element;
+class SkipConsumer : Consumer<Config> {
+  using Base = Consumer<Config>;
+  using Base::await_query, Base::await_step, Base::give_back_stored, Base::info_slot, Base::key_slot, Base::next_step,
+      Base::next_tile, Base::query_slot, Base::scores_made;
+  using Base::key_, Base::lane_, Base::p_, Base::query_, Base::rows_, Base::shared_, Base::stored_slot_, Base::value_,
+      Base::warp_;
 
  public:
   __device__ SkipConsumer(SharedStorage<Config>& shared, const KernelParams& p)
-      : shared_(shared),
-        p_(p),
-        thread_(threadIdx.x - kWarpgroup),
-        warp_(__shfl_sync(kAllLanes, thread_ / 32, 0)),
-        lane_(threadIdx.x % 32),
-        ballot_(shared.skip, warp_, lane_) {}
+      : Base(shared, p), ballot_(shared.skip, warp_, lane_) {}
 
   __device__ void run() {
     using namespace cute;
     typename Config::ScoreMma score_mma;
     typename Config::OutputMma output_mma;
-    const auto parts = operand_parts<Config>(shared_, thread_);
+    // Descriptors depend on the warpgroup alone. A reduction, of what all lanes have, puts it into a uniform register;
+    // else each product brings its descriptor of queries over from a vector register. (Attention that does not skip was
+    // 1 % slower so.)
+    const int group = static_cast<int>(__reduce_or_sync(kAllLanes, warp_ / 4));
+    const auto parts = operand_parts<Config>(shared_, group * kWarpgroup);
     const auto query_part = get<0>(parts);
     const auto key_part = get<1>(parts);
     const auto value_part = get<2>(parts);
@@ -51,15 +50,15 @@ class SkipConsumer {
     bool empty = true;  // O holds nothing of the tile
 
     const auto issue_scores = [&]() __attribute__((always_inline)) {
-      issue(score_mma, query_part(_, _, _, query_.slot), key_part(_, _, _, key_.slot), s, false);
+      issue(score_mma, query_part(_, _, _, query_slot()), key_part(_, _, _, key_slot()), s, false);
     };
     const auto issue_product = [&]() __attribute__((always_inline)) {
       issue(output_mma, probabilities, value_part(_, _, _, value_.slot), o, !empty);
     };
     const auto take_scores = [&]() __attribute__((always_inline)) {
       warpgroup_fence_operand(s);
-      release(shared_.key_empty[key_.slot], lane_);
-      step_.advance();
+      scores_made(step);
+      ++step_;
     };
     const auto finish_product = [&]() __attribute__((always_inline)) {
       warpgroup_fence_operand(s);
@@ -79,9 +78,9 @@ class SkipConsumer {
       if (read_step(shared_.steps[key_.slot]).flags & kEnd) break;
       bool more = true;
       if (kept) {  // of the tile before, whose last product goes beside the first scores of this one
-        const int slot = query_.slot;
+        const int slot = query_slot(), info = info_slot();
         const SoftmaxRows finished = rows_;
-        begin_tile();
+        begin_tile(step);
         issue_scores();
         issue_product();
         step = read_step(shared_.steps[key_.slot]);
@@ -90,19 +89,19 @@ class SkipConsumer {
         kept = decide(s, step);
         if (kept || counts(step)) softmax(s, step, rescale);
         finish_product();
-        key_.advance();
-        finish_tile(o, finished, slot);
+        next_step(step);
+        finish_tile(o, finished, slot, info);
         if (kept) convert(s, probabilities);
         more = !(step.flags & kLast);
       } else {
-        begin_tile();
+        begin_tile(step);
       }
       empty = true;
       while (more) {
         await_step();
         issue_scores();
         if (!kept) {
-          if (step_.number >= 0) done_with_value();  // of a step that was skipped
+          if (step_ >= 0) done_with_value();  // of a step that was skipped
           step = read_step(shared_.steps[key_.slot]);
           warpgroup_wait<0>();
           take_scores();
@@ -122,7 +121,7 @@ class SkipConsumer {
             if (__builtin_expect(kept, 1)) {
               const bool rescaled = softmax_usual(s, rescale);
               finish_product();
-              key_.advance();
+              next_step(step);
               if (rescaled) scale_output();
               convert(s, probabilities);
               continue;
@@ -135,47 +134,45 @@ class SkipConsumer {
           finish_product();
           if (rescaled) scale_output();
         }
-        key_.advance();
+        next_step(step);
         if (kept) convert(s, probabilities);
         more = !(step.flags & kLast);
       }
       count_tile();
       if (!kept) {
         if (empty) clear(o);
-        finish_tile(o, rows_, query_.slot);
+        finish_tile(o, rows_, query_slot(), info_slot());
       }
     }
     if (kept) {
       issue_product();
       finish_product();
-      finish_tile(o, rows_, query_.slot);
+      finish_tile(o, rows_, query_slot(), info_slot());
     }
     if (lane_ == 0) tma_store_wait<0>();  // shared memory must outlive the stores
   }
 
  private:
-  static constexpr int kRing = SkipStorage<Config>::kRing;
-
   // The slot of the tile that was stored last is given back one step after it was stored: by then TMA has read it. But
-  // before the next tile's first step, if the queries of that one want it.
+  // before the next tile's first step, if the queries of that one may want it.
   __device__ void give_back_if_read() {
-    if (stored_slot_ < 0) return;
-    if (!just_stored_) give_back_stored();
+    if (!just_stored_) give_back();
     just_stored_ = false;
   }
   __device__ void give_back_for_next() {
-    if (stored_slot_ >= 0 && stored_slot_ != query_.slot) give_back_stored();
+    if (stored_slot_ != query_slot()) give_back();
+  }
+  __device__ void give_back() {
+    give_back_stored();
+    unusual_ &= ~kStored;
   }
 
-  // The step's K, the V of the one before, and the step itself have arrived.
-  __device__ void await_step() const { shared_.full[key_.slot].wait(key_.parity); }
-
-  // On to the next tile, whose queries are waited for; its rows have seen nothing.
-  __device__ void begin_tile() {
-    if (begun_) query_.advance();
+  // On to the tile after the one that `step` ended: its queries are waited for, and its rows have seen nothing.
+  __device__ void begin_tile(const Step& step) {
+    if (begun_) next_tile(step);
     begun_ = true;
-    shared_.query_full[query_.slot].wait(query_.parity);
-    const TileInfo& info = shared_.tiles[query_.slot];
+    await_query();
+    const TileInfo& info = shared_.tiles[info_slot()];
     const int first_row = warp_ * kStoreRows + lane_ / 4;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -191,7 +188,9 @@ class SkipConsumer {
     const int group = warp_ / 4 * kSkipRows;
     has_rows_ = info.tile.row_begin < group + kSkipRows && info.tile.row_end > group;
     unusual_ |= kIncomplete;
-    first_step_ = step_.number;
+    const bool foreign_rows = __any_sync(kAllLanes, rows_.base[0] == INFINITY || rows_.base[1] == INFINITY);
+    unusual_ = foreign_rows ? unusual_ | kForeign : unusual_ & ~kForeign;
+    first_step_ = step_;
     skipped_ = 0;
   }
 
@@ -210,13 +209,14 @@ class SkipConsumer {
       transform_scores(s, p_.scale);
     }
     if (__builtin_expect(step.flags & kMasked, 0)) {
-      mask_scores(s, shared_.tiles[query_.slot].tile, step.first_key, warp_ * kStoreRows + lane_ / 4, p_.causal, -1);
+      mask_scores(s, shared_.tiles[info_slot()].tile, step.first_key, warp_ * kStoreRows + lane_ / 4, p_.causal, -1);
     }
     bool keep = step.flags & kKeep;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       top_[r] = max_of_row<true>(s, r);
-      keep |= wants(r);
+      // A base of +inf: the row is not of the sequence.
+      keep |= wants(r) & (rows_.base[r] != INFINITY);
     }
     keep = ballot_.decide(step_, keep & !(step.flags & kNone));
     if (step.flags & kNone) ++first_step_;  // is not met
@@ -238,8 +238,8 @@ class SkipConsumer {
     return keep;
   }
 
-  // Whether row r keeps the step. A base of +inf: it is not of the sequence. A NaN is not below its limit.
-  __device__ __forceinline__ bool wants(int r) const { return !(top_[r] < limit_[r]) & (rows_.base[r] != INFINITY); }
+  // Whether row r keeps the step. A NaN is not below its limit.
+  __device__ __forceinline__ bool wants(int r) const { return !(top_[r] < limit_[r]); }
 
   // After a step that is kept.
   __device__ __forceinline__ void raise_largest() {
@@ -291,52 +291,35 @@ class SkipConsumer {
   // Adds what the tile met and skipped to the counters of its head.
   __device__ void count_tile() const {
     if (warp_ % 4 != 0 || lane_ != 0 || !has_rows_) return;
-    unsigned long long* counts = p_.skip.counts + 2 * shared_.tiles[query_.slot].head;
-    atomicAdd(counts, static_cast<unsigned long long>(step_.number - first_step_));
+    unsigned long long* counts = p_.skip.counts + 2 * shared_.tiles[info_slot()].head;
+    atomicAdd(counts, static_cast<unsigned long long>(step_ - first_step_));
     atomicAdd(counts + 1, static_cast<unsigned long long>(skipped_));
   }
 
   template <class Tensor>
-  __device__ void finish_tile(const Tensor& o, const SoftmaxRows& rows, int slot) {
-    if (stored_slot_ >= 0) give_back_stored();
-    store_tile<Config>(shared_.query[slot], p_, shared_.tiles[slot], warp_, o, rows);
+  __device__ void finish_tile(const Tensor& o, const SoftmaxRows& rows, int slot, int info) {
+    give_back();
+    Base::finish_tile(o, rows, slot, info);
     __syncwarp();
-    stored_slot_ = slot;
     just_stored_ = true;
     unusual_ |= kStored;
   }
 
-  __device__ void give_back_stored() {
-    release_stored(shared_.query_empty[stored_slot_], lane_);
-    stored_slot_ = -1;
-    unusual_ &= ~kStored;
-  }
-
-  SharedStorage<Config>& shared_;
-  const KernelParams& p_;
-  const int thread_;
-  const int warp_;
-  const int lane_;
   const Ballot<Config> ballot_;
-  RingPosition<Config::kQuerySlots> query_;
-  RingPosition<Config::kKeySlots> key_;
-  RingPosition<Config::kValueSlots> value_;  // of the step before
-  StepCount<kRing> step_;
-  SoftmaxRows rows_{};
-  float top_[2];      // of the rows in the step, of this thread's scores
-  float largest_[2];  // of the rows, over the steps met and not skipped; +inf where that is of no interest
-  float limit_[2];    // a score below it does not keep a step
+  int32_t step_ = -1;  // number of the step
+  float top_[2];       // of the rows in the step, of this thread's scores
+  float largest_[2];   // of the rows, over the steps met and not skipped; +inf where that is of no interest
+  float limit_[2];     // a score below it does not keep a step
   float ceiling_[2];
   float cut_ = 0.0f;
   bool begun_ = false;      // some tile
   bool has_rows_ = false;   // some of the warpgroup's rows are of the sequence
   int32_t first_step_ = 0;  // number of the step before the tile's first one that counts
   uint32_t skipped_ = 0;    // steps of the tile
-  // Why a step without flags needs more than the usual code: not every row of this warp has seen a key; a stored tile's
-  // slot is to be given back.
-  static constexpr uint32_t kIncomplete = 1u << 30, kStored = 1u << 31;
+  // Why a step without flags needs more than the usual code: not every row of this warp has seen a key; some are not of
+  // the sequence; a stored tile's slot is to be given back.
+  static constexpr uint32_t kIncomplete = 1u << 29, kForeign = 1u << 30, kStored = 1u << 31;
   uint32_t unusual_ = kIncomplete;
-  int stored_slot_ = -1;  // query slot of the tile that was stored last, until it is given back
   bool just_stored_ = false;
 };
 

@@ -92,9 +92,10 @@ __device__ __forceinline__ Factor factor_for(float largest) {
 }
 
 // Norms are rounded up by a little more than what the sums of their squares can be off. To what is lost belongs what
-// float32 loses, of numbers (kRounding of the norm) and of those below its normal ones.
+// float32 loses (kRounding of the norm), here and in the sums of the scores that decide, which are not known to be off by
+// more than 8e-6 of |q| |k|; and what it loses of numbers below its normal ones.
 constexpr float kUp = 1.0f + 1e-5f;
-constexpr float kRounding = 1e-6f;
+constexpr float kRounding = 1e-5f;
 constexpr float kSubnormal = 2e-37f;
 
 }  // namespace bsfa::cuda::bound
