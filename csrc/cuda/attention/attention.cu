@@ -202,6 +202,7 @@ cudaError_t prepare_attention(const AttentionParams& params, AttentionCall* prep
       params.words == nullptr && !tokens && !skips && c.order.total > 0 && c.order.total <= 2 * c.workers;
   if (dealt) k.known = c.order;
   c.workspace_bytes = dealt ? 0 : Workspace::bytes(params.num_rows, p.num_q_heads);
+  if (keeps_in_step(c.tiling)) k.counted_rows = static_cast<int32_t>(params.num_rows);
   k.words = params.words;
   k.num_words = params.num_words;
   k.mask_heads = params.mask_heads;

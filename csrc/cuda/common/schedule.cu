@@ -9,12 +9,15 @@
 //          work) leave that order and go first, in logarithmic buckets of their length, longest first.
 //          Each warp owns one contiguous piece: count, scan, scatter. Stable, so the same inputs give the same order.
 //          Of at most kFewPairs pairs it makes the rows and counts too: a kernel less in the way of a short call.
-// level    where the keys of one KV head outgrow L2: sorts every kWindow pairs of that order by length. CTAs that work
-//          on pairs of one length side by side stay in step: they walk the same keys at the same time, from L2.
+// level    where the keys of one KV head outgrow L2: sorts that order by length in windows of two pairs a CTA. If each
+//          takes its next pair only when its tile is nearly done (keeps_in_step), then who is first done with one of the
+//          longer half takes the longest of the shorter half, so that after each window all are in step again: side by
+//          side they walk the same keys at the same time, from L2.
 // known    instead of count and order where the order is a formula: one thread per pair writes its entry.
 // Memory   the words of the mask once; 4 bytes written and thrice read per pair, 8 bytes written.
 // Waits    count and known for the stream; order for count or whatever came before, and attention for order or known,
 //          each launched while the one before still runs (programmatic dependent launch).
+#include <algorithm>
 #include <utility>
 
 #include "alignment.h"
@@ -30,7 +33,7 @@ namespace {
 constexpr int kCountThreads = 1024;
 constexpr int kOrderThreads = 1024;
 constexpr int kOrderWarps = kOrderThreads / 32;
-constexpr int kWindow = 1024;  // pairs, about eight for each SM
+constexpr int kWindow = 1024;  // pairs, at most
 // Longest sequence whose keys stay in L2 in any order of tiles: 16 MB of K in 16 bits and head_dim 128, as much of V.
 constexpr int32_t kLevelKeys = 1 << 16;
 constexpr int kKnownThreads = 256;
@@ -225,14 +228,14 @@ __global__ void __launch_bounds__(kKnownThreads)
 
 // Bitonic sort of one window, longest first; equal ones stay in order.
 __global__ void __launch_bounds__(kWindow)
-    level_kernel(const Workspace workspace, const int32_t num_rows, const int32_t group) {
+    level_kernel(const Workspace workspace, const int32_t num_rows, const int32_t group, const int window) {
   __shared__ uint64_t keys[kWindow];
   __shared__ Pair pairs[kWindow];
   const int i = threadIdx.x;
-  const int32_t begin = blockIdx.x * kWindow;
+  const int32_t begin = blockIdx.x * window;
   cudaTriggerProgrammaticLaunchCompletion();
   cudaGridDependencySynchronize();
-  const int32_t size = min(workspace.queue->total - begin, kWindow);
+  const int32_t size = min(workspace.queue->total - begin, window);
   if (size <= 0) return;
   keys[i] = ~uint64_t{0};  // past all pairs
   if (i < size) {
@@ -286,6 +289,10 @@ KnownOrder order_of(const Tiling& tiling, int workers) {
   return known_order(problem, tiling.heads, tiling.group, int64_t{workers} * tiling.long_share);
 }
 
+bool keeps_in_step(const Tiling& tiling) {
+  return (tiling.words != nullptr || tiling.counts != nullptr) && tiling.problem.kv.max_seqlen > kLevelKeys;
+}
+
 cudaError_t make_order(const Tiling& tiling, const Workspace& workspace, int workers, cudaStream_t stream) {
   return make_order(tiling, order_of(tiling, workers), workspace, workers, stream);
 }
@@ -309,10 +316,10 @@ cudaError_t make_order(const Tiling& tiling, const KnownOrder& known, const Work
     if (error != cudaSuccess) return error;
     ordered = launch_early(order_kernel<false>, 1, kOrderThreads, 0, stream, tiling, workspace, shares);
   }
-  const bool level = (tiling.words != nullptr || tiling.counts != nullptr) && tiling.problem.kv.max_seqlen > kLevelKeys;
-  if (ordered != cudaSuccess || !level) return ordered;
-  const int windows = static_cast<int>((tiling.num_rows * tiling.heads + kWindow - 1) / kWindow);
-  return launch_early(level_kernel, windows, kWindow, 0, stream, workspace, rows, tiling.group);
+  if (ordered != cudaSuccess || !keeps_in_step(tiling)) return ordered;
+  const int window = std::min(2 * workers, kWindow);
+  const int windows = static_cast<int>((tiling.num_rows * tiling.heads + window - 1) / window);
+  return launch_early(level_kernel, windows, kWindow, 0, stream, workspace, rows, tiling.group, window);
 }
 
 cudaError_t num_sms(int* count) {

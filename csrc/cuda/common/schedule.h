@@ -143,6 +143,10 @@ struct Workspace {
 // The order of this work where it is a formula, else one without pairs. `workers`: as for make_order.
 KnownOrder order_of(const Tiling& tiling, int workers);
 
+// Whether the order keeps workers in step (`level` in schedule.cu). Then each should take its next pair late, when its
+// tile is nearly done: the order reckons with who is first.
+bool keeps_in_step(const Tiling& tiling);
+
 // Fills the workspace. `workers`: CTAs that will work on it at a time.
 cudaError_t make_order(const Tiling& tiling, const Workspace& workspace, int workers, cudaStream_t stream);
 

@@ -22,6 +22,7 @@ constexpr int kConsumerWarps = kConsumers * 4;
 constexpr int kStoreRows = 16;  // rows that one warp owns, and stores at once
 constexpr int kGroupRows = 8;   // of a swizzle atom
 
+constexpr int kLateSteps = 4;   // of a tile, when the next one is taken if that is to be late
 constexpr int kWorkSlots = 3;   // tiles that the scheduler warp is ahead of the slower load warp
 constexpr int kMaskChunk = 32;  // mask words that a warp holds at once, one per lane
 
@@ -123,7 +124,8 @@ struct Config {
 // One (tile, head) pair, from the scheduler warp to both load warps.
 struct Work {
   TileRow tile;
-  int32_t head;  // -1: no more work
+  int32_t head;         // -1: no more work
+  int32_t early_steps;  // blocks before the next tile is taken; 0: at once
   BlockRange range;
   const int32_t* words;        // the mask's row of this tile and head; null: dense
   float cut;                   // of kSkip: in units of the scores
@@ -233,6 +235,7 @@ struct KernelParams {
   bool has_means;
   Workspace workspace;  // without a queue: the order is `known`, and each CTA has at most two tiles
   KnownOrder known;
+  int32_t counted_rows;  // of the workspace's counts; 0: tiles are taken as early as can be (keeps_in_step)
   const int32_t* words;  // null: dense
   int64_t num_words;     // of a row and head
   int32_t mask_heads;

@@ -109,7 +109,8 @@ class MeansWalk {
   uint32_t word_;
 };
 
-// Takes pairs from the queue, one tile ahead of the load warps, so that none of these reads is waited for.
+// Takes pairs from the queue ahead of the load warps, so that none of these reads is waited for: some tiles, or if need be
+// (keeps_in_step) some steps.
 template <class Config>
 __device__ void schedule(SharedStorage<Config>& shared, const KernelParams& p) {
   const int lane = threadIdx.x % 32;
@@ -117,10 +118,18 @@ __device__ void schedule(SharedStorage<Config>& shared, const KernelParams& p) {
   cudaGridDependencySynchronize();  // everything else in this kernel waits for this warp's work
   const bool known = workspace.queue == nullptr;
   const int32_t total = known ? p.known.total : workspace.queue->total;
-  RingPosition<kWorkSlots> slot;
-  for (int32_t index = blockIdx.x;; slot.advance()) {
+  const bool late = p.counted_rows > 0;
+  RingPosition<kWorkSlots> slot, before;
+  for (int32_t index = blockIdx.x, number = 0;; slot.advance(), ++number) {
     Work& work = shared.work[slot.slot];
-    shared.work_empty[slot.slot].wait(slot.parity ^ 1);
+    if (!late) {
+      shared.work_empty[slot.slot].wait(slot.parity ^ 1);
+    } else if (number > 0) {
+      shared.work_empty[before.slot].wait(before.parity);
+      before.advance();
+      index = lane == 0 ? gridDim.x + atomicAdd(&workspace.queue->next, 1) : 0;
+      index = __shfl_sync(kAllLanes, index, 0);
+    }
     if (index >= total) {
       if (lane == 0) {
         work.head = -1;
@@ -131,7 +140,7 @@ __device__ void schedule(SharedStorage<Config>& shared, const KernelParams& p) {
     int32_t next = 0;
     if (known) {
       next = p.known.dealt_after(index, gridDim.x);
-    } else if (lane == 0) {
+    } else if (lane == 0 && !late) {
       next = gridDim.x + atomicAdd(&workspace.queue->next, 1);
     }
     const Pair pair = known ? p.known.pair(index) : workspace.order[index];
@@ -153,6 +162,8 @@ __device__ void schedule(SharedStorage<Config>& shared, const KernelParams& p) {
     if (lane == 0) {
       work.tile = tile;
       work.head = pair.head;
+      const int64_t place = late ? natural_index(pair, p.counted_rows, p.heads_per_kv_head) : 0;
+      work.early_steps = late ? max(workspace.counts[place] - kLateSteps, 0) : 0;
       work.range = range;
       work.words = words;
     }
@@ -188,11 +199,15 @@ class Loader {
           return BlockWalk(work.words, work.range, word, lane_);
         }
       }();
+      int32_t early_steps = work.early_steps;
       // Nothing is corrected where steps are skipped.
       const int32_t corrected = !Config::kSkip && p_.has_means ? whole_blocks(tile, p_.causal) : 0;
       MeansWalk means(work.words, work.range, word, corrected, lane_);
-      __syncwarp();
-      if (lane_ == 0) shared_.work_empty[slot.slot].arrive();
+      const auto next_tile = [&] {
+        __syncwarp();
+        if (lane_ == 0) shared_.work_empty[slot.slot].arrive();
+      };
+      if (early_steps == 0) next_tile();
 
       const Keys keys{p_.block_table + tile.sequence * p_.block_table_stride, tile.key_token,
                       p_.keys_packed ? 0 : tile.sequence, head / p_.heads_per_kv_head};
@@ -209,6 +224,7 @@ class Loader {
           prefetch_pages(keys, index, tile.seqlen_k);
           load(tile, block, first, index < 0 && first_mean < 0);
           first = false;
+          if (early_steps > 0 && --early_steps == 0) next_tile();
         } while (index >= 0);
       }
       while (first_mean >= 0) {
@@ -218,6 +234,7 @@ class Loader {
         load_means(tile, block, these, first, first_mean < 0);
         first = false;
       }
+      if (early_steps > 0) next_tile();  // counts that came with a mask may say more than there is
     }
   }
 
