@@ -418,6 +418,33 @@ def test_wrong_counts_change_nothing(layout: str, lengths: tuple[tuple[int, int]
     assert torch.equal(out, want[0]) and torch.equal(lse, want[1])
 
 
+@pytest.mark.parametrize("count", [None, 0, 2**30])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_many_tiles_beyond_l2(dim: int, count: int | None) -> None:
+    """Several tiles to a CTA, which takes them late where keys are many: the bits of calls with a KV head each."""
+    length, keys, hq, hkv = 3000, 66_000, 32, 8
+    q = torch.randn(1, length, hq, dim, dtype=BF16, device=DEVICE)
+    k, v = (torch.randn(1, keys, hkv, dim, dtype=BF16, device=DEVICE) for _ in range(2))
+    tiles, blocks = -(-keys // 128) - (keys - length) // 128, -(-keys // 128)
+    kept = torch.rand(1, hq, tiles, blocks, device=DEVICE) < torch.rand(1, hq, tiles, 1, device=DEVICE) ** 3
+    sizes = {"seqlen_q": length, "seqlen_k": keys, "block_m": 128, "block_n": 128}
+
+    def attend_heads(first: int, heads: int, poisoned: bool) -> Tensor:
+        mask = bsfa.BlockMask.from_bool(kept[:, first : first + heads], **sizes)
+        if poisoned and count is not None:
+            mask = replace(mask, counts=torch.full_like(mask.counts, count))
+        of_kv = slice(first // (hq // hkv), (first + heads) // (hq // hkv))
+        heads_of_q = q[:, :, first : first + heads]
+        return bsfa.block_sparse_attention(heads_of_q, k[:, :, of_kv], v[:, :, of_kv], mask, causal=True)[0]
+
+    poison(q.shape, dtype=BF16, device=DEVICE)
+    out = attend_heads(0, hq, poisoned=True)
+    assert out.isfinite().all()
+    for first in range(0, hq, hq // hkv):
+        group = attend_heads(first, hq // hkv, poisoned=False)
+        assert torch.equal(out[:, :, first : first + hq // hkv], group)
+
+
 def test_rows_without_blocks() -> None:
     inputs = replace(BASE, lengths=((300, 700),)).make()
     out, lse = attend(inputs, [np.zeros_like(inputs.draw_mask(0))])
