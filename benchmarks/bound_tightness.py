@@ -4,6 +4,8 @@ Queries and keys of every layer of the embedded model on one prompt, in bfloat16
 in two other ways. Printed per layer: the median error of a logit in nats that the bound allows for, and of the pairs
 (group of 64 rows, KV block; neither sink nor diagonal) the share whose exact logits all lie a cut of some nats below
 the largest one that the row has in its diagonal block and the sink, beside the share for which the bounds are sure.
+Then, for a cut of each head that lets the bounds leave out some share of the (tile of 128 rows, KV block) pairs: of
+those that stay the share which a quarter shows already, the tile's upper or lower 64 rows against the first 64 keys.
 
 ``PYTHONPATH=python python benchmarks/bound_tightness.py [--tokens 4096] [--output FILE]``
 """
@@ -25,6 +27,7 @@ from calibrating import TINY_LM, prompts_of_length
 
 BLOCK, GROUP = 128, 64
 CUTS = (2.0, 4.0, 6.0)  # nats
+LEFT_OUT = (0.1, 0.5, 0.7, 0.9)
 
 Round = Callable[[Tensor, Tensor], Tensor]
 
@@ -111,6 +114,32 @@ def lines_of(layer: int, q: Tensor, k: Tensor, scale: float) -> list[str]:
     return lines
 
 
+def quarter_line(layer: int, q: Tensor, k: Tensor, scale: float) -> str:
+    """What a quarter of a block shows of those that stay, rounded as the kernels do it."""
+    heads, n, _ = q.shape
+    blocks, tiles = n // BLOCK, n // BLOCK
+    keys = k.repeat_interleave(heads // k.shape[0], 0).unflatten(1, (blocks, BLOCK))
+    held = integers(keys, keys.abs().amax((-1, -2), keepdim=True))
+    queries = integers(q, q.abs().amax(-1, keepdim=True))
+    lost = (keys - held).norm(dim=-1).amax(-1)
+    norm = torch.maximum(keys.norm(dim=-1), held.norm(dim=-1)).amax(-1)
+    size = torch.maximum(q.norm(dim=-1), queries.norm(dim=-1))
+    error = size[..., None] * lost[:, None] + (q - queries).norm(dim=-1)[..., None] * norm[:, None]
+    products = torch.einsum("hnd,hbjd->hnbj", queries, held).unflatten(-1, (2, BLOCK // 2))
+    bound = scale * (products.amax(-1) + error[..., None])  # [heads, rows, blocks, halves of the keys]
+    quarters = bound.unflatten(1, (tiles, BLOCK // GROUP, GROUP)).amax(3)  # [heads, tiles, groups, blocks, halves]
+    free = torch.ones(tiles, blocks, dtype=torch.bool).tril(-1)
+    free[:, 0] = False
+    whole = quarters.amax((2, 4))[:, free]
+    shares = []
+    for left_out in LEFT_OUT:
+        cut = whole.quantile(left_out, dim=1, keepdim=True)
+        stays = whole >= cut
+        shown = torch.stack([quarters[:, :, group, :, 0][:, free] >= cut for group in range(BLOCK // GROUP)])
+        shares.append(float((shown & stays).sum() / (stays.sum() * len(shown))))
+    return f"{layer}  shown by a quarter       " + "  ".join(f"{share:.3f}" for share in shares)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=4096)
@@ -125,6 +154,12 @@ def main() -> None:
     ]
     for layer, (q, k, scale) in enumerate(layers):
         lines += lines_of(layer, q, k, scale)
+    shares = ", ".join(f"{100 * share:g}" for share in LEFT_OUT)
+    lines.append(
+        f"layer; for cuts that leave out {shares} % of the pairs: of those that stay, share that a quarter shows"
+    )
+    for layer, (q, k, scale) in enumerate(layers):
+        lines.append(quarter_line(layer, q, k, scale))
     text = "\n".join(lines) + "\n"
     print(text, end="")
     if arguments.output:
