@@ -64,6 +64,26 @@ def queries_and_keys(tokens: int) -> list[tuple[Tensor, Tensor, float]]:
     return found
 
 
+def rounded_by(rounded: Round, q: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What q [heads, rows, dim] and keys [KV heads, blocks, BLOCK, dim] become, the latter for each query head, and how
+    far a product of theirs can be from the exact one: [heads, rows, blocks].
+    """
+
+    def per_query_head(x: Tensor) -> Tensor:
+        return x.repeat_interleave(len(q) // len(keys), 0)
+
+    held = rounded(keys, keys.abs().amax((-1, -2), keepdim=True))
+    lost = (keys - held).norm(dim=-1).amax(-1)
+    norm = torch.maximum(keys.norm(dim=-1), held.norm(dim=-1)).amax(-1)
+    queries = rounded(q, q.abs().amax(-1, keepdim=True))
+    size = torch.maximum(q.norm(dim=-1), queries.norm(dim=-1))
+    if rounded is e4m3:  # products rounded to float16, terms cut off 13 bits below the largest
+        lost = lost + norm * (q.shape[-1] * 33 / 32 / 8192 + q.shape[-1] / 32 / 1024)
+    of_keys, of_queries = per_query_head(lost)[:, None], per_query_head(norm)[:, None]
+    error = size[..., None] * of_keys + (q - queries).norm(dim=-1)[..., None] * of_queries
+    return queries, per_query_head(held), error
+
+
 def lines_of(layer: int, q: Tensor, k: Tensor, scale: float) -> list[str]:
     """One line for each way of rounding."""
     heads, n, _ = q.shape
@@ -93,18 +113,9 @@ def lines_of(layer: int, q: Tensor, k: Tensor, scale: float) -> list[str]:
     for name, rounded, centred in ways:
         mean = k.mean(1, keepdim=True) if centred else torch.zeros_like(k[:, :1])
         keys = (k - mean).unflatten(1, (blocks, BLOCK))
-        held = rounded(keys, keys.abs().amax((-1, -2), keepdim=True))
-        lost = (keys - held).norm(dim=-1).amax(-1)
-        norm = torch.maximum(keys.norm(dim=-1), held.norm(dim=-1)).amax(-1)
-        queries = rounded(q, q.abs().amax(-1, keepdim=True))
-        size = torch.maximum(q.norm(dim=-1), queries.norm(dim=-1))
-        if rounded is e4m3:  # products rounded to float16, terms cut off 13 bits below the largest
-            lost = lost + norm * (q.shape[-1] * 33 / 32 / 8192 + q.shape[-1] / 32 / 1024)
-        error = scale * (
-            size[..., None] * per_query_head(lost)[:, None]
-            + (q - queries).norm(dim=-1)[..., None] * per_query_head(norm)[:, None]
-        )
-        top = torch.einsum("hnd,hbjd->hnbj", queries, per_query_head(held)).amax(-1)
+        queries, held, error = rounded_by(rounded, q, keys)
+        error *= scale
+        top = torch.einsum("hnd,hbjd->hnbj", queries, held).amax(-1)
         offset = torch.einsum("hnd,hd->hn", q, per_query_head(mean[:, 0]))
         bound = scale * (top + offset[..., None]) + error
         if not bool((bound - exact)[:, free].ge(-1e-4).all()):
@@ -116,19 +127,12 @@ def lines_of(layer: int, q: Tensor, k: Tensor, scale: float) -> list[str]:
 
 def quarter_line(layer: int, q: Tensor, k: Tensor, scale: float) -> str:
     """What a quarter of a block shows of those that stay, rounded as the kernels do it."""
-    heads, n, _ = q.shape
-    blocks, tiles = n // BLOCK, n // BLOCK
-    keys = k.repeat_interleave(heads // k.shape[0], 0).unflatten(1, (blocks, BLOCK))
-    held = integers(keys, keys.abs().amax((-1, -2), keepdim=True))
-    queries = integers(q, q.abs().amax(-1, keepdim=True))
-    lost = (keys - held).norm(dim=-1).amax(-1)
-    norm = torch.maximum(keys.norm(dim=-1), held.norm(dim=-1)).amax(-1)
-    size = torch.maximum(q.norm(dim=-1), queries.norm(dim=-1))
-    error = size[..., None] * lost[:, None] + (q - queries).norm(dim=-1)[..., None] * norm[:, None]
+    blocks = q.shape[1] // BLOCK  # and as many tiles
+    queries, held, error = rounded_by(integers, q, k.unflatten(1, (blocks, BLOCK)))
     products = torch.einsum("hnd,hbjd->hnbj", queries, held).unflatten(-1, (2, BLOCK // 2))
     bound = scale * (products.amax(-1) + error[..., None])  # [heads, rows, blocks, halves of the keys]
-    quarters = bound.unflatten(1, (tiles, BLOCK // GROUP, GROUP)).amax(3)  # [heads, tiles, groups, blocks, halves]
-    free = torch.ones(tiles, blocks, dtype=torch.bool).tril(-1)
+    quarters = bound.unflatten(1, (blocks, BLOCK // GROUP, GROUP)).amax(3)  # [heads, tiles, groups, blocks, halves]
+    free = torch.ones(blocks, blocks, dtype=torch.bool).tril(-1)
     free[:, 0] = False
     whole = quarters.amax((2, 4))[:, free]
     shares = []

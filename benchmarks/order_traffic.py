@@ -21,7 +21,7 @@ HEADS = 4  # of the KV head's group
 BLOCK_BYTES = 2 * 128 * 128 * 2  # K and V, 16 bits
 PACE_OF_CTA, PACE_OF_STEP = 0.01, 0.05  # standard deviations
 TILE_STEPS = 0.5  # what a tile costs beyond its steps
-LATE_STEPS = 6  # of a tile that are left when the next one is taken late
+LATE_STEPS = 4  # of a tile that are left when the next one is taken late (kLateSteps of the kernel)
 
 
 def kept_blocks(tiles: int, density: float, rng: np.random.Generator) -> list[np.ndarray]:
@@ -50,7 +50,9 @@ def misses(pairs: Sequence[np.ndarray], order: Sequence[int], ahead: int, capaci
     taken: list[list[int]] = [[] for _ in range(CTAS)]
 
     def take(cta: int) -> None:
-        taken[cta].extend(pair for _, pair in zip(range(1), queue, strict=False))
+        pair = next(queue, None)
+        if pair is not None:
+            taken[cta].append(pair)
 
     for _ in range(1 + ahead):
         for cta in range(CTAS):
