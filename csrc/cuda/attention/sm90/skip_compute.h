@@ -187,9 +187,10 @@ class SkipConsumer : Consumer<Config> {
     cut_ = info.cut;
     const int group = warp_ / 4 * kSkipRows;
     has_rows_ = info.tile.row_begin < group + kSkipRows && info.tile.row_end > group;
-    unusual_ |= kIncomplete;
-    const bool foreign_rows = __any_sync(kAllLanes, rows_.base[0] == INFINITY || rows_.base[1] == INFINITY);
+    const bool foreign_rows = info.tile.row_begin > group || info.tile.row_end < group + kSkipRows;
     unusual_ = foreign_rows ? unusual_ | kForeign : unusual_ & ~kForeign;
+    complete_ = false;
+    set_ceiling();
     first_step_ = step_;
     skipped_ = 0;
   }
@@ -251,7 +252,7 @@ class SkipConsumer : Consumer<Config> {
     }
   }
 
-  // What a score of row r may reach before something has to be raised.
+  // What a score of row r has to stay below, or something is raised.
   __device__ __forceinline__ void set_ceiling() {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -263,12 +264,11 @@ class SkipConsumer : Consumer<Config> {
   template <class Tensor>
   __device__ bool softmax(Tensor& s, const Step& step, float (&rescale)[2]) {
     bool raise = true;
-    if (!(step.flags & kMasked) && !(unusual_ & kIncomplete)) {
+    if (!(step.flags & kMasked) && complete_) {
       raise = outgrown(top_, rows_, p_.scale.inverse_scale_log2);
       softmax_plain(s, top_, rows_, rescale, p_.scale.scale_log2, raise);
     } else {
-      const bool complete = softmax_any(s, top_, rows_, rescale, false, p_.scale.scale_log2);
-      unusual_ = complete ? unusual_ & ~kIncomplete : unusual_ | kIncomplete;
+      complete_ = softmax_any(s, top_, rows_, rescale, false, p_.scale.scale_log2);
     }
     set_ceiling();
     return raise;
@@ -278,8 +278,14 @@ class SkipConsumer : Consumer<Config> {
   template <class Tensor>
   __device__ __forceinline__ bool softmax_usual(Tensor& s, float (&rescale)[2]) {
     bool raise = false;
-    if (__builtin_expect(__any_sync(kAllLanes, (top_[0] > ceiling_[0]) | (top_[1] > ceiling_[1])), 0)) {
+    // The ceiling of a row that has seen no key is -inf, and nothing is below it.
+    if (__builtin_expect(__any_sync(kAllLanes, !(top_[0] < ceiling_[0]) | !(top_[1] < ceiling_[1])), 0)) {
       raise_largest();
+      if (!complete_) {
+        complete_ = softmax_any(s, top_, rows_, rescale, false, p_.scale.scale_log2);
+        set_ceiling();
+        return true;
+      }
       raise = outgrown(top_, rows_, p_.scale.inverse_scale_log2);
       if (raise) raise_base(top_, rows_, rescale, p_.scale.scale_log2);
       set_ceiling();
@@ -316,10 +322,11 @@ class SkipConsumer : Consumer<Config> {
   bool has_rows_ = false;   // some of the warpgroup's rows are of the sequence
   int32_t first_step_ = 0;  // number of the step before the tile's first one that counts
   uint32_t skipped_ = 0;    // steps of the tile
-  // Why a step without flags needs more than the usual code: not every row of this warp has seen a key; some are not of
-  // the sequence; a stored tile's slot is to be given back.
-  static constexpr uint32_t kIncomplete = 1u << 29, kForeign = 1u << 30, kStored = 1u << 31;
-  uint32_t unusual_ = kIncomplete;
+  bool complete_ = false;   // every row of this warp has seen a key
+  // Why a step without flags needs more than the usual code: some rows of the warpgroup are not of the sequence; a stored
+  // tile's slot is to be given back. The same for all its warps: they wait for products at one place.
+  static constexpr uint32_t kForeign = 1u << 30, kStored = 1u << 31;
+  uint32_t unusual_ = 0;
   bool just_stored_ = false;
 };
 

@@ -48,10 +48,19 @@ __device__ __forceinline__ float bound_below(float x, float cap) {
   return cap == 0.0f ? x : capped(x / cap, cap) - kCapLoss * cap;
 }
 
+// Waits for all threads of the CTA, wherever in the code they are.
+__device__ __forceinline__ void sync_cta() { asm volatile("barrier.cta.sync 1, %0;" ::"n"(kThreads) : "memory"); }
+
+// The first of a consuming thread's two rows of the tile.
+__device__ __forceinline__ int consumer_row() {
+  return (static_cast<int>(threadIdx.x) - kWarpgroup) / 32 * 16 + static_cast<int>(threadIdx.x) % 32 / 4;
+}
+
 template <class Element, class C, bool kRelative>
 class Comparer {
  public:
-  __device__ Comparer(SharedStorage<C>& shared, uint32_t* kept_words, const uint16_t* entries, const KernelParams& p)
+  __device__ Comparer(SharedStorage<C>& shared, uint32_t* kept_words, const uint16_t* entries, const KernelParams& p,
+                      const Rows& rows)
       : shared_(shared),
         work_(shared.work),
         kept_words_(kept_words),
@@ -59,10 +68,12 @@ class Comparer {
         p_(p),
         group_(__shfl_sync(kAllLanes, threadIdx.x / kWarpgroup, 0) - 1),
         lane_(threadIdx.x % 32),
-        first_row_((threadIdx.x - kWarpgroup) / 32 * 16 + lane_ / 4),
-        whole_(min(whole_blocks(work_.tile, p.problem.causal), work_.tile.seqlen_k / kBlockKeys)) {}
+        first_row_(consumer_row()),
+        whole_(min(whole_blocks(work_.tile, p.problem.causal), work_.tile.seqlen_k / kBlockKeys)),
+        rows_(rows) {}
 
-  __device__ void run() {
+  // `fragment`: the rows' integers, as take_rows() has them.
+  __device__ void run(const uint32_t (&fragment)[C::kHeadDim / 8]) {
     using namespace cute;
     typename C::Mma mma;
     const auto slice = mma.get_thread_slice(threadIdx.x % kWarpgroup);
@@ -70,13 +81,9 @@ class Comparer {
     const auto key_part = slice.partition_fragment_B(keys);
     auto scores = partition_fragment_C(mma, Shape<Int<kGroupRows>, Int<kHalfKeys>>{});
     auto query_part = make_tensor<int8_t>(Shape<Shape<_4, _2, _2>, _1, Int<C::kSteps>>{});
-    {
-      uint32_t fragment[C::kHeadDim / 8];
-      rows_ = take_rows<Element, C::kHeadDim>(p_, work_.tile, work_.head, first_row_, fragment);
-      auto words = recast<uint32_t>(query_part);
+    auto words = recast<uint32_t>(query_part);
 #pragma unroll
-      for (int i = 0; i < C::kHeadDim / 8; ++i) words(i) = fragment[i];
-    }
+    for (int i = 0; i < C::kHeadDim / 8; ++i) words(i) = fragment[i];
     warpgroup_fence_operand(query_part);
     const auto issue_half = [&](int half) __attribute__((always_inline)) {
       issue(mma, query_part, key_part(_, _, _, 2 * slot_.slot + half), scores, false);
@@ -85,8 +92,8 @@ class Comparer {
       look_through<Pass::kAll>(issue_half, scores);
     } else {
       look_through<Pass::kSample>(issue_half, scores);
-      __syncthreads();  // the bits are complete
-      __syncthreads();  // what they say is off the list
+      sync_cta();  // the bits are complete
+      sync_cta();  // what they say is off the list
       look_through<Pass::kRest>(issue_half, scores);
     }
   }
@@ -192,7 +199,7 @@ class Comparer {
   RingPosition<kStages> slot_;
   const int first_row_;
   const int32_t whole_;  // blocks that every row of the tile sees whole
-  Rows rows_;
+  const Rows rows_;
   float floor_[2] = {-INFINITY, -INFINITY};  // of the running maxima
 };
 

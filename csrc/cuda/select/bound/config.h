@@ -23,6 +23,7 @@ constexpr int kConsumers = 2;  // warpgroups that compute, 64 query rows each
 constexpr int kGroupRows = kTileRows / kConsumers;
 constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
 constexpr int kConsumerWarps = kConsumers * kWarpgroup / 32;
+constexpr int kFetchingWarps = 2;
 constexpr int kCtasPerSm = 2;
 // setmaxnreg, per thread: what a CTA has at its launch, handed out anew.
 constexpr int kProducerRegisters = 32, kConsumerRegisters = 104;

@@ -2,8 +2,8 @@
 //
 // Tile      a CTA takes one (tile, query head) pair: 128 rows against 128 keys a step. Two CTAs share an SM, so that four
 //           warpgroups fill the tensor cores; what one waits for, the others hide.
-// Roles     warpgroup 0: a warp fetches the images of blocks (steps.h), the others only keep it company; warpgroups 1 and
-//           2 compute, 64 rows each (compare.h). A warp that did both would hold up its warpgroup's products.
+// Roles     warpgroup 0: a warp makes the list, two fetch the images of blocks (steps.h), one keeps them company; warpgroups
+//           1 and 2 compute, 64 rows each (compare.h). A warp that did both would hold up its warpgroup's products.
 // Order     the blocks in question are listed before the first step. Absolute: from the last to the first, without those
 //           that are always kept. Relative: all, in the order of visits of SkipParams, with lower bounds of the running
 //           maxima.
@@ -67,43 +67,50 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) bound_kernel(const __gri
     if (threadIdx.x == 0) p.counts[target] = 0;
     return;
   }
-  if (threadIdx.x == 0) shared.work = work_of<kRelative>(p, pair, place);
-  for (int32_t w = threadIdx.x; w < p.num_words; w += kThreads) kept_words[w] = 0;
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < kStages; ++i) {
-      shared.key_full[i].init(1);
-      shared.key_empty[i].init(kConsumerWarps);
-    }
-    fence_barrier_init();
-  }
-  __syncthreads();
-  const Work& work = shared.work;
-  if (warp == 0) {
-    const int32_t count = work.keeps_all() ? 0 : list_blocks<kRelative>(work, entries);
-    if (lane == 0) shared.list = {count, ceil_div(count, 2)};
-  }
-  __syncthreads();
-  cudaGridDependencySynchronize();  // the images are the kernel's before
   if (warp < kWarpgroup / 32) {
     cutlass::arch::warpgroup_reg_dealloc<kProducerRegisters>();
-    KeyLoader<C> loader(shared, entries, p);
-    if constexpr (kRelative) {
-      if (warp == 0) loader.template run<Pass::kAll>();
+    if (warp == 0) {
+      if (lane == 0) {
+        shared.work = work_of<kRelative>(p, pair, place);
+        for (int i = 0; i < kStages; ++i) {
+          shared.key_full[i].init(kFetchingWarps);
+          shared.key_empty[i].init(kConsumerWarps);
+        }
+        fence_barrier_init();
+      }
+      __syncwarp();
+      const int32_t count = shared.work.keeps_all() ? 0 : list_blocks<kRelative>(shared.work, entries);
+      if (lane == 0) shared.list = {count, ceil_div(count, 2)};
     } else {
-      if (warp == 0) loader.template run<Pass::kSample>();
-      __syncthreads();
+      for (int32_t w = threadIdx.x - 32; w < p.num_words; w += kWarpgroup - 32) kept_words[w] = 0;
+    }
+    sync_cta();                       // with the consumers
+    cudaGridDependencySynchronize();  // the images are the kernel's before
+    KeyLoader<C> loader(shared, entries, p, warp);
+    const bool fetches = warp < kFetchingWarps;
+    if constexpr (kRelative) {
+      if (fetches) loader.template run<Pass::kAll>();
+    } else {
+      if (fetches) loader.template run<Pass::kSample>();
+      sync_cta();
       if (warp == 0) {
         const List left = without_kept(shared.list, entries, kept_words);
         __syncwarp();
         if (lane == 0) shared.list = left;
       }
-      __syncthreads();
-      if (warp == 0) loader.template run<Pass::kRest>();
+      sync_cta();
+      if (fetches) loader.template run<Pass::kRest>();
     }
   } else {
     cutlass::arch::warpgroup_reg_alloc<kConsumerRegisters>();
-    Comparer<Element, C, kRelative>(shared, kept_words, entries, p).run();
+    // Queries are read and rounded while the list is made.
+    const TileRow tile = tile_row(p.problem, place.sequence, place.tile);
+    uint32_t fragment[kHeadDim / 8];
+    const Rows rows = take_rows<Element, kHeadDim>(p, tile, pair.head, consumer_row(), fragment);
+    sync_cta();
+    Comparer<Element, C, kRelative>(shared, kept_words, entries, p, rows).run(fragment);
   }
+  const Work& work = shared.work;
   __syncthreads();
   if (warp > 0) return;
   int32_t count = 0, met = 0;

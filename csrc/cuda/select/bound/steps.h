@@ -133,12 +133,12 @@ __device__ __forceinline__ List without_kept(const List& list, uint16_t* entries
   return left;
 }
 
-// Fetches what the steps of a pass look at; one warp.
+// Fetches what the steps of a pass look at: two warps, one for each half of a slot.
 template <class C>
 class KeyLoader {
  public:
-  __device__ KeyLoader(SharedStorage<C>& shared, const uint16_t* entries, const KernelParams& p)
-      : shared_(shared), entries_(entries), lane_(threadIdx.x % 32) {
+  __device__ KeyLoader(SharedStorage<C>& shared, const uint16_t* entries, const KernelParams& p, int half)
+      : shared_(shared), entries_(entries), half_(half), lane_(threadIdx.x % 32) {
     const Work& work = shared.work;
     const int32_t kv_head = work.head / (p.problem.num_q_heads / p.problem.num_kv_heads);
     const int64_t first = kv_head * p.keys.blocks + p.keys.first_block(p.problem.kv, work.tile.sequence);
@@ -146,27 +146,24 @@ class KeyLoader {
     facts_ = p.keys.facts + first;
   }
 
-  // Keys and facts of a block a step, or of two, a lane each.
+  // A lane for the keys, another one for the facts of their block.
   template <Pass kPass>
   __device__ void run() {
-    constexpr int kBlocks = kPass == Pass::kSample ? 2 : 1, kKeyBytes = C::kImageBytes / kBlocks;
+    constexpr int kKeyBytes = C::kImageBytes / 2;
     const List list = shared_.list;
-    const int half = lane_ / 2;
-    const bool copies = half < kBlocks, keys = lane_ % 2 == 0;
+    const bool keys = lane_ == 0;
     for (int32_t step = 0; step < list.steps<kPass>(); ++step) {
-      const void* source = nullptr;
-      void* target = nullptr;
-      if (copies) {
-        const int32_t place = kPass == Pass::kSample ? list.sampled(step, half) : list.template place<kPass>(step);
-        const int32_t block = entries_[place];
-        source = keys ? static_cast<const void*>(images_ + int64_t{block} * C::kImageBytes) : facts_ + block;
-        target = keys ? static_cast<void*>(shared_.key[slot_.slot][half]) : &shared_.facts[slot_.slot][half];
-      }
+      const int32_t place = kPass == Pass::kSample ? list.sampled(step, half_) : list.template place<kPass>(step);
+      const int32_t block = entries_[place];
+      const uint8_t* image =
+          images_ + int64_t{block} * C::kImageBytes + (kPass == Pass::kSample ? 0 : half_ * kKeyBytes);
+      const void* source = keys ? static_cast<const void*>(image) : facts_ + block;
+      void* target = keys ? static_cast<void*>(shared_.key[slot_.slot][half_]) : &shared_.facts[slot_.slot][half_];
       Mbarrier& full = shared_.key_full[slot_.slot];
       shared_.key_empty[slot_.slot].wait(slot_.parity ^ 1);
-      if (lane_ == 0) full.arrive_expect(kBlocks * (kKeyBytes + sizeof(BlockFacts)));
+      if (lane_ == 0) full.arrive_expect(kKeyBytes + sizeof(BlockFacts));
       __syncwarp();
-      if (copies) {
+      if (lane_ < 2) {
         cute::SM90_BULK_COPY_G2S::copy(source, &full.state, target, keys ? kKeyBytes : sizeof(BlockFacts));
       }
       slot_.advance();
@@ -179,6 +176,7 @@ class KeyLoader {
   const uint16_t* entries_;
   const uint8_t* images_;
   const BlockFacts* facts_;
+  const int half_;
   const int lane_;
   RingPosition<kStages> slot_;
 };
