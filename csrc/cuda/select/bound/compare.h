@@ -7,7 +7,7 @@
 //
 // Products are of 64 keys each. What a warpgroup waits for, the three others of the SM hide: with two sets of scores, and
 // so more registers, there would be no warp for fetching. No warp waits for another one: each sets the bits of what it
-// keeps in the row of words in shared memory, 32 blocks at a time.
+// keeps in the row of words in shared memory.
 #pragma once
 
 #include "../../common/mma.h"
@@ -59,18 +59,17 @@ __device__ __forceinline__ int consumer_row() {
 template <class Element, class C, bool kRelative>
 class Comparer {
  public:
-  __device__ Comparer(SharedStorage<C>& shared, uint32_t* kept_words, const uint16_t* entries, const KernelParams& p,
-                      const Rows& rows)
+  __device__ Comparer(SharedStorage<C>& shared, uint32_t* kept_words, const KernelParams& p, const Rows& rows)
       : shared_(shared),
         work_(shared.work),
         kept_words_(kept_words),
-        entries_(entries),
         p_(p),
         group_(__shfl_sync(kAllLanes, threadIdx.x / kWarpgroup, 0) - 1),
         lane_(threadIdx.x % 32),
         first_row_(consumer_row()),
         whole_(min(whole_blocks(work_.tile, p.problem.causal), work_.tile.seqlen_k / kBlockKeys)),
-        rows_(rows) {}
+        rows_(rows),
+        cut_(work_.cut) {}
 
   // `fragment`: the rows' integers, as take_rows() has them.
   __device__ void run(const uint32_t (&fragment)[C::kHeadDim / 8]) {
@@ -99,60 +98,30 @@ class Comparer {
   }
 
  private:
-  // One half of the keys of a step's slot, of which this warpgroup makes a product.
-  struct Half {
-    int32_t block;
-    int half;
-  };
-
-  // The first one of a step.
-  template <Pass kPass>
-  __device__ __forceinline__ Half first_half(const List& list, int32_t step) const {
-    if constexpr (kPass == Pass::kSample) return {block_at(list.sampled(step, group_)), group_};
-    const int32_t place = list.place<kPass>(step);
-    const bool was_sampled = kPass == Pass::kRest && (place < list.front) == (group_ == 0);
-    return {block_at(place), was_sampled ? 1 : 0};
-  }
-
   template <Pass kPass, class Issue, class Scores>
   __device__ __forceinline__ void look_through(const Issue& issue_half, Scores& scores) {
     const List list = shared_.list;
     const int32_t num_steps = list.steps<kPass>();
-    int32_t word = -1;
-    uint32_t kept = 0;  // of word
-    const auto flush = [&]() {
-      if (lane_ == 0 && kept != 0) atomicOr(kept_words_ + word, kept);
-    };
     for (int32_t step = 0; step < num_steps; ++step) {
       shared_.key_full[slot_.slot].wait(slot_.parity);
-      const Half first = first_half<kPass>(list, step);
+      const int first = kPass == Pass::kSample ? group_ : kPass == Pass::kRest && list.sampler(step) == group_;
+      const BlockFacts facts = shared_.facts[slot_.slot][kPass == Pass::kSample ? group_ : 0];
       int32_t tops[2] = {kUnseen, kUnseen};
-      BlockFacts facts;
-      for (int half = first.half;; ++half) {
+      for (int half = first;; ++half) {
         issue_half(half);
-        facts = shared_.facts[slot_.slot][kPass == Pass::kSample ? group_ : 0];
         cute::warpgroup_wait<0>();
         cute::warpgroup_fence_operand(scores);
         const bool last = kPass == Pass::kSample || half == 1;
         if (last && lane_ == 0) shared_.key_empty[slot_.slot].arrive();
-        look(scores, first.block, half, tops);
+        look(scores, facts.block, half, tops);
         if (last) break;
       }
       slot_.advance();
-      const bool keep = __any_sync(kAllLanes, wants(tops, facts));
-      if (first.block / 32 != word) {
-        flush();
-        word = first.block / 32;
-        kept = 0;
-      }
-      kept |= static_cast<uint32_t>(keep) << (first.block % 32);
+      if (__any_sync(kAllLanes, wants(tops, facts)) && lane_ == 0) keep(facts.block);
     }
-    flush();
   }
 
-  __device__ __forceinline__ int32_t block_at(int32_t place) const {
-    return __shfl_sync(kAllLanes, static_cast<int32_t>(entries_[place]), 0);
-  }
+  __device__ __forceinline__ void keep(int32_t block) const { atomicOr(kept_words_ + block / 32, 1u << (block % 32)); }
 
   // Raises `tops` to the largest of the thread's scores of its two rows, in a half of a block.
   template <class Scores>
@@ -179,7 +148,7 @@ class Comparer {
     for (int r = 0; r < 2; ++r) {
       const float middle = rows_.factor[r] * facts.factor * static_cast<float>(tops[r]);
       const float error = rows_.error(r, facts);
-      const float limit = kRelative ? floor_[r] + work_.cut : work_.cut;
+      const float limit = kRelative ? floor_[r] + cut_ : cut_;
       keep |= rows_.counts[r] & !(bound_above(middle + error, cap) < limit);  // NaN keeps
       if constexpr (kRelative) {
         const float below = tops[r] == kUnseen ? -INFINITY : bound_below(middle - error, cap);
@@ -192,7 +161,6 @@ class Comparer {
   SharedStorage<C>& shared_;
   const Work& work_;
   uint32_t* const kept_words_;
-  const uint16_t* const entries_;
   const KernelParams& p_;
   const int group_;
   const int lane_;
@@ -200,6 +168,7 @@ class Comparer {
   const int first_row_;
   const int32_t whole_;  // blocks that every row of the tile sees whole
   const Rows rows_;
+  const float cut_;
   float floor_[2] = {-INFINITY, -INFINITY};  // of the running maxima
 };
 

@@ -35,12 +35,12 @@ constexpr int kHalfKeys = kBlockKeys / 2;  // of one product
 constexpr int kQuantizeThreads = 256;
 static_assert(kGroupRows == kSkipRows);
 
-// Of one KV block and head.
+// Of one KV block and head: what a bulk copy takes at least.
 struct alignas(16) BlockFacts {
-  float factor;  // k is k' times this
-  float lost;    // largest |k - k'|
-  float norm;    // largest |k| or |k'|
-  float unused;  // 0: bulk copies take 16 bytes, all of which are to be written ones
+  float factor;   // k is k' times this
+  float lost;     // largest |k - k'|
+  float norm;     // largest |k| or |k'|
+  int32_t block;  // its number in the sequence
 };
 static_assert(sizeof(BlockFacts) == 16);
 

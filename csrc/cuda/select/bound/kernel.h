@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) bound_kernel(const __gri
     uint32_t fragment[kHeadDim / 8];
     const Rows rows = take_rows<Element, kHeadDim>(p, tile, pair.head, consumer_row(), fragment);
     sync_cta();
-    Comparer<Element, C, kRelative>(shared, kept_words, entries, p, rows).run(fragment);
+    Comparer<Element, C, kRelative>(shared, kept_words, p, rows).run(fragment);
   }
   const Work& work = shared.work;
   __syncthreads();

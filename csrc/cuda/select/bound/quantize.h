@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kQuantizeThreads) quantize_kernel(const __grid
   facts.factor = factor.down;
   facts.norm = norm_of(norm, factor.down);
   facts.lost = loss_of(lost, factor.down, facts.norm);
-  facts.unused = 0.0f;
+  facts.block = block;
   p.keys.facts[index] = facts;
 }
 

@@ -39,8 +39,7 @@ enum class Pass {
 // The list of blocks, and how a pass goes over it.
 struct List {
   int32_t count;
-  int32_t
-      front;  // entries before this one have been, or are to be, sampled by the first warpgroup, the others by the second
+  int32_t front;  // entries before this one are, or were, for the first warpgroup to sample, the others for the second
 
   template <Pass kPass>
   __device__ int32_t steps() const {
@@ -56,6 +55,11 @@ struct List {
     const int32_t behind = count - front, pairs = min(front, behind);
     if (step < 2 * pairs) return (step % 2 != 0 ? front : 0) + step / 2;
     return front > behind ? step - pairs : step;
+  }
+  // Which warpgroup has sampled the block of a step.
+  __device__ int sampler(int32_t step) const {
+    const int32_t behind = count - front;
+    return step < 2 * min(front, behind) ? step % 2 : front <= behind;
   }
 };
 
