@@ -67,8 +67,8 @@ inline int32_t dtype_code(ScalarType type) {
   return 0;
 }
 
-// Contiguous, on the device of `like`. Not by torch::stable::new_empty, which finds aten::new_empty by its name each time
-// and packs its arguments: several times the work.
+// Contiguous, on the device of `like`. Not by torch::stable::new_empty, which finds aten::new_empty by its name each
+// time and packs its arguments: several times the work.
 inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
   constexpr size_t kMostDims = 4;
   STD_TORCH_CHECK(sizes.size() <= kMostDims, "at most 4 dimensions");

@@ -81,8 +81,8 @@ struct KnownOrder {
   static BSFA_HOST_DEVICE int32_t greater(int32_t a, int32_t b) { return a > b ? a : b; }
 };
 
-// Of a problem with tiles and blocks of 128 tokens whose sequences are all alike, without a mask or window. Tiles of more
-// blocks than all work divided by `shares` are long.
+// Of a problem with tiles and blocks of 128 tokens whose sequences are all alike, without a mask or window. Tiles of
+// more blocks than all work divided by `shares` are long.
 inline KnownOrder known_order(const Problem& problem, int32_t heads, int32_t group, int64_t shares) {
   KnownOrder order;
   order.geometry = sequence_geometry(problem, 0);

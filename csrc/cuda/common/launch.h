@@ -71,8 +71,8 @@ class DevicesDone {
   PerDevice done_;
 };
 
-// Lets launches of a kernel on the current device have up to `bytes` of dynamic shared memory. `allowed` belongs to this
-// kernel alone: what it says is done is not done again. `carveout`: of an SM's memory, cudaSharedmemCarveout...
+// Lets launches of a kernel on the current device have up to `bytes` of dynamic shared memory. `allowed` belongs to
+// this kernel alone: what it says is done is not done again. `carveout`: of an SM's memory, cudaSharedmemCarveout...
 template <class Kernel>
 cudaError_t allow_shared_memory(DevicesDone& allowed, Kernel* kernel, int bytes,
                                 int carveout = cudaSharedmemCarveoutDefault) {

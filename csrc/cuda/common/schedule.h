@@ -2,7 +2,8 @@
 //
 // Two small kernels prepare it on the device, so that no length and no mask is ever read by the host:
 //   count   one CTA per mask row: where the tile lies (TileRow), and how many blocks each of its heads will visit
-//   order   one CTA: a stable counting sort of all (tile, head) pairs; where there are few, it also does the first's work
+//   order   one CTA: a stable counting sort of all (tile, head) pairs; where there are few, it also does the first's
+//           work
 // Where there is no mask and all sequences are alike the order is a formula (known_order.h): one kernel writes it out.
 #pragma once
 

@@ -67,8 +67,8 @@ struct AttentionCall {
 };
 
 // float16 and bfloat16 on sm_90; head_dim = head_dim_v, 64 or 128, or (without skipping) head_dim 192 and head_dim_v
-// 128; tiles and blocks of 128 tokens; skipping and token masks not together; q, k and v aligned to 16 bytes in base and
-// strides. Prepared first, all but the launch: on the device that it will run on.
+// 128; tiles and blocks of 128 tokens; skipping and token masks not together; q, k and v aligned to 16 bytes in base
+// and strides. Prepared first, all but the launch: on the device that it will run on.
 cudaError_t prepare_attention(const AttentionParams& params, AttentionCall* call);
 
 // Scratch memory of a prepared call, on the device: 32 bytes per mask row and 12 per mask row and query head; none for

@@ -266,8 +266,8 @@ struct AttentionParams {
 // all blocks met, skipped or not. With thresholds of at most 0, and in the absolute form, these are the groups' own
 // decisions in one pass, and a tile keeps what one of its groups keeps.
 //
-// bound_mask() fills the same struct: the mask then keeps every block that a group of the tile may keep, judged by upper
-// bounds of its logits, and the last block of each tile. Attention that skips does over it what it would do over
+// bound_mask() fills the same struct: the mask then keeps every block that a group of the tile may keep, judged by
+// upper bounds of its logits, and the last block of each tile. Attention that skips does over it what it would do over
 // attention.words, to the bit. In the relative form thresholds above 0 leave nothing out.
 struct SkipMaskParams {
   AttentionParams attention;  // with `skip`, not counted, and num_rows; v, out, lse and window_left have no say

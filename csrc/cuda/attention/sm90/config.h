@@ -27,11 +27,12 @@ constexpr int kWorkSlots = 3;   // tiles that the scheduler warp is ahead of the
 constexpr int kMaskChunk = 32;  // mask words that a warp holds at once, one per lane
 
 // What a kernel does beside attention over kept blocks: nothing; skipping of steps whose scores are all low (skip.h);
-// leaving out the keys that a token mask does not name; or nothing, but it fetches pages of 8 n tokens with fewer copies.
+// leaving out the keys that a token mask does not name; or nothing, but it fetches pages of 8 n tokens with fewer
+// copies.
 enum class Variant { kPlain, kSkip, kTokens, kPages };
 
-// At head_dim 64 a block's products take half as long as at 128, but its softmax as long: two CTAs share an SM there, so
-// that four warpgroups fill each other's waits (paired_compute.h).
+// At head_dim 64 a block's products take half as long as at 128, but its softmax as long: two CTAs share an SM there,
+// so that four warpgroups fill each other's waits (paired_compute.h).
 constexpr int ctas_per_sm(int head_dim, Variant variant) {
   return head_dim == 64 && variant == Variant::kPlain ? 2 : 1;
 }
@@ -85,12 +86,13 @@ struct Config {
   // its product: V gets a third one where there is room.
   static constexpr int kKeySlots = kPool ? 3 : kHeadDim == 64 && !kPaired ? 5 : 2;
   static constexpr int kValueSlots = kHeadDim == 64 && !kPaired ? 5 : kHeadDim == 128 ? 3 : 2;
-  // Query tiles in shared memory, two where there is room for them. Then the output of a tile is staged in its query slot.
-  // One alone is given to the next tile as soon as the last scores are made, and outputs are stored from registers.
+  // Query tiles in shared memory, two where there is room for them. Then the output of a tile is staged in its query
+  // slot. One alone is given to the next tile as soon as the last scores are made, and outputs are stored from
+  // registers.
   static constexpr int kQuerySlots = kPool ? 3 : kHeadDim == 64 || (kHeadDim == 128 && !kTokens) ? 2 : 1;
   static constexpr bool kStaged = kQuerySlots > 1;
-  // What the consumers know of a tile is wanted until it is stored, beside the next tile's first step, which may be that
-  // tile's last one and give its queries back.
+  // What the consumers know of a tile is wanted until it is stored, beside the next tile's first step, which may be
+  // that tile's last one and give its queries back.
   static constexpr int kInfoSlots = kStaged ? kQuerySlots : 3;
   static_assert(!kStaged || kHeadDimV <= kHeadDim, "an output fits where its queries were");
   static_assert(!kSkip || kStaged);
@@ -166,8 +168,8 @@ struct Columns {
   uint32_t words[kBlockKeys / 32];
 };
 
-// Of kSkip. A step's number counts all steps of the CTA. The ring by that number is longer than K's: a warp that is so far
-// ahead of another one of its CTA would have needed a K slot which that one still holds.
+// Of kSkip. A step's number counts all steps of the CTA. The ring by that number is longer than K's: a warp that is so
+// far ahead of another one of its CTA would have needed a K slot which that one still holds.
 template <class Config>
 struct SkipStorage {
   static constexpr int kRing = Config::kKeySlots < 4 ? 4 : 8;

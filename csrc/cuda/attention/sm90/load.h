@@ -109,8 +109,8 @@ class MeansWalk {
   uint32_t word_;
 };
 
-// Takes pairs from the queue ahead of the load warps, so that none of these reads is waited for: some tiles, or if need be
-// (keeps_in_step) some steps.
+// Takes pairs from the queue ahead of the load warps, so that none of these reads is waited for: some tiles, or if need
+// be (keeps_in_step) some steps.
 template <class Config>
 __device__ void schedule(SharedStorage<Config>& shared, const KernelParams& p) {
   const int lane = threadIdx.x % 32;
@@ -178,9 +178,9 @@ __device__ void schedule(SharedStorage<Config>& shared, const KernelParams& p) {
 template <class Config, class Operand>
 class Loader {
  public:
-  // Calls begin(tile, head, cut) for every tile, load(tile, block, is_first, is_last) for its blocks, last one first, and
-  // then load_means(tile, means, columns, is_first, is_last) for the means that it adds. A tile without any of them has one
-  // block without keys: its output is written like any other.
+  // Calls begin(tile, head, cut) for every tile, load(tile, block, is_first, is_last) for its blocks, last one first,
+  // and then load_means(tile, means, columns, is_first, is_last) for the means that it adds. A tile without any of them
+  // has one block without keys: its output is written like any other.
   template <class Begin, class Load, class LoadMeans>
   __device__ void for_each_step(const Begin& begin, const Load& load, const LoadMeans& load_means) {
     RingPosition<kWorkSlots> slot;

@@ -1,5 +1,5 @@
-// What both kinds of consumers (compute.h, skip_compute.h) multiply: queries, keys and values in shared memory as a warpgroup
-// sees them, and probabilities in registers.
+// What both kinds of consumers (compute.h, skip_compute.h) multiply: queries, keys and values in shared memory as a
+// warpgroup sees them, and probabilities in registers.
 #pragma once
 
 #include "config.h"

@@ -1,8 +1,8 @@
 // Skipping after the exact product (SkipParams in bsfa/params.h): how the warps of a consumer agree.
 //
-// A warpgroup decides for its 64 rows once the scores of a step are made: it keeps the step if one of its warps wants to,
-// because a thread holds a score that is not below its row's limit. A warp that wants to keep it knows the result and goes
-// on; one that does not waits for the other three.
+// A warpgroup decides for its 64 rows once the scores of a step are made: it keeps the step if one of its warps wants
+// to, because a thread holds a score that is not below its row's limit. A warp that wants to keep it knows the result
+// and goes on; one that does not waits for the other three.
 //
 // Votes carry step numbers, so none has to be reset, and a reader that comes late sees that.
 #pragma once

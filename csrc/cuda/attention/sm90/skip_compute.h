@@ -1,9 +1,10 @@
-// The consumers of the kernel that skips: two warpgroups, 64 query rows each, over one stream of steps, as in compute.h.
-// What differs: after its scores are made a step is kept or skipped (skip.h), and the loop is in one of two states.
+// The consumers of the kernel that skips: two warpgroups, 64 query rows each, over one stream of steps, as in
+// compute.h. What differs: after its scores are made a step is kept or skipped (skip.h), and the loop is in one of two
+// states.
 //
 //   nothing pending   issue S' = Q K', wait for it.            Skipped: on to the next step. Kept: softmax, P = S'.
-//   P is pending      issue S' = Q K', issue O += P V, wait    Skipped: wait for O, nothing pending. Kept: softmax of S'
-//                     for S'.                                  while P V is under way, O *= rescale, P = S'.
+//   P is pending      issue S' = Q K', issue O += P V, wait    Skipped: wait for O, nothing pending. Kept: softmax of
+//                     for S'.                                  S' while P V is under way, O *= rescale, P = S'.
 //
 // The usual step, kept after a kept one, in the middle of a tile, has code of its own in which little is asked.
 //
@@ -323,8 +324,8 @@ class SkipConsumer : Consumer<Config> {
   int32_t first_step_ = 0;  // number of the step before the tile's first one that counts
   uint32_t skipped_ = 0;    // steps of the tile
   bool complete_ = false;   // every row of this warp has seen a key
-  // Why a step without flags needs more than the usual code: some rows of the warpgroup are not of the sequence; a stored
-  // tile's slot is to be given back. The same for all its warps: they wait for products at one place.
+  // Why a step without flags needs more than the usual code: some rows of the warpgroup are not of the sequence; a
+  // stored tile's slot is to be given back. The same for all its warps: they wait for products at one place.
   static constexpr uint32_t kForeign = 1u << 30, kStored = 1u << 31;
   uint32_t unusual_ = 0;
   bool just_stored_ = false;

@@ -1,13 +1,13 @@
 // The warpgroups that look at blocks, 64 query rows each.
 //
 // Relative  one pass over the list: all keys of a block count for the running maxima.
-// Absolute  a block is kept if any of its bounds says so, so a quarter of it may do: 64 rows against 64 keys. The first pass
-//           looks at one quarter of every block, the second at the rest of those that it did not keep. What is found by
-//           the first costs a quarter of the work, and where bounds decide nothing most of it is found so.
+// Absolute  a block is kept if any of its bounds says so, so a quarter of it may do: 64 rows against 64 keys. The first
+//           pass looks at one quarter of every block, the second at the rest of those that it did not keep. What is
+//           found by the first costs a quarter of the work, and where bounds decide nothing most of it is found so.
 //
-// Products are of 64 keys each. What a warpgroup waits for, the three others of the SM hide: with two sets of scores, and
-// so more registers, there would be no warp for fetching. No warp waits for another one: each sets the bits of what it
-// keeps in the row of words in shared memory.
+// Products are of 64 keys each. What a warpgroup waits for, the three others of the SM hide: with two sets of scores,
+// and so more registers, there would be no warp for fetching. No warp waits for another one: each sets the bits of what
+// it keeps in the row of words in shared memory.
 #pragma once
 
 #include "../../common/mma.h"

@@ -1,7 +1,7 @@
 // Bounds of logits from products of 8-bit integers: what both kernels share, for one head_dim.
 //
-// q and k are rounded to integers of -127 .. 127 times a factor, of its own for each row of q, and for each block of 128
-// keys of a head. With q' and k' what they become, Cauchy and Schwarz give
+// q and k are rounded to integers of -127 .. 127 times a factor, of its own for each row of q, and for each block of
+// 128 keys of a head. With q' and k' what they become, Cauchy and Schwarz give
 //
 //   |q . k - q' . k'| = |q . (k - k') + (q - q') . k'| <= |q| |k - k'| + |q - q'| |k'|
 //
@@ -93,8 +93,8 @@ __device__ __forceinline__ Factor factor_for(float largest) {
 }
 
 // Norms are rounded up by a little more than what the sums of their squares can be off. To what is lost belongs what
-// float32 loses (kRounding of the norm), here and in the sums of the scores that decide, which are not known to be off by
-// more than 8e-6 of |q| |k|; and what it loses of numbers below its normal ones.
+// float32 loses (kRounding of the norm), here and in the sums of the scores that decide, which are not known to be off
+// by more than 8e-6 of |q| |k|; and what it loses of numbers below its normal ones.
 constexpr float kUp = 1.0f + 1e-5f;
 constexpr float kRounding = 1e-5f;
 constexpr float kSubnormal = 2e-37f;

@@ -1,12 +1,13 @@
 // Which blocks a tile is sure to skip, by bounds of its logits (config.h), for attention that skips (SkipParams).
 //
-// Tile      a CTA takes one (tile, query head) pair: 128 rows against 128 keys a step. Two CTAs share an SM, so that four
-//           warpgroups fill the tensor cores; what one waits for, the others hide.
-// Roles     warpgroup 0: a warp makes the list, two fetch the images of blocks (steps.h), one keeps them company; warpgroups
-//           1 and 2 compute, 64 rows each (compare.h). A warp that did both would hold up its warpgroup's products.
-// Order     the blocks in question are listed before the first step. Absolute: from the last to the first, without those
-//           that are always kept. Relative: all, in the order of visits of SkipParams, with lower bounds of the running
-//           maxima.
+// Tile      a CTA takes one (tile, query head) pair: 128 rows against 128 keys a step. Two CTAs share an SM, so that
+//           four warpgroups fill the tensor cores; what one waits for, the others hide.
+// Roles     warpgroup 0: a warp makes the list, two fetch the images of blocks (steps.h), one keeps them company;
+//           warpgroups 1 and 2 compute, 64 rows each (compare.h). A warp that did both would hold up its warpgroup's
+//           products.
+// Order     the blocks in question are listed before the first step. Absolute: from the last to the first, without
+//           those that are always kept. Relative: all, in the order of visits of SkipParams, with lower bounds of the
+//           running maxima.
 // Result    each warp, or warpgroup, sets the bits of what it keeps in the row of words in shared memory.
 // Waits     key_full (bytes of the image and the facts), key_empty (8 warps).
 #pragma once

@@ -1,6 +1,6 @@
 // Keys in 8 bits: one CTA for each KV block of a head reads its 128 keys, rounds them with one factor, and writes
-// their image as the products want it in shared memory, with the block's facts. Keys past the end of a sequence count as
-// zeros: they are not read. Floors: K once from HBM, half of its bytes to it.
+// their image as the products want it in shared memory, with the block's facts. Keys past the end of a sequence count
+// as zeros: they are not read. Floors: K once from HBM, half of its bytes to it.
 #pragma once
 
 #include "../../common/token_offset.h"
