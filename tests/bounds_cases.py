@@ -119,6 +119,33 @@ def planted(case: Case, percent: int, alike: bool = True) -> Inputs:
     return inputs
 
 
+def lone_pairs(dim: int) -> tuple[Inputs, Tensor]:
+    """Inputs whose logits are near -35 nats but for those of one row of each tile with one key of some blocks, near 0;
+    and what an absolute cut between keeps: bool [tiles, Hq, blocks].
+    """
+    tiles, heads = 25, 4
+    length = tiles * 128
+    case = Case(
+        lengths=((length, length),), hq=heads, hkv=heads, dim=dim, dtype=torch.bfloat16, block_m=128, block_n=128
+    )
+    inputs = case.make()
+    rng = np.random.default_rng(dim)
+    size = (35.0 * dim**0.5) ** 0.5
+    queries, keys = inputs.queries[0], inputs.keys[0]
+    for x in (queries, keys):
+        x /= 4
+    queries[..., 0], keys[..., 0], queries[..., 1], keys[..., 1] = size, -size, 0.0, 0.0
+    has_key = torch.from_numpy(rng.random((tiles, heads)) < 0.5)
+    first, head = 128 * torch.arange(tiles)[:, None], torch.arange(heads)
+    queries[first + torch.from_numpy(rng.integers(128, size=(tiles, heads))), head, 1] = size
+    keys[first + torch.from_numpy(rng.integers(128, size=(tiles, heads))), head, 1] = (size * has_key).to(case.dtype)
+    inputs.lay_out()
+    always = torch.eye(tiles, dtype=torch.bool)
+    always[:, 0] = True  # the sink
+    visible = torch.ones(tiles, tiles, dtype=torch.bool).tril()
+    return inputs, (has_key.T & visible[:, None]) | always[:, None]
+
+
 def planted_policy(form: str, **options: Any) -> ExactSkip:
     return ExactSkip.absolute(CUT, **options) if form == "absolute" else ExactSkip(ratio=math.exp(CUT), **options)
 

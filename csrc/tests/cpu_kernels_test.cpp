@@ -27,12 +27,7 @@ std::vector<float> check_attention(Fixture& f, const std::string& where, int mas
   for (int32_t& w : words) w = f.random() % 3 == 0 ? 0 : static_cast<int32_t>(f.random() | f.random());
   if (num_words > 0) std::fill(words.begin(), words.begin() + num_words, 0);  // a row that keeps nothing
   std::vector<float> lse(int64_t{f.total_q} * c.hq + 1, kNaN);
-  bsfa::AttentionParams params;
-  params.problem = f.problem;
-  params.q = f.q_view;
-  params.k = f.k_view;
-  params.v = f.v_view;
-  params.out = f.out_view;
+  bsfa::AttentionParams params = f.attention();
   params.lse = lse.data();
   params.lse_batch_stride = int64_t{c.hq} * f.lq(0);
   params.lse_head_stride = c.layout == Layout::kBatched ? f.lq(0) : f.total_q;

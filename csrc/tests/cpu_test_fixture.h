@@ -260,6 +260,17 @@ struct Fixture {
     }
   }
 
+  // Dense, without an LSE.
+  bsfa::AttentionParams attention() const {
+    bsfa::AttentionParams params;
+    params.problem = problem;
+    params.q = q_view;
+    params.k = k_view;
+    params.v = v_view;
+    params.out = out_view;
+    return params;
+  }
+
   double cap(double s) const {
     s *= problem.softmax_scale;
     return c.softcap > 0 ? c.softcap * std::tanh(s / c.softcap) : s;

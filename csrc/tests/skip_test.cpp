@@ -95,12 +95,7 @@ void check_skip(SkipFixture& f, const std::string& where, const Options& o) {
   for (float& x : thresholds) x = (o.form == SkipForm::kAbsolute ? 2.5f : -0.3f) + uniform(f.random);
   std::vector<float> lse(int64_t{f.total_q} * c.hq + 1, kNaN);
   std::vector<int64_t> counts(2 * c.hq, 100), again(2 * c.hq, 0);
-  bsfa::AttentionParams params;
-  params.problem = f.problem;
-  params.q = f.q_view;
-  params.k = f.k_view;
-  params.v = f.v_view;
-  params.out = f.out_view;
+  bsfa::AttentionParams params = f.attention();
   params.lse = lse.data();
   params.lse_batch_stride = int64_t{c.hq} * f.lq(0);
   params.lse_head_stride = c.layout == Layout::kBatched ? f.lq(0) : f.total_q;

@@ -60,12 +60,7 @@ void check_nan_propagation(const char* isa) {
       f.v.set(f.k_index(f.v_view, 0, token, 0) + 3, kNaN);
       f.v.set(f.k_index(f.v_view, 0, token, 0) + 4, kInf);
     }
-    bsfa::AttentionParams params;
-    params.problem = f.problem;
-    params.q = f.q_view;
-    params.k = f.k_view;
-    params.v = f.v_view;
-    params.out = f.out_view;
+    bsfa::AttentionParams params = f.attention();
     bsfa::cpu::attention(params, threads(1));
     for (int h = 0; h < 2; ++h) {
       for (int r = 0; r < 100; ++r) {
@@ -93,12 +88,7 @@ void check_extremes(const char* isa) {
   }
   const std::vector<float> lse = [&] {
     std::vector<float> result(200);
-    bsfa::AttentionParams params;
-    params.problem = f.problem;
-    params.q = f.q_view;
-    params.k = f.k_view;
-    params.v = f.v_view;
-    params.out = f.out_view;
+    bsfa::AttentionParams params = f.attention();
     params.lse = result.data();
     params.lse_batch_stride = params.lse_head_stride = 200;
     bsfa::cpu::attention(params, threads(1));

@@ -22,6 +22,7 @@ from bounds_cases import (
     bound_masks,
     check,
     check_same,
+    lone_pairs,
     planted,
     planted_policy,
     same,
@@ -162,42 +163,11 @@ def test_nearly_all_that_is_far_below_is_left_out(case: Case, percent: int, form
 
 @pytest.mark.parametrize("dim", [64, 128])
 def test_one_row_and_one_key_keep_a_block(dim: int) -> None:
-    """Wherever in the block they are. All other logits are 35 nats lower; half of the blocks have no such key."""
-    torch.manual_seed(dim)
-    length, heads, nats = 128 * 25, 4, 35.0
-    size = (nats * dim**0.5) ** 0.5
-    blocks = length // 128
-    q, k, v = (torch.randn(1, length, heads, dim, dtype=BF16, device=DEVICE) / 4 for _ in range(3))
-    q[..., 0], k[..., 0], q[..., 1], k[..., 1] = size, -size, 0.0, 0.0
-    per_block = (blocks, 128, heads)
-    hot_rows = torch.zeros(per_block, device=DEVICE).scatter_(
-        1, torch.randint(128, (blocks, 1, heads), device=DEVICE), 1
-    )
-    hot_keys = torch.zeros(per_block, device=DEVICE).scatter_(
-        1, torch.randint(128, (blocks, 1, heads), device=DEVICE), 1
-    )
-    has_key = torch.rand(blocks, 1, heads, device=DEVICE) < 0.5
-    q[0, :, :, 1] = (hot_rows * size).flatten(0, 1).to(BF16)
-    k[0, :, :, 1] = (hot_keys * has_key * size).flatten(0, 1).to(BF16)
-    policy = planted_policy("absolute").to(torch.device(DEVICE))
-    results = [
-        bsfa.attention(q, k, v, policy=p, causal=True, return_lse=True, return_info=True)
-        for p in (policy, with_bounds(policy))
-    ]
-    (out, lse, info), (bounded, bounded_lse, bounded_info) = results
-    assert torch.equal(out, bounded) and torch.equal(lse, bounded_lse)
-    assert torch.equal(info.skips, bounded_info.skips)
-    masks = torch.ops.bsfa.bound_mask(
-        q, k, None, None, None, None, length, length, blocks, None, 128, 128, True, dim**-0.5, 0.0,
-        policy.cuts(heads, blocks, torch.device(DEVICE)), policy.form, policy.sink_blocks, policy.window_blocks,
-    )  # fmt: skip
-    words = masks[0].view(blocks, heads, -1)
-    kept = (words[..., None] >> torch.arange(32, device=DEVICE) & 1).flatten(-2)[..., :blocks].bool()
-    visible = torch.ones(blocks, blocks, dtype=torch.bool, device=DEVICE).tril()
-    always = torch.eye(blocks, dtype=torch.bool, device=DEVICE)
-    always[:, 0] = True
-    want = (has_key.view(blocks, heads).T[None] & visible[:, None]) | always[:, None]
-    assert torch.equal(kept, want)
+    """Wherever in the block they are: a quarter of it is looked at first, and does not show most of them."""
+    inputs, want = lone_pairs(dim)
+    policy = planted_policy("absolute")
+    check_same(inputs, policy)
+    assert (inputs.rows_of_sequence(bound_masks(inputs, policy)[0], 0) == want.numpy()).all()
 
 
 @WITH_FORMS

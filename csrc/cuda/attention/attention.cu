@@ -119,6 +119,7 @@ Tiling tiling_of(const AttentionParams& params) {
   tiling.counts = params.window_left < 0 ? params.counts : nullptr;
   tiling.mask_heads = params.mask_heads;
   tiling.num_words = params.num_words;
+  tiling.taken_late = true;
   // Where CTAs share an SM a tile takes longer, so shorter ones count as long.
   if (ctas_of_sm(params) > 1) tiling.long_share *= 4;
   return tiling;

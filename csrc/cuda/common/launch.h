@@ -71,6 +71,8 @@ class DevicesDone {
   PerDevice done_;
 };
 
+constexpr int kMostSharedBytes = 227 * 1024;  // that a CTA may have
+
 // Lets launches of a kernel on the current device have up to `bytes` of dynamic shared memory. `allowed` belongs to
 // this kernel alone: what it says is done is not done again. `carveout`: of an SM's memory, cudaSharedmemCarveout...
 template <class Kernel>

@@ -22,6 +22,17 @@ struct MaskOutput {
   int32_t* words;  // null: no mask is wanted
   int32_t* counts;
   unsigned long long* skips;  // zeroed, for atomicAdd
+
+  // The words of `within` for a row of the mask and a query head; null: all visible blocks.
+  __host__ __device__ const uint32_t* within_row(int64_t row, int32_t head) const {
+    if (within == nullptr) return nullptr;
+    return reinterpret_cast<const uint32_t*>(within) + (row * within_heads + head / heads_per_within_head) * num_words;
+  }
+  // Of a head, for the absolute number of a query tile.
+  __host__ __device__ float threshold(int32_t head, int32_t tile) const {
+    const int32_t column = tile < 0 ? 0 : tile < columns ? tile : columns - 1;
+    return thresholds[int64_t{head} * columns + column];
+  }
 };
 
 inline MaskOutput mask_output(const SkipMaskParams& params) {

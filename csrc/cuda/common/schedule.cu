@@ -9,7 +9,8 @@
 //          work) leave that order and go first, in logarithmic buckets of their length, longest first.
 //          Each warp owns one contiguous piece: count, scan, scatter. Stable, so the same inputs give the same order.
 //          Of at most kFewPairs pairs it makes the rows and counts too: a kernel less in the way of a short call.
-// level    where the keys of one KV head outgrow L2: sorts that order by length in windows of two pairs a CTA. If each
+// level    where the keys of one KV head outgrow L2: sorts that order by length in windows. CTAs that work on pairs of
+//          one length side by side walk the same keys at the same time, from L2. Windows are of two pairs a CTA if each
 //          takes its next pair only when its tile is nearly done (keeps_in_step), then who is first done with one of
 //          the longer half takes the longest of the shorter half, so that after each window all are in step again: side
 //          by side they walk the same keys at the same time, from L2.
@@ -317,7 +318,7 @@ cudaError_t make_order(const Tiling& tiling, const KnownOrder& known, const Work
     ordered = launch_early(order_kernel<false>, 1, kOrderThreads, 0, stream, tiling, workspace, shares);
   }
   if (ordered != cudaSuccess || !keeps_in_step(tiling)) return ordered;
-  const int window = std::min(2 * workers, kWindow);
+  const int window = tiling.taken_late ? std::min(2 * workers, kWindow) : kWindow;
   const int windows = static_cast<int>((tiling.num_rows * tiling.heads + window - 1) / window);
   return launch_early(level_kernel, windows, kWindow, 0, stream, workspace, rows, tiling.group, window);
 }

@@ -39,6 +39,8 @@ struct Tiling {
   int32_t unused_row_counts = 0;
   // Tiles longer than 1 / long_share of a worker's share of all blocks leave natural order and go first.
   int32_t long_share = 16;
+  // Workers take their next pair when their tile is nearly done, if the order keeps them in step.
+  bool taken_late = false;
 };
 
 // Where one query tile lies. Only rows [row_begin, row_end) of its 128 belong to the sequence.
@@ -144,8 +146,7 @@ struct Workspace {
 // The order of this work where it is a formula, else one without pairs. `workers`: as for make_order.
 KnownOrder order_of(const Tiling& tiling, int workers);
 
-// Whether the order keeps workers in step (`level` in schedule.cu). Then each should take its next pair late, when its
-// tile is nearly done: the order reckons with who is first.
+// Whether the order keeps workers in step (`level` in schedule.cu).
 bool keeps_in_step(const Tiling& tiling);
 
 // Fills the workspace. `workers`: CTAs that will work on it at a time.

@@ -26,12 +26,12 @@ namespace {
 
 constexpr int32_t kShortRow = 1024;  // blocks that one warp works on
 constexpr int32_t kLongRow = 8192;   // and four
-constexpr int32_t kSharedBytes = 227 * 1024;
 
 constexpr int64_t words_of(int64_t blocks) { return (blocks + 31) / 32; }
 // Words, and keys for all their bits.
 constexpr int64_t shared_bytes(int64_t blocks) { return 33 * words_of(blocks) * sizeof(uint32_t); }
-static_assert(shared_bytes(kMaxSelectBlocks) + sizeof(TeamScratch<16>) + 128 <= kSharedBytes, "the longest row fits");
+static_assert(shared_bytes(kMaxSelectBlocks) + sizeof(TeamScratch<16>) + 128 <= kMostSharedBytes,
+              "the longest row fits");
 
 // The keys of one head's row, and what its weights add up to.
 template <int kWarps>

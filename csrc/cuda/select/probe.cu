@@ -496,7 +496,7 @@ cudaError_t launch(const KernelParams& params, cudaStream_t stream) {
   const Problem& problem = params.probe.problem;
   const dim3 grid(problem.num_q_heads, params.spans, problem.batch);
   constexpr int kKeyBytes = sizeof(Shared<kHeadDim>::keys), kAllBytes = sizeof(Shared<kHeadDim>);
-  static_assert(kAllBytes * kMinCtasPerSm <= 227 * 1024 - kMinCtasPerSm * 1024, "shared memory of an SM");
+  static_assert(kAllBytes * kMinCtasPerSm <= kMostSharedBytes - kMinCtasPerSm * 1024, "shared memory of an SM");
   static DevicesDone allowed;
   cudaError_t error = allow_shared_memory(allowed, spread_kernel<T, kHeadDim>, kAllBytes);
   if (error != cudaSuccess) return error;

@@ -74,11 +74,8 @@ cudaError_t launch_kernel(const KernelParams& params, int num_ctas, cudaStream_t
   static_assert(Config::kCtas * (kBytes + 1024) <= 228 * 1024, "shared memory of one SM");
   const auto kernel = attention_kernel<Config>;
   static DevicesDone prepared;
-  const cudaError_t error = prepared.once([=] {
-    const cudaError_t failed = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-    if (failed != cudaSuccess || !Config::kPaired) return failed;
-    return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
-  });
+  const int carveout = Config::kPaired ? cudaSharedmemCarveoutMaxShared : cudaSharedmemCarveoutDefault;
+  const cudaError_t error = allow_shared_memory(prepared, kernel, kBytes, carveout);
   if (error != cudaSuccess) return error;
   const bool after_own = params.workspace.queue != nullptr;  // the kernel before is the one that wrote the order
   return launch_on_stream(after_own, kernel, num_ctas, kThreads, kBytes, stream, params);

@@ -119,17 +119,11 @@ __device__ void schedule(SharedStorage<Config>& shared, const KernelParams& p) {
   const bool known = workspace.queue == nullptr;
   const int32_t total = known ? p.known.total : workspace.queue->total;
   const bool late = p.counted_rows > 0;
-  RingPosition<kWorkSlots> slot, before;
-  for (int32_t index = blockIdx.x, number = 0;; slot.advance(), ++number) {
+  const auto take = [&] { return lane == 0 ? gridDim.x + atomicAdd(&workspace.queue->next, 1) : 0; };
+  RingPosition<kWorkSlots> slot;
+  for (int32_t index = blockIdx.x;;) {
     Work& work = shared.work[slot.slot];
-    if (!late) {
-      shared.work_empty[slot.slot].wait(slot.parity ^ 1);
-    } else if (number > 0) {
-      shared.work_empty[before.slot].wait(before.parity);
-      before.advance();
-      index = lane == 0 ? gridDim.x + atomicAdd(&workspace.queue->next, 1) : 0;
-      index = __shfl_sync(kAllLanes, index, 0);
-    }
+    if (!late) shared.work_empty[slot.slot].wait(slot.parity ^ 1);
     if (index >= total) {
       if (lane == 0) {
         work.head = -1;
@@ -140,8 +134,8 @@ __device__ void schedule(SharedStorage<Config>& shared, const KernelParams& p) {
     int32_t next = 0;
     if (known) {
       next = p.known.dealt_after(index, gridDim.x);
-    } else if (lane == 0 && !late) {
-      next = gridDim.x + atomicAdd(&workspace.queue->next, 1);
+    } else if (!late) {
+      next = take();
     }
     const Pair pair = known ? p.known.pair(index) : workspace.order[index];
     const TileRow tile = known ? tile_row(p.known, pair.row) : workspace.rows[pair.row];
@@ -169,7 +163,12 @@ __device__ void schedule(SharedStorage<Config>& shared, const KernelParams& p) {
     }
     __syncwarp();
     if (lane == 0) shared.work_full[slot.slot].arrive();
+    if (late) {  // both load warps are nearly done with this tile
+      shared.work_empty[slot.slot].wait(slot.parity);
+      next = take();
+    }
     index = __shfl_sync(kAllLanes, next, 0);
+    slot.advance();
   }
 }
 

@@ -34,14 +34,8 @@ __device__ void schedule(SharedStorage<Config>& shared, const KernelParams& p) {
     work.blocks = visible_range(work.tile, p.causal, -1).end;
     work.steps = work.blocks;
     if constexpr (kToMask) {
-      const MaskOutput& mask = p.mask;
-      if (mask.within != nullptr) {
-        const int64_t row = int64_t{pair.row} * mask.within_heads + pair.head / mask.heads_per_within_head;
-        work.within = reinterpret_cast<const uint32_t*>(mask.within) + row * mask.num_words;
-      }
-      const int32_t group = p.heads_per_kv_head;  // counts are in natural order (schedule.cu)
-      const int64_t place = int64_t{pair.head / group} * p.work_rows + (p.work_rows - 1 - pair.row);
-      work.steps = workspace.counts[place * group + pair.head % group];
+      work.within = p.mask.within_row(pair.row, pair.head);
+      work.steps = workspace.counts[natural_index(pair, p.work_rows, p.heads_per_kv_head)];
     }
     if (work.steps > 0) {
       work.row[0] = pair.row;

@@ -77,8 +77,7 @@ __device__ void write_mask(SharedStorage<Config>& shared, const KernelParams& p)
     const SequenceGeometry geometry = sequence_geometry(mask.problem, work.tile.sequence);
     const AlwaysKept always =
         always_kept(geometry, local_tile(geometry, work.tile), mask.sink_blocks, mask.window_blocks);
-    const int32_t column = min(max(absolute_tile(work.tile), 0), mask.columns - 1);
-    const float threshold = mask.thresholds[int64_t{work.head} * mask.columns + column];
+    const float threshold = mask.threshold(work.head, absolute_tile(work.tile));
     const int64_t row = int64_t{work.row[0]} * p.num_heads + work.head;
     int32_t* words = mask.words + row * mask.num_words;
     Walk<true> walk(work);

@@ -9,7 +9,6 @@ namespace {
 using namespace bound;
 
 constexpr int64_t kAlignment = 1024;
-static_assert(kMaxBlocks == kMaxBoundBlocks);
 
 int64_t key_blocks(const SkipMaskParams& params) {
   const KvLayout& kv = params.attention.problem.kv;
@@ -21,8 +20,8 @@ int64_t key_blocks(const SkipMaskParams& params) {
 template <class Element, int kHeadDim, bool kRelative>
 cudaError_t launch_bounds(const KernelParams& k, cudaStream_t stream) {
   const auto kernel = bound_kernel<Element, kHeadDim, kRelative>;
-  constexpr int kMostBytes = shared_bytes<Config<kHeadDim>>(kMaxBlocks / 32);
-  static_assert(kMostBytes + 128 <= 227 * 1024, "shared memory of one SM, with what finds the tile");
+  constexpr int kMostBytes = shared_bytes<Config<kHeadDim>>(kMaxBoundBlocks / 32);
+  static_assert(kMostBytes + 128 <= kMostSharedBytes, "shared memory of one SM, with what finds the tile");
   static DevicesDone allowed;
   const cudaError_t error = allow_shared_memory(allowed, kernel, kMostBytes);
   if (error != cudaSuccess) return error;
@@ -51,7 +50,7 @@ cudaError_t launch(const KernelParams& k, SkipForm form, cudaStream_t stream) {
 
 bool bound_mask_supports(const Problem& p) {
   return (p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16) && (p.head_dim == 64 || p.head_dim == 128) &&
-         p.block_m == kTileRows && p.block_n == kBlockKeys && ceil_div(p.kv.max_seqlen, kBlockKeys) <= kMaxBlocks &&
+         p.block_m == kTileRows && p.block_n == kBlockKeys && ceil_div(p.kv.max_seqlen, kBlockKeys) <= kMaxBoundBlocks &&
          p.batch <= 65535 && p.num_kv_heads <= 65535;
 }
 

@@ -30,7 +30,6 @@ constexpr int kProducerRegisters = 32, kConsumerRegisters = 104;
 constexpr int kLaunchRegisters = 65536 / (kCtasPerSm * kThreads) / 8 * 8;
 static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= (1 + kConsumers) * kLaunchRegisters);
 constexpr int kStages = 5;                 // KV blocks in shared memory
-constexpr int kMaxBlocks = 1 << 16;        // of a sequence: their numbers are listed in 16 bits
 constexpr int kHalfKeys = kBlockKeys / 2;  // of one product
 constexpr int kQuantizeThreads = 256;
 static_assert(kGroupRows == kSkipRows);

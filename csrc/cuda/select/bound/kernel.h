@@ -36,15 +36,13 @@ __device__ Work work_of(const KernelParams& p, const Pair& pair, const Place& pl
   work.head = pair.head;
   work.always = always_kept(sequence_geometry(p.problem, place.sequence), place.tile, p.sink_blocks, p.window_blocks);
   work.visible = visible_range(work.tile, p.problem.causal, -1);
-  const int64_t within = int64_t{pair.row} * p.within_heads + pair.head / p.heads_per_within_head;
-  work.within = p.within != nullptr ? reinterpret_cast<const uint32_t*>(p.within) + within * p.num_words : nullptr;
+  work.within = p.within_row(pair.row, pair.head);
   work.last = -1;
   for (int32_t w = ceil_div(work.visible.end, 32) - 1; w >= 0 && work.last < 0; --w) {
     const uint32_t bits = work.candidates(w);
     if (bits != 0) work.last = w * 32 + 31 - __clz(bits);
   }
-  const int32_t column = min(max(absolute_tile(work.tile), 0), p.columns - 1);
-  work.cut = safe_cut<kRelative>(p.thresholds[int64_t{pair.head} * p.columns + column]);
+  work.cut = safe_cut<kRelative>(p.threshold(pair.head, absolute_tile(work.tile)));
   return work;
 }
 

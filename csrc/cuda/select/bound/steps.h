@@ -1,6 +1,7 @@
 // What a CTA looks at: the list of its blocks, the passes over it, and how blocks are fetched.
 #pragma once
 
+#include "../../common/scan.h"
 #include "config.h"
 
 namespace bsfa::cuda::bound {
@@ -103,12 +104,7 @@ __device__ __forceinline__ int32_t list_blocks(const Work& work, uint16_t* entri
     } else {
       if (w >= 0) bits &= ~work.forced(w);
     }
-    int32_t until = __popc(bits);
-#pragma unroll
-    for (int d = 1; d < 32; d *= 2) {
-      const int32_t before = __shfl_up_sync(kAllLanes, until, d);
-      if (lane >= d) until += before;
-    }
+    const int32_t until = inclusive_sum_of_lanes(__popc(bits));
     int32_t at = count + until - __popc(bits);
     for (; bits != 0; ++at) {
       const int bit = 31 - __clz(bits);

@@ -86,8 +86,6 @@ struct KernelParams {
   int32_t energy_stride;  // floats, a multiple of kStepBlocks
 };
 
-constexpr int kSharedBytes = 227 * 1024;  // of one SM
-
 // Shared memory: block means, queries, Control, and rows of energies: base-2 logarithms, one per KV block.
 template <class Config>
 struct Shared {

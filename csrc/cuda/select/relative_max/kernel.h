@@ -70,7 +70,7 @@ cudaError_t launch_kernel(const KernelParams& params, int num_ctas, cudaStream_t
   const int bytes = Shared<Config>::bytes(params.query_slots, params.energy_slots, params.energy_stride);
   const auto kernel = relative_max_kernel<Config>;
   static DevicesDone allowed;
-  const cudaError_t error = allow_shared_memory(allowed, kernel, kSharedBytes);
+  const cudaError_t error = allow_shared_memory(allowed, kernel, kMostSharedBytes);
   if (error != cudaSuccess) return error;
   return launch_early(kernel, num_ctas, kThreads, bytes, stream, params);
 }

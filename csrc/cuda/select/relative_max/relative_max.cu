@@ -10,17 +10,17 @@ namespace bsfa::cuda::select {
 namespace {
 
 static_assert(Shared<Config<cute::bfloat16_t, 128, false>>::bytes(kMinQuerySlots, 1, kMaxRelativeMaxBlocks) <=
-              kSharedBytes);
+              kMostSharedBytes);
 
 // As many slots of energies and queries as there is room for; false if there is none.
 bool set_slots(const ScoreParams& params, KernelParams& k) {
   k.energy_stride = ceil_div(params.max_blocks, kStepBlocks) * kStepBlocks;
   const auto bytes = params.problem.head_dim == 64 ? Shared<Config<cute::bfloat16_t, 64, false>>::bytes
                                                    : Shared<Config<cute::bfloat16_t, 128, false>>::bytes;
-  if (k.energy_stride > kSharedBytes / static_cast<int>(sizeof(float))) return false;
+  if (k.energy_stride > kMostSharedBytes / static_cast<int>(sizeof(float))) return false;
   for (k.energy_slots = kEmitters; k.energy_slots > 0; --k.energy_slots) {
     for (k.query_slots = kMaxQuerySlots; k.query_slots >= kMinQuerySlots; --k.query_slots) {
-      if (bytes(k.query_slots, k.energy_slots, k.energy_stride) <= kSharedBytes) return true;
+      if (bytes(k.query_slots, k.energy_slots, k.energy_stride) <= kMostSharedBytes) return true;
     }
   }
   return false;

@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kThreads, 1) strided_kernel(const __grid_const
 template <class Config>
 cudaError_t launch_kernel(const KernelParams& params, int num_ctas, cudaStream_t stream) {
   constexpr int kBytes = sizeof(SharedStorage);
-  static_assert(kBytes <= 227 * 1024, "shared memory of one SM");
+  static_assert(kBytes <= kMostSharedBytes, "shared memory of one SM");
   const auto kernel = strided_kernel<Config>;
   static DevicesDone allowed;
   const cudaError_t error = allow_shared_memory(allowed, kernel, kBytes);
