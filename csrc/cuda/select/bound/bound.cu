@@ -50,8 +50,8 @@ cudaError_t launch(const KernelParams& k, SkipForm form, cudaStream_t stream) {
 
 bool bound_mask_supports(const Problem& p) {
   return (p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16) && (p.head_dim == 64 || p.head_dim == 128) &&
-         p.block_m == kTileRows && p.block_n == kBlockKeys && ceil_div(p.kv.max_seqlen, kBlockKeys) <= kMaxBoundBlocks &&
-         p.batch <= 65535 && p.num_kv_heads <= 65535;
+         p.block_m == kTileRows && p.block_n == kBlockKeys &&
+         ceil_div(p.kv.max_seqlen, kBlockKeys) <= kMaxBoundBlocks && p.batch <= 65535 && p.num_kv_heads <= 65535;
 }
 
 int64_t bound_mask_workspace_bytes(const SkipMaskParams& params) {

@@ -1,6 +1,7 @@
 // The relative-max kernel's host side: from SelectParams to the kernel that fits.
 #include <algorithm>
 
+#include "../../common/launch.h"
 #include "../relative_max.h"
 #include "bsfa/cuda.h"
 #include "config.h"
