@@ -1,5 +1,6 @@
 // Attention on CUDA: from AttentionParams to the kernel that fits.
 #include <algorithm>
+#include <array>
 #include <new>
 #include <type_traits>
 
@@ -160,7 +161,8 @@ struct Call {
   int workers = 0;  // CTAs that run at a time
   int ctas = 0;
   int device = 0;
-  bool moves = false;  // q, k, v and out are all that the kernel touches
+  bool moves = false;              // q, k, v and out are all that the kernel touches
+  std::array<void*, 4> data = {};  // theirs
 };
 static_assert(std::is_trivially_copyable_v<Call> && sizeof(Call) <= sizeof(AttentionCall) &&
               alignof(Call) <= alignof(AttentionCall));
@@ -234,6 +236,7 @@ cudaError_t prepare_attention(const AttentionParams& params, AttentionCall* prep
   if (error == cudaSuccess) error = make_mean_maps(params, variant, k);
   if (error != cudaSuccess) return error;
   c.moves = dealt && k.store_by_tma && k.lse == nullptr && params.k.tokens > 0 && params.k.batch_size > 0;
+  c.data = {params.q.data, params.k.data, params.v.data, params.out.data};
   c.launch = launch_of(p, variant);
   return c.launch != nullptr ? cudaSuccess : cudaErrorInvalidValue;
 }
@@ -258,13 +261,12 @@ cudaError_t move_attention(AttentionCall& prepared, void* q, void* k, void* v, v
   int device = 0;
   cudaError_t error = c.moves ? cudaGetDevice(&device) : cudaErrorInvalidValue;
   if (error == cudaSuccess && device != c.device) error = cudaErrorInvalidDevice;
-  const auto move = [&error](CUtensorMap& map, void* data) {
-    if (error == cudaSuccess) error = move_tensor_map(&map, data);
-  };
-  move(c.k.q, q);
-  move(c.k.k, k);
-  move(c.k.v, v);
-  move(c.k.out, out);
+  const std::array<CUtensorMap*, 4> maps = {&c.k.q, &c.k.k, &c.k.v, &c.k.out};
+  const std::array<void*, 4> data = {q, k, v, out};
+  for (size_t i = 0; i < maps.size() && error == cudaSuccess; ++i) {
+    if (data[i] != c.data[i]) error = move_tensor_map(maps[i], data[i]);
+  }
+  c.data = data;
   c.k.out_data = out;
   return error;
 }

@@ -22,7 +22,12 @@ cudaError_t launch_on_stream(bool early, void (*kernel)(Parameters...), int ctas
   config.stream = stream;
   config.attrs = early ? &attribute : nullptr;
   config.numAttrs = early ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+  // By address: kernels may take a kilobyte, which the driver copies anyway.
+  const auto launch = [&](const Parameters&... parameters) {
+    void* addresses[] = {const_cast<void*>(static_cast<const void*>(&parameters))...};
+    return cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), addresses);
+  };
+  return launch(arguments...);
 }
 
 template <typename... Parameters, typename... Arguments>
