@@ -281,6 +281,23 @@ def test_logits(softcap: float, scale: float | None, causal: bool, rule: Rule) -
     check(replace(BASE, lengths=((400, 1200),), softcap=softcap, scale=scale, causal=causal), rule)
 
 
+@by_rule([RELATIVE_MAX, replace(RELATIVE_MAX, sharing="group")])
+@pytest.mark.parametrize("log_energy", [-150.0, -90.0, 0.0, 126.0, 200.0])
+def test_energies_around_float32s_range(log_energy: float, rule: Rule) -> None:
+    """Sums of powers of two that float32 holds, that it does not, and both in one row."""
+    case = replace(BASE, lengths=((400, 2500),), scale=1.0)
+    inputs = case.make()
+    weight = 4.0
+    centre = (log_energy - 8.5) / (weight * math.log2(math.e))  # 8.5: what 128 rows of normal logits sum to
+    offsets = centre + torch.rand(20, generator=torch.Generator().manual_seed(7)) - 0.5
+    for queries, keys in zip(inputs.queries, inputs.keys, strict=True):
+        queries[..., 0] = weight
+        keys[..., 0] = offsets.repeat_interleave(128)[: len(keys), None].to(keys.dtype)
+    inputs.lay_out()
+    got = check(case, rule, inputs=inputs)
+    assert got.any() and not got.all()
+
+
 @pytest.mark.parametrize("pooling", ["mean", "maxabs", "center"])
 @pytest.mark.parametrize("dim", [1, 7, 8, 33, 40, 96, 192, 256])
 @pytest.mark.parametrize("strides", ["plain", "gaps", "wide-gaps"])

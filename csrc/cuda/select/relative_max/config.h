@@ -24,10 +24,13 @@ constexpr int kProducerRegisters = 64;
 constexpr int kConsumerRegisters = 104;
 static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= (1 + kConsumers) * 96, "the register file");
 
-constexpr int kWorkSlots = 6;      // items that the scheduler warp is ahead
 constexpr int kMaxQuerySlots = 4;  // query tiles in shared memory, where energies leave room; at least 2
 constexpr int kMinQuerySlots = 2;
 constexpr int kMeanSlots = 6;  // steps of block means in shared memory
+// Rows of energies, where there is room; else one for each emitter, or one alone. A row is wanted while its blocks are
+// scored and while its words are made, which take about as long: with two, the consumers wait for it at every item.
+constexpr int kMaxEnergySlots = 2 * kEmitters;
+constexpr int kWorkSlots = kMaxEnergySlots + 4;  // items that the scheduler warp is ahead of the slower emitter
 
 // kTransform: scores are transformed before their maximum is sought (Transform in logits.h is not kNone).
 template <typename Element_, int kHeadDim_, bool kTransform_>
@@ -67,7 +70,7 @@ struct alignas(16) Control {
   Mbarrier work_full[kWorkSlots], work_empty[kWorkSlots];
   Mbarrier query_full[kMaxQuerySlots], query_empty[kMaxQuerySlots];
   Mbarrier mean_full[kMeanSlots], mean_empty[kMeanSlots];
-  Mbarrier energy_full[kEmitters], energy_empty[kEmitters];
+  Mbarrier energy_full[kMaxEnergySlots], energy_empty[kMaxEnergySlots];
   Work work[kWorkSlots];
 };
 
@@ -82,7 +85,7 @@ struct KernelParams {
   int32_t heads_per_score_head;
   int32_t heads_per_kv_head;
   int32_t query_slots;
-  int32_t energy_slots;   // 1 or 2
+  int32_t energy_slots;   // 1, or a multiple of kEmitters
   int32_t energy_stride;  // floats, a multiple of kStepBlocks
 };
 

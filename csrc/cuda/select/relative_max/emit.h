@@ -117,8 +117,8 @@ class Emitter {
   bool everything_;
 };
 
-// Emitter `index` of kEmitters: its own are the items of energy slot `index`, so that it sees every phase of that
-// slot's barriers, and every kEmitters-th of those that have no energies.
+// Emitter `index` of kEmitters: its own are the items of every kEmitters-th energy slot, so that it sees every phase of
+// their barriers, and every kEmitters-th of those that have no energies.
 inline __device__ void emit(Control& control, float* energies, const KernelParams& p, int index) {
   const int lane = threadIdx.x % 32;
   RingPosition<kWorkSlots> slot;
@@ -131,7 +131,7 @@ inline __device__ void emit(Control& control, float* energies, const KernelParam
     if (work.head < 0) return;
     const bool scored = work.steps > 0;
     if (scored) {
-      if (energy.slot == index) {
+      if (energy.slot % kEmitters == index) {
         control.energy_full[energy.slot].wait(energy.parity);
         Emitter(p, work).emit(energies + energy.slot * p.energy_stride);
         __syncwarp();

@@ -135,44 +135,55 @@ class Consumer {
     }
   }
 
-  // log2 of the sums of 2^(scale * s) over the thread's two rows of the tile; NaN if one is. Uses up s.
+  // log2 of the sums of 2^(scale * s) over the thread's two rows of the tile; NaN if one is. Sums are made of the powers
+  // as they are. Only where one may have left float32's range are they taken relative to the block's largest score;
+  // which of the two a block gets is decided by its own scores alone.
   template <class Tensor>
-  __device__ __forceinline__ void log_energies(Tensor& s, float (&value)[2]) const {
+  __device__ __forceinline__ void log_energies(const Tensor& s, float (&value)[2]) const {
+    constexpr float kLow = 0x1p-90f, kHigh = 0x1p+126f;
+    const float none[2] = {0.0f, 0.0f};
+    float sum[2];
+    sum_powers(s, none, sum);
+    const bool safe[2] = {sum[0] > kLow && sum[0]<kHigh, sum[1]> kLow && sum[1] < kHigh};
+#pragma unroll
+    for (int r = 0; r < 2; ++r) value[r] = log2f(sum[r]);
+    if (__all_sync(kAllLanes, safe[0] && safe[1])) return;
+    float minus[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float top = -INFINITY;
+#pragma unroll
+      for (int j = 0; j < kColumnTiles; ++j) top = fmaxf(top, fmaxf(s(4 * j + 2 * r), s(4 * j + 2 * r + 1)));
+#pragma unroll
+      for (int d = 1; d <= 2; ++d) top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, d));
+      minus[r] = top == -INFINITY ? 0.0f : -top * p_.scale.scale_log2;
+    }
+    sum_powers(s, minus, sum);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      if (!safe[r]) value[r] = log2f(sum[r]) - minus[r];
+    }
+  }
+
+  // Sums over a quad's scores of 2^(scale * s + plus), of the thread's two blocks.
+  template <class Tensor>
+  __device__ __forceinline__ void sum_powers(const Tensor& s, const float (&plus)[2], float (&sum)[2]) const {
     const float scale = p_.scale.scale_log2;
-    float top[2], minus[2], sum[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float tops[4];
-#pragma unroll
-      for (int j = 0; j < kColumnTiles; ++j) {
-        const float pair = fmaxf(s(4 * j + 2 * r), s(4 * j + 2 * r + 1));
-        tops[j % 4] = j < 4 ? pair : fmaxf(tops[j % 4], pair);
-      }
-      top[r] = fmaxf(fmaxf(tops[0], tops[1]), fmaxf(tops[2], tops[3]));
-    }
-#pragma unroll
-    for (int d = 1; d <= 2; ++d) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) top[r] = fmaxf(top[r], __shfl_xor_sync(0xffffffffu, top[r], d));
-    }
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      minus[r] = top[r] == -INFINITY ? 0.0f : -top[r] * scale;
       float sums[2] = {};
 #pragma unroll
       for (int j = 0; j < kColumnTiles; ++j) {
-        sums[0] += exp2f(s(4 * j + 2 * r) * scale + minus[r]);
-        sums[1] += exp2f(s(4 * j + 2 * r + 1) * scale + minus[r]);
+#pragma unroll
+        for (int c = 0; c < 2; ++c) sums[c] += exp2f(s(4 * j + 2 * r + c) * scale + plus[r]);
       }
       sum[r] = sums[0] + sums[1];
     }
 #pragma unroll
     for (int d = 1; d <= 2; ++d) {
 #pragma unroll
-      for (int r = 0; r < 2; ++r) sum[r] += __shfl_xor_sync(0xffffffffu, sum[r], d);
+      for (int r = 0; r < 2; ++r) sum[r] += __shfl_xor_sync(kAllLanes, sum[r], d);
     }
-#pragma unroll
-    for (int r = 0; r < 2; ++r) value[r] = log2f(sum[r]) - minus[r];
   }
 
   static __device__ float log_sum(float a, float b) {

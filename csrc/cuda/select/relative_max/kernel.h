@@ -6,7 +6,7 @@
 // Tile      64 KV blocks (rows) x 128 queries (columns) a step; a CTA works on pairs until the queue is empty.
 // Roles     warpgroup 0: warp 0 fetches by TMA, warp 1 hands out pairs (load.h), warps 2 and 3 write masks (emit.h);
 //           warpgroups 1 to 4 take steps in turn (energy.h).
-// Memory    a ring of six steps of means, two to four query tiles, and one or two rows of energies: 4 bytes per KV
+// Memory    a ring of six steps of means, two to four query tiles, and one to four rows of energies: 4 bytes per KV
 //           block of the longest sequence.
 // Waits     full and empty mbarriers for each ring: work, queries, means, energies. Nobody waits for the host.
 #pragma once
@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kThreads, 1) relative_max_kernel(const __grid_
       control.mean_full[i].init(1);
       control.mean_empty[i].init(4);
     }
-    for (int i = 0; i < kEmitters; ++i) {
+    for (int i = 0; i < kMaxEnergySlots; ++i) {
       control.energy_full[i].init(kConsumerWarps);
       control.energy_empty[i].init(1);
     }

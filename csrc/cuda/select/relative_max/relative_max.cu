@@ -19,7 +19,7 @@ bool set_slots(const ScoreParams& params, KernelParams& k) {
   const auto bytes = params.problem.head_dim == 64 ? Shared<Config<cute::bfloat16_t, 64, false>>::bytes
                                                    : Shared<Config<cute::bfloat16_t, 128, false>>::bytes;
   if (k.energy_stride > kMostSharedBytes / static_cast<int>(sizeof(float))) return false;
-  for (k.energy_slots = kEmitters; k.energy_slots > 0; --k.energy_slots) {
+  for (k.energy_slots = kMaxEnergySlots; k.energy_slots > 0; k.energy_slots /= 2) {
     for (k.query_slots = kMaxQuerySlots; k.query_slots >= kMinQuerySlots; --k.query_slots) {
       if (bytes(k.query_slots, k.energy_slots, k.energy_stride) <= kMostSharedBytes) return true;
     }
