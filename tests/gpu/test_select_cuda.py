@@ -282,17 +282,21 @@ def test_logits(softcap: float, scale: float | None, causal: bool, rule: Rule) -
 
 
 @by_rule([RELATIVE_MAX, replace(RELATIVE_MAX, sharing="group")])
+@pytest.mark.parametrize("edges", [1.0, -1.0], ids=["rows-alike", "edges-apart"])
 @pytest.mark.parametrize("log_energy", [-150.0, -90.0, 0.0, 126.0, 200.0])
-def test_energies_around_float32s_range(log_energy: float, rule: Rule) -> None:
-    """Sums of powers of two that float32 holds, that it does not, and both in one row."""
-    case = replace(BASE, lengths=((400, 2500),), scale=1.0)
+def test_energies_around_float32s_range(log_energy: float, edges: float, rule: Rule) -> None:
+    """Sums of powers of two that float32 holds, that it does not, and both in one row; rows of a tile alike, or its
+    first and last ones as far on the other side of 0.
+    """
+    case = replace(BASE, lengths=((384, 2432),), scale=1.0)
     inputs = case.make()
     weight = 4.0
     centre = (log_energy - 8.5) / (weight * math.log2(math.e))  # 8.5: what 128 rows of normal logits sum to
-    offsets = centre + torch.rand(20, generator=torch.Generator().manual_seed(7)) - 0.5
+    offsets = centre + torch.rand(19, generator=torch.Generator().manual_seed(7)) - 0.5
     for queries, keys in zip(inputs.queries, inputs.keys, strict=True):
-        queries[..., 0] = weight
-        keys[..., 0] = offsets.repeat_interleave(128)[: len(keys), None].to(keys.dtype)
+        inner = (torch.arange(len(queries)) % 128 - 63.5).abs() < 56
+        queries[..., 0] = torch.where(inner, weight, edges * weight)[:, None].to(queries.dtype)
+        keys[..., 0] = offsets.repeat_interleave(128)[:, None].to(keys.dtype)
     inputs.lay_out()
     got = check(case, rule, inputs=inputs)
     assert got.any() and not got.all()
