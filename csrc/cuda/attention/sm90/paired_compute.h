@@ -45,6 +45,11 @@ class PairedConsumer : public Consumer<Config> {
       for (;;) {
 #pragma unroll
         for (int part = 0; part < kParts; ++part) {
+          // Half of a block on the diagonal, for the upper warpgroup.
+          if (part > 0 && (step.flags & kMasked) && unseen(step, part)) {
+            if (part == kParts - 1) this->scores_made(step);
+            continue;
+          }
           issue(score_mma, query_part(_, _, _, this->query_.slot), key_part(_, _, _, kParts * this->key_.slot + part),
                 s, false);
           warpgroup_wait<0>();
@@ -80,6 +85,18 @@ class PairedConsumer : public Consumer<Config> {
     }
     if (this->lane_ == 0) tma_store_wait<0>();  // shared memory must outlive the stores
   }
+
+ private:
+  // Whether this part's keys lie past all rows of the warpgroup.
+  __device__ bool unseen(const Step& step, int part) const {
+    const int end = this->warp_ / 4 * kGroupEnd + kGroupEnd;
+    const int32_t position = this->shared_.tiles[this->info_slot()].tile.position;
+    const bool past =
+        this->p_.causal && !(step.flags & kMeans) && step.first_key + part * Config::kScoreKeys >= position + end;
+    return __shfl_sync(kAllLanes, past, 0);
+  }
+
+  static constexpr int kGroupEnd = kTileRows / kConsumers;
 };
 
 }  // namespace bsfa::cuda::attn::sm90
