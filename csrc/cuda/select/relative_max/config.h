@@ -57,13 +57,17 @@ struct Config {
           Element, Element, float, cute::Shape<cute::Int<kStepBlocks>, cute::Int<kTileRows>, cute::Int<kHeadDim>>>()));
 };
 
-// One (tile, score head) pair: from the scheduler warp to the load warp and the emitters.
+// One (tile, score head) pair: from the scheduler warp to all others. What takes divisions is found there, where the
+// lanes do it for 32 pairs at once.
 struct Work {
   TileRow tile;
   int32_t row;      // of scores and masks
   int32_t head;     // score head; -1: no more work
   int32_t visible;  // KV blocks
   int32_t steps;    // for each of its query heads; 0: nothing is scored
+  AlwaysKept always;
+  bool everything;  // is kept
+  float threshold;
 };
 
 struct alignas(16) Control {

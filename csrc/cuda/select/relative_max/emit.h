@@ -3,7 +3,6 @@
 
 #include "../keep_row.h"
 #include "config.h"
-#include "load.h"
 
 namespace bsfa::cuda::select {
 
@@ -14,12 +13,7 @@ class Emitter {
       : p_(p),
         work_(work),
         lane_(threadIdx.x % 32),
-        row_(int64_t{work.row} * p.select.score.score_heads() + work.head) {
-    const SequenceGeometry geometry = sequence_geometry(p.select.score.problem, work.tile.sequence);
-    const int32_t tile = local_tile(geometry, work.tile);
-    always_ = always_kept(geometry, tile, p.select.score.sink_blocks, p.select.score.window_blocks);
-    everything_ = keeps_everything(p.select, work.tile);
-  }
+        row_(int64_t{work.row} * p.select.score.score_heads() + work.head) {}
 
   // log2 of the energies of the visible blocks; null if nothing was scored.
   __device__ void emit(float* energy) const {
@@ -46,9 +40,9 @@ class Emitter {
 
   __device__ void write_words(float* energy, float top) const {
     const SelectParams& p = p_.select;
-    const float threshold = p.threshold_of(work_.head);
+    const float threshold = work_.threshold;
     int32_t count;
-    if (everything_ || threshold < 0.0f) {
+    if (work_.everything || threshold < 0.0f) {
       count = for_each_word([](int32_t) { return true; });
     } else {
       count = for_each_word([&](int32_t j) {
@@ -84,7 +78,7 @@ class Emitter {
     constexpr int kAtOnce = 4;
     const int32_t num_words = p_.select.num_words, visible = work_.visible;
     int32_t* words = p_.select.words + row_ * num_words;
-    const BlockRange sink{0, always_.sink_end}, window{always_.window_begin, always_.window_end};
+    const BlockRange sink{0, work_.always.sink_end}, window{work_.always.window_begin, work_.always.window_end};
     int32_t count = 0;
     for (int32_t first = 0; first < num_words; first += 32) {
       uint32_t mine = 0;  // word first + lane
@@ -113,8 +107,6 @@ class Emitter {
   const Work& work_;
   const int lane_;
   const int64_t row_;
-  AlwaysKept always_;
-  bool everything_;
 };
 
 // Emitter `index` of kEmitters: its own are the items of every kEmitters-th energy slot, so that it sees every phase of

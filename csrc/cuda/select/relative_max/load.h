@@ -6,10 +6,20 @@
 
 namespace bsfa::cuda::select {
 
-__device__ inline bool keeps_everything(const SelectParams& p, const TileRow& tile) {
-  const SequenceGeometry geometry = sequence_geometry(p.score.problem, tile.sequence);
-  const int32_t prompt_len = p.prompt_lens != nullptr ? p.prompt_lens[tile.sequence] : -1;
-  return is_last_tile(geometry, local_tile(geometry, tile), p.last_tiles, prompt_len);
+// A sequence's geometry in this kernel's own block sizes, which makes divisions by them shifts.
+__device__ inline SequenceGeometry geometry_of(const Problem& problem, int32_t sequence) {
+  SequenceGeometry geometry = sequence_geometry(problem, sequence);
+  geometry.block_m = kTileRows;
+  geometry.block_n = kBlockKeys;
+  return geometry;
+}
+
+// What a tile keeps whatever the scores are.
+__device__ inline void set_kept(const SelectParams& p, const SequenceGeometry& geometry, Work& work) {
+  const int32_t tile = local_tile(geometry, work.tile);
+  const int32_t prompt_len = p.prompt_lens != nullptr ? p.prompt_lens[work.tile.sequence] : -1;
+  work.always = always_kept(geometry, tile, p.score.sink_blocks, p.score.window_blocks);
+  work.everything = is_last_tile(geometry, tile, p.last_tiles, prompt_len);
 }
 
 // The pairs of a CTA are fixed: every gridDim.x-th of the order, back and forth so that no CTA always gets the longer
@@ -33,16 +43,21 @@ inline __device__ void schedule(Control& control, const KernelParams& p) {
     work.head = -1;
     if (index < total) {
       const Pair pair = natural ? natural_pair(index, num_rows, p.group) : workspace.order[index];
-      work.tile = natural ? tile_row(score.problem, pair.row / tiles, pair.row % tiles) : workspace.rows[pair.row];
+      const int32_t sequence = natural ? pair.row / tiles : workspace.rows[pair.row].sequence;
+      const SequenceGeometry geometry = geometry_of(score.problem, sequence);
+      work.tile = natural ? tile_row(geometry, sequence, pair.row - sequence * tiles, 0, sequence, 0)
+                          : workspace.rows[pair.row];
       work.row = pair.row;
       work.head = pair.head;
       work.visible = visible_range(work.tile, score.problem.causal, -1).end;
+      set_kept(p.select, geometry, work);
       // Where everything is kept, scores are made only for those who ask for them.
-      const bool scored = score.scores != nullptr || !keeps_everything(p.select, work.tile);
+      const bool scored = score.scores != nullptr || !work.everything;
       work.steps = scored ? ceil_div(work.visible, kStepBlocks) : 0;
     }
     const int taken = __popc(__ballot_sync(kAllLanes, work.head >= 0));
     if (round == 0) cudaGridDependencySynchronize();  // everything else in this kernel waits for this warp's work
+    if (work.head >= 0) work.threshold = p.select.threshold_of(work.head);
     for (int i = 0; i <= taken && i < 32; ++i, slot.advance()) {  // after the last pair of all, the end
       control.work_empty[slot.slot].wait(slot.parity ^ 1);
       if (lane == i) {
