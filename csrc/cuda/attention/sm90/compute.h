@@ -44,6 +44,7 @@ class Consumer {
     auto s = partition_fragment_C(score_mma, Shape<Int<kTileRows>, Int<Config::kScoreKeys>>{});
     auto o = partition_fragment_C(output_mma, Shape<Int<kTileRows>, Int<Config::kHeadDimV>>{});
     auto probabilities = make_probabilities<Config>();
+    Packed packed;
 
     float rescale[2];
 
@@ -58,8 +59,8 @@ class Consumer {
     warpgroup_fence_operand(s);
     scores_made(step);
     next_step(step);
-    softmax(s, step, rescale);
-    convert(s, probabilities);
+    softmax(s, step, rescale, packed);
+    take(s, packed, probabilities);
 
     // The probabilities of the next step, made beside the product of the step before, which was its tile's first or
     // not.
@@ -71,14 +72,14 @@ class Consumer {
       warpgroup_wait<1>();
       warpgroup_fence_operand(s);
       scores_made(step);
-      const bool rescaled = softmax(s, step, rescale);
+      const bool rescaled = softmax(s, step, rescale, packed);
       warpgroup_fence_operand(s);
       warpgroup_wait<0>();
       warpgroup_fence_operand(o);
       release(shared_.value_empty[value_.slot], lane_);
       next_step(step);  // here, and not before the softmax, which is 2 % slower
       value_.advance();
-      convert(s, probabilities);
+      take(s, packed, probabilities);
       return rescaled;
     };
 
@@ -155,6 +156,46 @@ class Consumer {
     }
   }
 
+  // All scores of the step count, and all rows of this warp have a base.
+  __device__ bool is_usual(const Step& step) const { return !(step.flags & (kFirst | kMasked)) && rows_complete_; }
+
+  // Exponentials are packed as they are made, beside the product that still reads the probabilities of the step before;
+  // then they take their place.
+  static constexpr bool kPacked = Config::kPool;
+  struct NotPacked {};
+  using Packed = std::conditional_t<kPacked, decltype(cute::make_tensor<uint32_t>(cute::Int<Config::kScoreKeys / 4>{})),
+                                    NotPacked>;
+  template <class Scores, class Probabilities>
+  __device__ __forceinline__ static void take(const Scores& s, const Packed& packed, Probabilities& probabilities) {
+    if constexpr (kPacked) {
+      auto pairs = cute::recast<uint32_t>(probabilities);
+      // blockIdx.y is 0, which the assembler does not know: it would make a mere move into none, and what is packed into
+      // operands of the product under way (C7513).
+#pragma unroll
+      for (int i = 0; i < cute::size(pairs); ++i) pairs(i) = packed(i) | blockIdx.y;
+    } else {
+      convert(s, probabilities);
+    }
+  }
+
+  template <class Tensor>
+  __device__ bool softmax(Tensor& s, const Step& step, float (&rescale)[2], Packed& packed) {
+    if constexpr (!kPacked) {
+      return softmax(s, step, rescale);
+    } else {
+      if constexpr (Config::kTransform) transform_scores(s, p_.scale);
+      if (is_usual(step)) {
+        return softmax_packed<typename Config::Element>(s, rows_, rescale, p_.scale.scale_log2, packed);
+      }
+      const bool rescaled = softmax_unusual(s, step, rescale);
+#pragma unroll
+      for (int i = 0; i < cute::size(packed); ++i) {
+        packed(i) = pack<typename Config::Element>(s(2 * i), s(2 * i + 1));
+      }
+      return rescaled;
+    }
+  }
+
   // Of the step's keys, or a part of them. True if what was summed before must be multiplied by `rescale`.
   template <class Tensor>
   __device__ bool softmax(Tensor& s, const Step& step, float (&rescale)[2], int part = 0) {
@@ -164,12 +205,17 @@ class Consumer {
     if constexpr (Config::kTokens) {
       if (!__all_sync(kAllLanes, tokens_.all())) mask_tokens(s, tokens_);
     }
-    if (!(step.flags & (kFirst | kMasked)) && rows_complete_) {
+    if (is_usual(step)) {
       const float top[2] = {max_of_row(s, 0), max_of_row(s, 1)};
       const bool raise = outgrown(top, rows_, p_.scale.inverse_scale_log2);
       softmax_plain(s, top, rows_, rescale, p_.scale.scale_log2, raise);
       return raise;
     }
+    return softmax_unusual(s, step, rescale, part);
+  }
+
+  template <class Tensor>
+  __device__ bool softmax_unusual(Tensor& s, const Step& step, float (&rescale)[2], int part = 0) {
     if (step.flags & kMasked) {
       const TileRow& tile = shared_.tiles[info_slot()].tile;
       const int first_row = warp_ * kStoreRows + lane_ / 4;

@@ -4,9 +4,20 @@
 // 8 * j + 2 * (lane % 4) + c. A row is spread over the four lanes of a quad.
 #pragma once
 
+#include <cutlass/numeric_conversion.h>
+
 #include "config.h"
 
 namespace bsfa::cuda::attn::sm90 {
+
+// Two elements of 16 bits, the low one first.
+template <class Element>
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+  cutlass::NumericArrayConverter<Element, float, 2> convert;
+  const cutlass::Array<float, 2> pair{low, high};
+  const cutlass::Array<Element, 2> packed = convert(pair);
+  return reinterpret_cast<const uint32_t&>(packed);
+}
 
 template <class Tensor>
 constexpr int kColumnTiles = cute::size(Tensor{}) / 4;
@@ -187,6 +198,40 @@ __device__ __forceinline__ void softmax_plain(Tensor& s, const float (&top)[2], 
                                               float scale, bool raise) {
   if (raise) raise_base(top, rows, rescale, scale);
   add_exponentials(s, rows, scale);
+}
+
+// A row's sum over a thread's scores of one step, below which none of these has outgrown the base.
+constexpr float kMostOfStep = 512.0f;
+
+// The usual step without a look for maxima before: its exponentials go to `packed` as pairs of 16 bits, and stay as they
+// are if their sums say that no row of the warp has outgrown its base. Else they are made again, with bases raised. True
+// if so; then `rescale` applies to what was summed before. What is NaN has no vote, nor have rows with a base of +inf,
+// whose exponentials are 0 or NaN.
+template <class Element, class Tensor, class Packed>
+__device__ __forceinline__ bool softmax_packed(const Tensor& s, SoftmaxRows& rows, float (&rescale)[2], float scale,
+                                               Packed& packed) {
+  float sum[2];
+  const auto exponentials_of = [&]() __attribute__((always_inline)) {
+    const float minus[2] = {-rows.base[0], -rows.base[1]};
+    sum[0] = sum[1] = 0.0f;
+#pragma unroll
+    for (int i = 0; i < cute::size(s) / 2; ++i) {
+      const float a = exp2f(s(2 * i) * scale + minus[i % 2]), b = exp2f(s(2 * i + 1) * scale + minus[i % 2]);
+      sum[i % 2] += a;
+      sum[i % 2] += b;
+      packed(i) = pack<Element>(a, b);
+    }
+  };
+  exponentials_of();
+  const bool raise = __any_sync(kAllLanes, sum[0] >= kMostOfStep || sum[1] >= kMostOfStep);
+  if (raise) {
+    const float top[2] = {max_of_row(s, 0), max_of_row(s, 1)};
+    raise_base(top, rows, rescale, scale);
+    exponentials_of();
+  }
+  rows.sum[0] += sum[0];
+  rows.sum[1] += sum[1];
+  return raise;
 }
 
 }  // namespace bsfa::cuda::attn::sm90

@@ -3,8 +3,6 @@
 // from registers, row by row.
 #pragma once
 
-#include <cutlass/numeric_conversion.h>
-
 #include "config.h"
 #include "softmax.h"
 
@@ -16,14 +14,6 @@ __device__ __forceinline__ void store_matrices(uint32_t address, uint32_t a, uin
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b),
                "r"(c), "r"(d)
                : "memory");
-}
-
-template <class Element>
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-  cutlass::NumericArrayConverter<Element, float, 2> convert;
-  const cutlass::Array<float, 2> pair{low, high};
-  const cutlass::Array<Element, 2> packed = convert(pair);
-  return reinterpret_cast<const uint32_t&>(packed);
 }
 
 // `buffer`, of kStaged: the tile's query slot, whose queries are done with. TMA may still read it when this returns.
