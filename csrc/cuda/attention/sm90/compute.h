@@ -206,9 +206,13 @@ class Consumer {
       if (!__all_sync(kAllLanes, tokens_.all())) mask_tokens(s, tokens_);
     }
     if (is_usual(step)) {
-      const float top[2] = {max_of_row(s, 0), max_of_row(s, 1)};
-      const bool raise = outgrown(top, rows_, p_.scale.inverse_scale_log2);
-      softmax_plain(s, top, rows_, rescale, p_.scale.scale_log2, raise);
+      bool raise = may_have_outgrown(s, rows_, p_.scale.inverse_scale_log2);
+      if (raise) {
+        const float top[2] = {max_of_row(s, 0), max_of_row(s, 1)};
+        raise = outgrown(top, rows_, p_.scale.inverse_scale_log2);
+        if (raise) raise_base(top, rows_, rescale, p_.scale.scale_log2);
+      }
+      add_exponentials(s, rows_, p_.scale.scale_log2);
       return raise;
     }
     return softmax_unusual(s, step, rescale, part);

@@ -171,6 +171,35 @@ __device__ __forceinline__ bool outgrown(const float (&top)[2], const SoftmaxRow
                                    top[1] > (rows.base[1] + kHeadroom) * inverse_scale);
 }
 
+// The largest of a row's scores that are not negative, by their bits, three at a time; negative if all are.
+template <class Tensor>
+__device__ __forceinline__ float max_of_positive(const Tensor& s, int r) {
+  constexpr int kScores = 2 * kColumnTiles<Tensor>, kChains = 4;
+  const auto bits = [&](int i) { return __float_as_int(s(4 * (i / 2) + 2 * r + i % 2)); };
+  int tops[kChains];
+#pragma unroll
+  for (int i = 0; i < kChains; ++i) tops[i] = __vimax3_s32(bits(3 * i), bits(3 * i + 1), bits(3 * i + 2));
+#pragma unroll
+  for (int i = 3 * kChains; i < kScores; i += 2) {
+    int& top = tops[i / 2 % kChains];
+    top = __vimax3_s32(top, bits(i), bits(i + 1));
+  }
+  return __int_as_float(max(__vimax3_s32(tops[0], tops[1], tops[2]), tops[3]));
+}
+
+// Whether a row of the warp may have outgrown its base, which takes half as many instructions as to know: it has not
+// where its base is so high that scores beyond it are positive, and none of them is.
+template <class Tensor>
+__device__ __forceinline__ bool may_have_outgrown(const Tensor& s, const SoftmaxRows& rows, float inverse_scale) {
+  bool may = false;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const float limit = (rows.base[r] + kHeadroom) * inverse_scale;
+    may |= limit < 0.0f || max_of_positive(s, r) > limit;
+  }
+  return __any_sync(kAllLanes, may);
+}
+
 // Raises the rows' bases to their largest scores; `rescale` applies to what was summed before.
 __device__ __forceinline__ void raise_base(const float (&top)[2], SoftmaxRows& rows, float (&rescale)[2], float scale) {
 #pragma unroll
