@@ -159,9 +159,17 @@ class Consumer {
   // All scores of the step count, and all rows of this warp have a base.
   __device__ bool is_usual(const Step& step) const { return !(step.flags & (kFirst | kMasked)) && rows_complete_; }
 
+  template <class Tensor>
+  __device__ __forceinline__ void prepare_scores(Tensor& s) const {
+    if constexpr (Config::kTransform) transform_scores(s, p_.scale);
+    if constexpr (Config::kTokens) {
+      if (!__all_sync(kAllLanes, tokens_.all())) mask_tokens(s, tokens_);
+    }
+  }
+
   // Exponentials are packed as they are made, beside the product that still reads the probabilities of the step before;
   // then they take their place.
-  static constexpr bool kPacked = Config::kPool;
+  static constexpr bool kPacked = Config::kPool;  // elsewhere registers run out
   struct NotPacked {};
   using Packed = std::conditional_t<kPacked, decltype(cute::make_tensor<uint32_t>(cute::Int<Config::kScoreKeys / 4>{})),
                                     NotPacked>;
@@ -183,7 +191,7 @@ class Consumer {
     if constexpr (!kPacked) {
       return softmax(s, step, rescale);
     } else {
-      if constexpr (Config::kTransform) transform_scores(s, p_.scale);
+      prepare_scores(s);
       if (is_usual(step)) {
         return softmax_packed<typename Config::Element>(s, rows_, rescale, p_.scale.scale_log2, packed);
       }
@@ -199,12 +207,7 @@ class Consumer {
   // Of the step's keys, or a part of them. True if what was summed before must be multiplied by `rescale`.
   template <class Tensor>
   __device__ bool softmax(Tensor& s, const Step& step, float (&rescale)[2], int part = 0) {
-    if constexpr (Config::kTransform) {
-      transform_scores(s, p_.scale);
-    }
-    if constexpr (Config::kTokens) {
-      if (!__all_sync(kAllLanes, tokens_.all())) mask_tokens(s, tokens_);
-    }
+    prepare_scores(s);
     if (is_usual(step)) {
       bool raise = may_have_outgrown(s, rows_, p_.scale.inverse_scale_log2);
       if (raise) {
