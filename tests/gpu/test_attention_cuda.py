@@ -461,15 +461,20 @@ def test_logits_of_any_magnitude(magnitude: float, mask: str) -> None:
     check_attention(inputs, *attend(inputs, masks), masks, LSE_CONSTANT)
 
 
-def test_growing_and_shrinking_maxima() -> None:
-    """From one end to the other the running maximum rises in every block for one head, and never for the other."""
-    inputs = replace(BASE, lengths=((1000, 1000),), hq=2, hkv=2).make()
-    ramp = torch.linspace(-40, 40, 1000)[:, None].to(BF16)
+@pytest.mark.parametrize("nats", [40.0, 500.0])
+@pytest.mark.parametrize("layout", [BATCHED, PAGED])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_growing_and_shrinking_maxima(dim: int, layout: str, nats: float) -> None:
+    """From one end to the other the running maximum rises in every block for one head, and never for the other; by so
+    much, with 500, that a block's exponentials relative to the maximum before are beyond float32.
+    """
+    inputs = replace(BASE, lengths=((1000, 1000),), hq=2, hkv=2, dim=dim, layout=layout).make()
+    ramp = torch.linspace(-nats, nats, 1000)[:, None].to(BF16)
     inputs.queries[0][:] = 1.0
-    inputs.keys[0][:, 0] = ramp / 8
-    inputs.keys[0][:, 1] = -ramp / 8
+    inputs.keys[0][:, 0] = ramp / dim**0.5
+    inputs.keys[0][:, 1] = -ramp / dim**0.5
     inputs.lay_out()
-    check_attention(inputs, *attend(inputs, None), None, LSE_CONSTANT)
+    check_attention(inputs, *attend(inputs, None), None, LSE_CONSTANT * max(nats / 40, 1))
 
 
 # --- out= -------------------------------------------------------------------------------------------------------------
