@@ -8,7 +8,7 @@
 //   issue O += P V       of the current step              (tensor cores)
 //   softmax of S'        while P V is under way
 //   current step was its tile's last: store O; else O *= rescale
-//   P = S' in 16 bits
+//   P = S' in 16 bits    packed: beside the next step's S'
 //
 // The warpgroups run freely, and by themselves fall into a step in which one's products run under the other's softmax.
 // Issuing in turns ("pingpong", by named barriers) only cost time.
@@ -60,13 +60,17 @@ class Consumer {
     scores_made(step);
     next_step(step);
     softmax(s, step, rescale, packed);
-    take(s, packed, probabilities);
+    if constexpr (!kPacked) convert(s, probabilities);
 
+    const auto begin_output = [&](bool accumulate) __attribute__((always_inline)) {
+      if constexpr (kPacked) move(packed, probabilities);
+      issue(output_mma, probabilities, value_part(_, _, _, value_.slot), o, accumulate);
+    };
     // The probabilities of the next step, made beside the product of the step before, which was its tile's first or
     // not.
     const auto advance = [&](bool before_was_first) __attribute__((always_inline)) {
       issue(score_mma, query_part(_, _, _, query_slot()), key_part(_, _, _, key_slot()), s, false);
-      issue(output_mma, probabilities, value_part(_, _, _, value_.slot), o, !before_was_first);
+      begin_output(!before_was_first);
       step = read_step(shared_.steps[key_.slot]);
       read_tokens();
       warpgroup_wait<1>();
@@ -79,7 +83,7 @@ class Consumer {
       release(shared_.value_empty[value_.slot], lane_);
       next_step(step);  // here, and not before the softmax, which is 2 % slower
       value_.advance();
-      take(s, packed, probabilities);
+      if constexpr (!kPacked) convert(s, probabilities);
       return rescaled;
     };
 
@@ -97,7 +101,7 @@ class Consumer {
       give_back_stored();  // of a tile of one step; the next tile's queries may want the slot
       await_step();
       if (read_step(shared_.steps[key_.slot]).flags & kEnd) {
-        issue(output_mma, probabilities, value_part(_, _, _, value_.slot), o, !first);
+        begin_output(!first);
         warpgroup_wait<0>();
         warpgroup_fence_operand(o);
         finish_tile(o, rows_, query_slot(), info_slot());
@@ -167,23 +171,19 @@ class Consumer {
     }
   }
 
-  // Exponentials are packed as they are made, beside the product that still reads the probabilities of the step before;
-  // then they take their place.
+  // Exponentials are packed as they are made, beside the product that still reads the probabilities of the step before.
+  // They take their place when the next scores are begun, whose registers are free by then.
   static constexpr bool kPacked = Config::kPool;  // elsewhere registers run out
   struct NotPacked {};
   using Packed = std::conditional_t<kPacked, decltype(cute::make_tensor<uint32_t>(cute::Int<Config::kScoreKeys / 4>{})),
                                     NotPacked>;
-  template <class Scores, class Probabilities>
-  __device__ __forceinline__ static void take(const Scores& s, const Packed& packed, Probabilities& probabilities) {
-    if constexpr (kPacked) {
-      auto pairs = cute::recast<uint32_t>(probabilities);
-      // blockIdx.y is 0, which the assembler does not know: it would make a mere move into none, and what is packed into
-      // operands of the product under way (C7513).
+  template <class Probabilities>
+  __device__ __forceinline__ static void move(const Packed& packed, Probabilities& probabilities) {
+    auto pairs = cute::recast<uint32_t>(probabilities);
+    // blockIdx.y is 0, which the assembler does not know: it would make a mere move into none, and what is packed into
+    // operands of the product under way (C7513).
 #pragma unroll
-      for (int i = 0; i < cute::size(pairs); ++i) pairs(i) = packed(i) | blockIdx.y;
-    } else {
-      convert(s, probabilities);
-    }
+    for (int i = 0; i < cute::size(pairs); ++i) pairs(i) = packed(i) | blockIdx.y;
   }
 
   template <class Tensor>
