@@ -175,17 +175,7 @@ class Consumer {
   // They take their place when the next scores are begun, whose registers are free by then.
   static constexpr bool kPacked = Config::kPool;  // elsewhere registers run out
   struct NotPacked {};
-  using Packed = std::conditional_t<kPacked, decltype(cute::make_tensor<uint32_t>(cute::Int<Config::kScoreKeys / 4>{})),
-                                    NotPacked>;
-  template <class Probabilities>
-  __device__ __forceinline__ static void move(const Packed& packed, Probabilities& probabilities) {
-    auto pairs = cute::recast<uint32_t>(probabilities);
-    // blockIdx.y is 0, which the assembler does not know: it would make a mere move into none, and what is packed into
-    // operands of the product under way (C7513).
-#pragma unroll
-    for (int i = 0; i < cute::size(pairs); ++i) pairs(i) = packed(i) | blockIdx.y;
-  }
-
+  using Packed = std::conditional_t<kPacked, PackedScores<Config>, NotPacked>;
   template <class Tensor>
   __device__ bool softmax(Tensor& s, const Step& step, float (&rescale)[2], Packed& packed) {
     if constexpr (!kPacked) {

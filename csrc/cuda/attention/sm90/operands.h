@@ -51,6 +51,10 @@ __device__ __forceinline__ auto make_probabilities() {
   return make_tensor<typename Config::Element>(Fragment{});
 }
 
+// As many, packed in pairs.
+template <class Config>
+using PackedScores = decltype(cute::make_tensor<uint32_t>(cute::Int<Config::kScoreKeys / 4>{}));
+
 template <class Scores, class Probabilities>
 __device__ __forceinline__ void convert(const Scores& s, Probabilities& probabilities) {
   auto pairs = cute::recast<uint32_t>(probabilities);

@@ -229,34 +229,47 @@ __device__ __forceinline__ void softmax_plain(Tensor& s, const float (&top)[2], 
   add_exponentials(s, rows, scale);
 }
 
+// 2^(scale * s - base) as pairs of 16 bits, and the rows' sums. All scores count, and all rows have a base.
+template <class Element, class Tensor, class Packed>
+__device__ __forceinline__ void exponentials_packed(const Tensor& s, const SoftmaxRows& rows, float scale,
+                                                    Packed& packed, float (&sum)[2]) {
+  const float minus[2] = {-rows.base[0], -rows.base[1]};
+  sum[0] = sum[1] = 0.0f;
+#pragma unroll
+  for (int i = 0; i < cute::size(s) / 2; ++i) {
+    const float a = exp2f(s(2 * i) * scale + minus[i % 2]), b = exp2f(s(2 * i + 1) * scale + minus[i % 2]);
+    sum[i % 2] += a;
+    sum[i % 2] += b;
+    packed(i) = pack<Element>(a, b);
+  }
+}
+
+// Moves what was packed while a product was under way to where the next one reads it. blockIdx.y is 0, which the
+// assembler does not know: it would make a mere move into none, and what is packed into operands of the product under
+// way (C7513).
+template <class Packed, class Probabilities>
+__device__ __forceinline__ void move(const Packed& packed, Probabilities& probabilities) {
+  auto pairs = cute::recast<uint32_t>(probabilities);
+#pragma unroll
+  for (int i = 0; i < cute::size(pairs); ++i) pairs(i) = packed(i) | blockIdx.y;
+}
+
 // A row's sum over a thread's scores of one step, below which none of these has outgrown the base.
 constexpr float kMostOfStep = 512.0f;
 
-// The usual step without a look for maxima before: its exponentials go to `packed` as pairs of 16 bits, and stay as they
-// are if their sums say that no row of the warp has outgrown its base. Else they are made again, with bases raised. True
-// if so; then `rescale` applies to what was summed before. What is NaN has no vote, nor have rows with a base of +inf,
-// whose exponentials are 0 or NaN.
+// The usual step without a look for maxima before: its exponentials stay as they are if their sums say that no row of
+// the warp has outgrown its base. Else they are made again, with bases raised. True if so; then `rescale` applies to
+// what was summed before. What is NaN has no vote, nor have rows with a base of +inf, whose exponentials are 0 or NaN.
 template <class Element, class Tensor, class Packed>
 __device__ __forceinline__ bool softmax_packed(const Tensor& s, SoftmaxRows& rows, float (&rescale)[2], float scale,
                                                Packed& packed) {
   float sum[2];
-  const auto exponentials_of = [&]() __attribute__((always_inline)) {
-    const float minus[2] = {-rows.base[0], -rows.base[1]};
-    sum[0] = sum[1] = 0.0f;
-#pragma unroll
-    for (int i = 0; i < cute::size(s) / 2; ++i) {
-      const float a = exp2f(s(2 * i) * scale + minus[i % 2]), b = exp2f(s(2 * i + 1) * scale + minus[i % 2]);
-      sum[i % 2] += a;
-      sum[i % 2] += b;
-      packed(i) = pack<Element>(a, b);
-    }
-  };
-  exponentials_of();
+  exponentials_packed<Element>(s, rows, scale, packed, sum);
   const bool raise = __any_sync(kAllLanes, sum[0] >= kMostOfStep || sum[1] >= kMostOfStep);
   if (raise) {
     const float top[2] = {max_of_row(s, 0), max_of_row(s, 1)};
     raise_base(top, rows, rescale, scale);
-    exponentials_of();
+    exponentials_packed<Element>(s, rows, scale, packed, sum);
   }
   rows.sum[0] += sum[0];
   rows.sum[1] += sum[1];
