@@ -10,10 +10,9 @@
 //          Each warp owns one contiguous piece: count, scan, scatter. Stable, so the same inputs give the same order.
 //          Of at most kFewPairs pairs it makes the rows and counts too: a kernel less in the way of a short call.
 // level    where the keys of one KV head outgrow L2: sorts that order by length in windows. CTAs that work on pairs of
-//          one length side by side walk the same keys at the same time, from L2. Windows are of two pairs a CTA if each
-//          takes its next pair only when its tile is nearly done (keeps_in_step), then who is first done with one of
-//          the longer half takes the longest of the shorter half, so that after each window all are in step again: side
-//          by side they walk the same keys at the same time, from L2.
+//          one length side by side walk the same keys at the same time, from L2. Windows are of two pairs a CTA where
+//          each takes its next pair only when its tile is nearly done (taken_late): who is first done with one of the
+//          longer half takes the longest of the shorter half, so that after each window all are in step again.
 // known    instead of count and order where the order is a formula: one thread per pair writes its entry.
 // Memory   the words of the mask once; 4 bytes written and thrice read per pair, 8 bytes written.
 // Waits    count and known for the stream; order for count or whatever came before, and attention for order or known,

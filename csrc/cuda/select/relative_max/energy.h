@@ -94,7 +94,7 @@ class Consumer {
     int32_t visible;
   };
 
-  static __device__ int32_t uniform(int32_t x) { return __shfl_sync(0xffffffffu, x, 0); }
+  static __device__ int32_t uniform(int32_t x) { return __shfl_sync(kAllLanes, x, 0); }
 
   // Energies of the warp's 16 blocks from first_block on; `merge`: with those of the heads before.
   template <class Tensor>
