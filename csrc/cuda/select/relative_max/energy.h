@@ -94,7 +94,7 @@ class Consumer {
     int32_t visible;
   };
 
-  static __device__ int32_t uniform(int32_t x) { return __shfl_sync(kAllLanes, x, 0); }
+  static __device__ int32_t uniform(int32_t x) { return __shfl_sync(0xffffffffu, x, 0); }
 
   // Energies of the warp's 16 blocks from first_block on; `merge`: with those of the heads before.
   template <class Tensor>
@@ -135,53 +135,39 @@ class Consumer {
     }
   }
 
-  // log2 of the sums of 2^(scale * s) over the rows of the tile, of the thread's two blocks; NaN if one is. A thread's
-  // sums are relative to the largest of a few of its scores: nothing has to be agreed on before. Only where that leaves
-  // float32's range are they taken relative to the block's largest score; which of the two a block gets is decided by
-  // its own scores alone.
+  // log2 of the sums of 2^(scale * s) over the thread's two rows of the tile; NaN if one is. Sums are made of the powers
+  // as they are. Only where one may have left float32's range are they taken relative to the block's largest score;
+  // which of the two a block gets is decided by its own scores alone.
   template <class Tensor>
   __device__ __forceinline__ void log_energies(const Tensor& s, float (&value)[2]) const {
-    // What a thread's factor loses by being below float32's least number is less than kHigh * 2^-126.
-    constexpr float kLow = 0x1p-40f, kHigh = 0x1p+60f;
-    constexpr int kLastTile = 4 * (kColumnTiles - 1);
-    float reference[2], top[2], sum[2];
+    constexpr float kLow = 0x1p-90f, kHigh = 0x1p+126f;
+    const float none[2] = {0.0f, 0.0f};
+    float sum[2];
+    sum_powers(s, none, sum);
+    const bool safe[2] = {sum[0] > kLow && sum[0]<kHigh, sum[1]> kLow && sum[1] < kHigh};
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const float few = fmaxf(fmaxf(s(2 * r), s(2 * r + 1)), fmaxf(s(kLastTile + 2 * r), s(kLastTile + 2 * r + 1)));
-      top[r] = reference[r] = few == -INFINITY ? 0.0f : few * p_.scale.scale_log2;
-    }
-    max_over_quads(top);
-    sum_powers(s, reference, sum);
-#pragma unroll
-    for (int r = 0; r < 2; ++r) sum[r] = sum[r] < kHigh ? sum[r] * exp2f(reference[r] - top[r]) : INFINITY;
-    add_over_quads(sum);
-    bool safe[2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      safe[r] = sum[r] > kLow && sum[r] < INFINITY;
-      value[r] = log2f(sum[r]) + top[r];
-    }
+    for (int r = 0; r < 2; ++r) value[r] = log2f(sum[r]);
     if (__all_sync(kAllLanes, safe[0] && safe[1])) return;
+    float minus[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      top[r] = -INFINITY;
+      float top = -INFINITY;
 #pragma unroll
-      for (int j = 0; j < kColumnTiles; ++j) top[r] = fmaxf(top[r], fmaxf(s(4 * j + 2 * r), s(4 * j + 2 * r + 1)));
+      for (int j = 0; j < kColumnTiles; ++j) top = fmaxf(top, fmaxf(s(4 * j + 2 * r), s(4 * j + 2 * r + 1)));
+#pragma unroll
+      for (int d = 1; d <= 2; ++d) top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, d));
+      minus[r] = top == -INFINITY ? 0.0f : -top * p_.scale.scale_log2;
     }
-    max_over_quads(top);
-#pragma unroll
-    for (int r = 0; r < 2; ++r) top[r] = top[r] == -INFINITY ? 0.0f : top[r] * p_.scale.scale_log2;
-    sum_powers(s, top, sum);
-    add_over_quads(sum);
+    sum_powers(s, minus, sum);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      if (!safe[r]) value[r] = log2f(sum[r]) + top[r];
+      if (!safe[r]) value[r] = log2f(sum[r]) - minus[r];
     }
   }
 
-  // Sums over the thread's scores of 2^(scale * s - reference), of its two blocks.
+  // Sums over a quad's scores of 2^(scale * s + plus), of the thread's two blocks.
   template <class Tensor>
-  __device__ __forceinline__ void sum_powers(const Tensor& s, const float (&reference)[2], float (&sum)[2]) const {
+  __device__ __forceinline__ void sum_powers(const Tensor& s, const float (&plus)[2], float (&sum)[2]) const {
     const float scale = p_.scale.scale_log2;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -189,24 +175,14 @@ class Consumer {
 #pragma unroll
       for (int j = 0; j < kColumnTiles; ++j) {
 #pragma unroll
-        for (int c = 0; c < 2; ++c) sums[c] += exp2f(s(4 * j + 2 * r + c) * scale - reference[r]);
+        for (int c = 0; c < 2; ++c) sums[c] += exp2f(s(4 * j + 2 * r + c) * scale + plus[r]);
       }
       sum[r] = sums[0] + sums[1];
     }
-  }
-
-  static __device__ __forceinline__ void max_over_quads(float (&x)[2]) {
 #pragma unroll
     for (int d = 1; d <= 2; ++d) {
 #pragma unroll
-      for (int r = 0; r < 2; ++r) x[r] = fmaxf(x[r], __shfl_xor_sync(kAllLanes, x[r], d));
-    }
-  }
-  static __device__ __forceinline__ void add_over_quads(float (&x)[2]) {
-#pragma unroll
-    for (int d = 1; d <= 2; ++d) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) x[r] += __shfl_xor_sync(kAllLanes, x[r], d);
+      for (int r = 0; r < 2; ++r) sum[r] += __shfl_xor_sync(kAllLanes, sum[r], d);
     }
   }
 
