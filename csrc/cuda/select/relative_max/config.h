@@ -70,7 +70,7 @@ struct Work {
   float threshold;
 };
 
-struct alignas(16) Control {
+struct alignas(TileRow) Control {
   Mbarrier work_full[kWorkSlots], work_empty[kWorkSlots];
   Mbarrier query_full[kMaxQuerySlots], query_empty[kMaxQuerySlots];
   Mbarrier mean_full[kMeanSlots], mean_empty[kMeanSlots];
