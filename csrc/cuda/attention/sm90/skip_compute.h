@@ -44,7 +44,6 @@ class SkipConsumer : Consumer<Config> {
     auto s = partition_fragment_C(score_mma, Shape<Int<kTileRows>, Int<Config::kScoreKeys>>{});
     auto o = partition_fragment_C(output_mma, Shape<Int<kTileRows>, Int<Config::kHeadDimV>>{});
     auto probabilities = make_probabilities<Config>();
-    PackedScores<Config> packed;
 
     Step step{0, 0};
     float rescale[2];
@@ -119,14 +118,13 @@ class SkipConsumer : Consumer<Config> {
           warpgroup_wait<1>();
           take_scores();
           if (__builtin_expect((step.flags | unusual_) == 0, 1)) {
-            float sum[2];
-            kept = decide_usual(s, packed, sum);
+            kept = decide_usual(s);
             if (__builtin_expect(kept, 1)) {
-              const bool rescaled = softmax_usual(s, packed, sum, rescale);
+              const bool rescaled = softmax_usual(s, rescale);
               finish_product();
               next_step(step);
               if (rescaled) scale_output();
-              move(packed, probabilities);
+              convert(s, probabilities);
               continue;
             }
           } else {
@@ -229,14 +227,12 @@ class SkipConsumer : Consumer<Config> {
     return keep;
   }
 
-  // The same for a step without flags, of which it is not waited for the decision: its exponentials and their sums are
-  // made beside the maxima.
+  // The same for a step without flags.
   template <class Tensor>
-  __device__ __forceinline__ bool decide_usual(Tensor& s, PackedScores<Config>& packed, float (&sum)[2]) {
+  __device__ __forceinline__ bool decide_usual(Tensor& s) {
     if constexpr (Config::kTransform) {
       transform_scores(s, p_.scale);
     }
-    exponentials_packed<typename Config::Element>(s, rows_, p_.scale.scale_log2, packed, sum);
 #pragma unroll
     for (int r = 0; r < 2; ++r) top_[r] = max_of_row<true>(s, r);
     const bool keep = ballot_.decide(step_, wants(0) | wants(1));
@@ -279,32 +275,23 @@ class SkipConsumer : Consumer<Config> {
     return raise;
   }
 
-  // The same for a step without flags that is kept, of which `packed` and `sum` hold if nothing has to be raised.
+  // The same for a step without flags that is kept.
   template <class Tensor>
-  __device__ __forceinline__ bool softmax_usual(Tensor& s, PackedScores<Config>& packed, float (&sum)[2],
-                                                float (&rescale)[2]) {
+  __device__ __forceinline__ bool softmax_usual(Tensor& s, float (&rescale)[2]) {
     bool raise = false;
     // The ceiling of a row that has seen no key is -inf, and nothing is below it.
     if (__builtin_expect(__any_sync(kAllLanes, !(top_[0] < ceiling_[0]) | !(top_[1] < ceiling_[1])), 0)) {
       raise_largest();
       if (!complete_) {
         complete_ = softmax_any(s, top_, rows_, rescale, false, p_.scale.scale_log2);
-#pragma unroll
-        for (int i = 0; i < cute::size(packed); ++i) {
-          packed(i) = pack<typename Config::Element>(s(2 * i), s(2 * i + 1));
-        }
         set_ceiling();
         return true;
       }
       raise = outgrown(top_, rows_, p_.scale.inverse_scale_log2);
-      if (raise) {
-        raise_base(top_, rows_, rescale, p_.scale.scale_log2);
-        exponentials_packed<typename Config::Element>(s, rows_, p_.scale.scale_log2, packed, sum);
-      }
+      if (raise) raise_base(top_, rows_, rescale, p_.scale.scale_log2);
       set_ceiling();
     }
-    rows_.sum[0] += sum[0];
-    rows_.sum[1] += sum[1];
+    add_exponentials(s, rows_, p_.scale.scale_log2);
     return raise;
   }
 
