@@ -112,6 +112,18 @@ __host__ __device__ inline int32_t whole_blocks(const TileRow& tile, bool causal
   return end > 0 ? end / kBlockKeys : 0;
 }
 
+// KV blocks of which nothing has to be masked: all their keys exist, and every row of the tile sees all of them.
+__host__ __device__ inline BlockRange unmasked_blocks(const TileRow& tile, bool causal, int32_t window_left) {
+  BlockRange range{0, tile.seqlen_k / kBlockKeys};
+  const int32_t seen = whole_blocks(tile, causal);
+  if (seen < range.end) range.end = seen;
+  if (window_left >= 0) {
+    const int32_t first = tile.position + tile.row_end - 1 - window_left;
+    range.begin = first > 0 ? ceil_div(first, kBlockKeys) : 0;
+  }
+  return range;
+}
+
 // What the kernel that follows the order reads and advances.
 struct Queue {
   int32_t next;   // tiles handed out beyond the first one of each CTA

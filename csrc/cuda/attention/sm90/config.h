@@ -66,16 +66,16 @@ struct Config {
   static constexpr bool kTransform = kTransform_;
   static constexpr bool kSkip = kVariant == Variant::kSkip;
   static constexpr bool kTokens = kVariant == Variant::kTokens;
+  static constexpr bool kPages = kVariant == Variant::kPages;
   static constexpr int kCtas = ctas_per_sm(kHeadDim, kVariant);  // of an SM
   static constexpr bool kPaired = kCtas == 2;
   // setmaxnreg, per thread: what a CTA has at its launch, handed out anew.
-  static constexpr int kProducerRegisters = kPaired ? 32 : 40;
-  static constexpr int kConsumerRegisters = kPaired ? 104 : 232;
+  static constexpr int kProducerRegisters = kPaired ? 32 : kPages ? 56 : 40;
+  static constexpr int kConsumerRegisters = kPaired ? 104 : kPages ? 224 : 232;
   static constexpr int kLaunchRegisters = 65536 / (kCtas * kThreads) / 8 * 8;
   static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= (1 + kConsumers) * kLaunchRegisters);
   // Keys of one product: a block, or half of one where the registers do not hold the scores of a whole one.
   static constexpr int kScoreKeys = kPaired ? kBlockKeys / 2 : kBlockKeys;
-  static constexpr bool kPages = kVariant == Variant::kPages;
   using Queries = Operand<kHeadDim>;
   using Keys = Operand<kHeadDim, kPages>;
   using Values = Operand<kHeadDimV, kPages>;

@@ -1,6 +1,8 @@
 // The producer warps: one hands out tiles; two walk their masks and fetch by TMA, one queries and keys, one values.
 #pragma once
 
+#include <type_traits>
+
 #include "config.h"
 
 namespace bsfa::cuda::attn::sm90 {
@@ -180,8 +182,13 @@ class Loader {
   // Calls begin(tile, head, cut) for every tile, load(tile, block, is_first, is_last) for its blocks, last one first,
   // and then load_means(tile, means, columns, is_first, is_last) for the means that it adds. A tile without any of them
   // has one block without keys: its output is written like any other.
-  template <class Begin, class Load, class LoadMeans>
-  __device__ void for_each_step(const Begin& begin, const Load& load, const LoadMeans& load_means) {
+  //
+  // load_unmasked(index, share, head, is_last) is for a block that is not its tile's first, of which nothing has to be
+  // masked, and which takes a copy a lane at most: nearly all are. A load warp shares a scheduler with two warps that
+  // compute, and for what it executes there the others of their warpgroups wait too.
+  template <class Begin, class Load, class LoadUnmasked, class LoadMeans>
+  __device__ void for_each_step(const Begin& begin, const Load& load, const LoadUnmasked& load_unmasked,
+                                const LoadMeans& load_means) {
     RingPosition<kWorkSlots> slot;
     for (;; slot.advance()) {
       const Work& work = shared_.work[slot.slot];
@@ -201,7 +208,11 @@ class Loader {
       int32_t early_steps = work.early_steps;
       // Nothing is corrected where steps are skipped.
       const int32_t corrected = !Config::kSkip && p_.has_means ? whole_blocks(tile, p_.causal) : 0;
-      MeansWalk means(work.words, work.range, word, corrected, lane_);
+      const BlockRange range = work.range;
+      const int32_t* words = work.words;
+      const auto walk_means = [&](uint32_t word) { return MeansWalk(words, range, word, corrected, lane_); };
+      uint32_t columns = 0;
+      const bool adds_means = corrected > 0 && walk_means(word).next(&columns) >= 0;
       const auto next_tile = [&] {
         __syncwarp();
         if (lane_ == 0) shared_.work_empty[slot.slot].arrive();
@@ -211,27 +222,49 @@ class Loader {
       const Keys keys{p_.block_table + tile.sequence * p_.block_table_stride, tile.key_token,
                       p_.keys_packed ? 0 : tile.sequence, head / p_.heads_per_kv_head};
       int32_t index = walk.next();
-      uint32_t columns = 0;
-      int32_t first_mean = means.next(&columns);
-      prefetch_pages(keys, index, tile.seqlen_k);
-      begin(tile, head, cut);
       bool first = true;
-      if (index >= 0 || first_mean < 0) {
+      const auto load_all = [&](auto short_way, auto one_copy) __attribute__((always_inline)) {
+        constexpr bool kShortWay = decltype(short_way)::value, kOneCopy = decltype(one_copy)::value;
+        const BlockRange unmasked = kShortWay ? unmasked_blocks(tile, p_.causal, p_.window_left) : BlockRange{0, 0};
+        const Copy copy = kOneCopy ? Copy{} : copy_of(lane_);
+        if constexpr (!kShortWay) prefetch_pages(keys, index, tile.seqlen_k);
+        begin(tile, head, cut);
+        if (index < 0 && adds_means) return;
         do {
-          const Block block = block_at(keys, index < 0 ? tile.seqlen_k : index * kBlockKeys, tile.seqlen_k);
-          index = index < 0 ? -1 : walk.next();
-          prefetch_pages(keys, index, tile.seqlen_k);
-          load(tile, block, first, index < 0 && first_mean < 0);
+          if (kShortWay && !first && index >= unmasked.begin && index < unmasked.end) {
+            const int32_t current = index;
+            Share share{kOneCopy ? lane_ == 0 : copy.row < kBlockKeys, copy.offset, {}};
+            if (share.any) share.place = place_of(keys, current * kBlockKeys + copy.row);
+            index = walk.next();
+            load_unmasked(current, share, keys.head, index < 0 && !adds_means);
+          } else {
+            const int32_t first_key = index < 0 ? tile.seqlen_k : index * kBlockKeys;
+            const Block block = block_at<kOneCopy>(keys, copy, first_key, tile.seqlen_k);
+            index = index < 0 ? -1 : walk.next();
+            if constexpr (!kShortWay) prefetch_pages(keys, index, tile.seqlen_k);
+            load(tile, block, first, index < 0 && !adds_means);
+          }
           first = false;
           if (early_steps > 0 && --early_steps == 0) next_tile();
         } while (index >= 0);
+      };
+      // Not where steps are skipped, which was slower so, nor with token masks, which come with the keys.
+      using ShortWay = std::bool_constant<!Config::kSkip && !Config::kTokens>;
+      if (ShortWay::value && p_.box_rows == kBlockKeys) {
+        load_all(ShortWay{}, ShortWay{});
+      } else {
+        load_all(std::bool_constant<Config::kPages>{}, std::false_type{});
       }
-      while (first_mean >= 0) {
-        const Block block = means_at(keys.head, tile.sequence, first_mean);
-        const uint32_t these = columns;
-        first_mean = means.next(&columns);
-        load_means(tile, block, these, first, first_mean < 0);
-        first = false;
+      if (adds_means) {  // walked anew, lest it take registers where there are none
+        MeansWalk means = walk_means(BlockWalk::load(words, range, BlockWalk::last_chunk(range), lane_));
+        int32_t first_mean = means.next(&columns);
+        do {
+          const Block block = means_at(keys.head, tile.sequence, first_mean);
+          const uint32_t these = columns;
+          first_mean = means.next(&columns);
+          load_means(tile, block, these, first, first_mean < 0);
+          first = false;
+        } while (first_mean >= 0);
       }
       if (early_steps > 0) next_tile();  // counts that came with a mask may say more than there is
     }
@@ -240,7 +273,7 @@ class Loader {
  protected:
   // `head_pieces`: of kPages.
   __device__ Loader(SharedStorage<Config>& shared, const KernelParams& p, int32_t head_pieces)
-      : shared_(shared), p_(p), lane_(threadIdx.x % 32), head_pieces_(head_pieces), first_copy_(copy(lane_)) {}
+      : shared_(shared), p_(p), lane_(threadIdx.x % 32), head_pieces_(head_pieces) {}
 
   // Where the keys of one sequence and KV head lie.
   struct Keys {
@@ -259,13 +292,20 @@ class Loader {
     int32_t token;
     int32_t batch;
   };
+  // One lane's copy of a block that needs no more than one a lane.
+  struct Share {
+    bool any;
+    int32_t offset;  // in the slot, bytes
+    Place place;
+  };
   struct Block {
     Keys keys;
     int32_t first_key;
     int32_t valid;  // keys of the sequence in it; none: nothing is fetched
     int32_t copies;
     uint32_t bytes;
-    Place place;  // of this lane's first copy
+    Copy copy;    // this lane's first one
+    Place place;  // of that
   };
 
   // Issues a block's copies, each lane its share; they complete on `full`.
@@ -276,7 +316,7 @@ class Loader {
     if constexpr (Config::kPages) {
       if (lane_ >= block.copies) return;
       if (block.keys.pages != nullptr) {
-        load_pages(map, full, target + first_copy_.offset, kHint, block.keys.head * head_pieces_, block.place);
+        load_pages(map, full, target + block.copy.offset, kHint, block.keys.head * head_pieces_, block.place);
       } else {  // means
         const int32_t row = lane_ * kGroupRows;
         load_box(map, full, target + Operand::offset(row, 0), kHint, 0, block.place.token + row, block.keys.head,
@@ -285,14 +325,26 @@ class Loader {
       return;
     }
     if (lane_ < block.copies) {
-      load_box(map, full, target + first_copy_.offset, kHint, first_copy_.piece, block.place.token, block.keys.head,
+      load_box(map, full, target + block.copy.offset, kHint, block.copy.piece, block.place.token, block.keys.head,
                block.place.batch);
     }
 #pragma unroll 1
     for (int32_t i = lane_ + 32; i < block.copies; i += 32) {  // boxes of few rows
-      const Copy next = copy(i);
+      const Copy next = copy_of(i);
       const Place place = place_of(block.keys, block.first_key + next.row);
       load_box(map, full, target + next.offset, kHint, next.piece, place.token, block.keys.head, place.batch);
+    }
+  }
+
+  // The same for load_unmasked.
+  __device__ void load_share(const CUtensorMap& map, const Share& share, int32_t head, Mbarrier& full, char* target) {
+    constexpr auto kHint = cute::TMA::CacheHintSm90::EVICT_LAST;
+    if (lane_ == 0) full.arrive_expect(Operand::kTileBytes);
+    if (!share.any) return;
+    if constexpr (Config::kPages) {
+      load_pages(map, full, target + share.offset, kHint, head * head_pieces_, share.place);
+    } else {
+      load_box(map, full, target, kHint, 0, share.place.token, head, share.place.batch);
     }
   }
 
@@ -315,8 +367,7 @@ class Loader {
  private:
   static constexpr int kPiecesOfCopy = Config::kPages ? Operand::kPieces : 1;
 
-  __device__ Copy copy(int32_t i) const {
-    if (p_.box_rows == kBlockKeys) return {0, 0, 0};
+  __device__ Copy copy_of(int32_t i) const {
     constexpr int kCopies = Operand::kPieces / kPiecesOfCopy;  // of the same rows
     const int32_t row = i / kCopies << p_.box_shift, piece = i % kCopies;
     return {row, piece, Operand::offset(row, piece)};
@@ -329,9 +380,10 @@ class Loader {
     return {slot, __ldg(keys.pages + page)};
   }
 
-  __device__ Block block_at(const Keys& keys, int32_t first_key, int32_t seqlen) const {
-    Block block{keys, first_key, seqlen - first_key, 0, 0, {}};
-    if (p_.box_rows == kBlockKeys) {
+  template <bool kOneCopy>
+  __device__ Block block_at(const Keys& keys, const Copy& copy, int32_t first_key, int32_t seqlen) const {
+    Block block{keys, first_key, seqlen - first_key, 0, 0, kOneCopy ? Copy{} : copy, {}};
+    if (kOneCopy || p_.box_rows == kBlockKeys) {
       block.copies = block.valid > 0;
       block.bytes = block.valid > 0 ? Operand::kTileBytes : 0;
     } else {
@@ -339,14 +391,14 @@ class Loader {
       block.copies = boxes * (Operand::kPieces / kPiecesOfCopy);
       block.bytes = (boxes << p_.box_shift) * (Operand::kDim * 2);
     }
-    if (lane_ < block.copies) block.place = place_of(keys, first_key + first_copy_.row);
+    if (lane_ < block.copies) block.place = place_of(keys, first_key + block.copy.row);
     return block;
   }
 
   // The means from `first` on, as a block: one box, or one for each group of rows.
   static __device__ Block means_at(int32_t head, int32_t sequence, int32_t first) {
     constexpr int kCopies = Config::kPages ? kBlockKeys / kGroupRows : 1;
-    return {{nullptr, 0, sequence, head}, first, kBlockKeys, kCopies, Operand::kTileBytes, {first, sequence}};
+    return {{nullptr, 0, sequence, head}, first, kBlockKeys, kCopies, Operand::kTileBytes, {}, {first, sequence}};
   }
 
   // Brings the page numbers of a block near, one block before they are needed.
@@ -357,14 +409,13 @@ class Loader {
   }
 
   const int32_t head_pieces_;
-  const Copy first_copy_;  // of this lane, in every block
 };
 
 // Queries, keys, and what the consumers are told about tiles and steps.
 template <class Config>
 class KeyLoader : public Loader<Config, typename Config::Keys> {
   using Base = Loader<Config, typename Config::Keys>;
-  using typename Base::Block;
+  using typename Base::Block, typename Base::Share;
 
  public:
   __device__ KeyLoader(SharedStorage<Config>& shared, const KernelParams& p) : Base(shared, p, p.k_head_pieces) {}
@@ -387,6 +438,13 @@ class KeyLoader : public Loader<Config, typename Config::Keys> {
           if constexpr (Config::kTokens) load_tokens(tile, block);
           load_step(this->p_.k, block, step, target);
           if (!kQueryFirst && first) load_query(tile, head_of_query, 0.0f);
+        },
+        [&](int32_t index, const Share& share, int32_t head, bool last) {
+          Step step{index * kBlockKeys, last ? kLast : 0u};
+          char* target = await_key_slot(step);
+          if (this->lane_ == 0) this->shared_.steps[key_.slot] = step;
+          this->load_share(this->p_.k, share, head, this->shared_.full[key_.slot], target);
+          key_.advance();
         },
         [&](const TileRow& tile, const Block& block, uint32_t columns, bool first, bool last) {
           const uint32_t flags = kMeans | kMasked | (first ? kFirst : 0) | (last ? kLast : 0);
@@ -503,7 +561,7 @@ template <class Config>
 class ValueLoader : public Loader<Config, typename Config::Values> {
   using Base = Loader<Config, typename Config::Values>;
 
-  using typename Base::Block;
+  using typename Base::Block, typename Base::Share;
 
  public:
   __device__ ValueLoader(SharedStorage<Config>& shared, const KernelParams& p) : Base(shared, p, p.v_head_pieces) {}
@@ -514,14 +572,24 @@ class ValueLoader : public Loader<Config, typename Config::Values> {
     this->for_each_step(
         [](const TileRow&, int32_t, float) {},
         [this](const TileRow&, const Block& block, bool, bool) { load_step(this->p_.v, block); },
+        [this](int32_t, const Share& share, int32_t head, bool) {
+          await_slot();
+          this->load_share(this->p_.v, share, head, this->shared_.full[step_.slot], this->shared_.value[value_.slot]);
+          value_.advance();
+          step_.advance();
+        },
         [this](const TileRow&, const Block& block, uint32_t, bool, bool) { load_step(this->p_.v_means, block); });
   }
 
  private:
-  __device__ void load_step(const CUtensorMap& map, const Block& block) {
+  __device__ void await_slot() const {
     this->shared_.value_empty[value_.slot].wait(value_.parity ^ 1);
     // The barrier must be past the step that had it before, whose K may still be missing.
     this->shared_.full[step_.slot].wait(step_.parity ^ 1);
+  }
+
+  __device__ void load_step(const CUtensorMap& map, const Block& block) {
+    await_slot();
     load_value(map, block, this->shared_.full[step_.slot], this->shared_.value[value_.slot]);
     value_.advance();
     step_.advance();

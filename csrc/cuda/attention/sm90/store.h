@@ -23,7 +23,9 @@ __device__ __forceinline__ void store_tile(char* buffer, const KernelParams& p, 
   using Element = typename Config::Element;
   using Outputs = typename Config::Outputs;
   constexpr int kColumnTiles = Outputs::kDim / 8;
-  const int lane = threadIdx.x % 32;
+  // Not to be known outside: what follows from it would be kept in registers through the loops around this.
+  int lane = threadIdx.x % 32;
+  asm volatile("" : "+r"(lane));
   const int first_row = warp * kStoreRows;
   const TileRow& tile = info.tile;
   const int32_t head = info.head, batch = tile.query_batch, token = tile.query_token + first_row;
