@@ -227,14 +227,17 @@ class Loader {
         constexpr bool kShortWay = decltype(short_way)::value, kOneCopy = decltype(one_copy)::value;
         const BlockRange unmasked = kShortWay ? unmasked_blocks(tile, p_.causal, p_.window_left) : BlockRange{0, 0};
         const Copy copy = kOneCopy ? Copy{} : copy_of(lane_);
+        Share share{kOneCopy ? lane_ == 0 : copy.row < kBlockKeys, copy.offset, {}};  // of block `index`
+        const auto find_share = [&]() __attribute__((always_inline)) {
+          // One copy's place is found by all lanes alike.
+          if (index >= 0 && (kOneCopy || share.any)) share.place = place_of(keys, index * kBlockKeys + copy.row);
+        };
         if constexpr (!kShortWay) prefetch_pages(keys, index, tile.seqlen_k);
         begin(tile, head, cut);
         if (index < 0 && adds_means) return;
         do {
           if (kShortWay && !first && index >= unmasked.begin && index < unmasked.end) {
             const int32_t current = index;
-            Share share{kOneCopy ? lane_ == 0 : copy.row < kBlockKeys, copy.offset, {}};
-            if (share.any) share.place = place_of(keys, current * kBlockKeys + copy.row);
             index = walk.next();
             load_unmasked(current, share, keys.head, index < 0 && !adds_means);
           } else {
@@ -244,6 +247,7 @@ class Loader {
             if constexpr (!kShortWay) prefetch_pages(keys, index, tile.seqlen_k);
             load(tile, block, first, index < 0 && !adds_means);
           }
+          if constexpr (kShortWay) find_share();
           first = false;
           if (early_steps > 0 && --early_steps == 0) next_tile();
         } while (index >= 0);
