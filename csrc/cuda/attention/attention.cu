@@ -121,8 +121,9 @@ Tiling tiling_of(const AttentionParams& params) {
   tiling.mask_heads = params.mask_heads;
   tiling.num_words = params.num_words;
   tiling.taken_late = true;
-  // Where CTAs share an SM a tile takes longer, so shorter ones count as long.
-  if (ctas_of_sm(params) > 1) tiling.long_share *= 4;
+  // Shorter tiles count as long where CTAs share an SM, since a tile takes longer there, and where there is a mask: then
+  // the last tiles of the natural order are not the short ones.
+  if (ctas_of_sm(params) > 1 || params.words != nullptr) tiling.long_share *= 4;
   return tiling;
 }
 
