@@ -65,7 +65,7 @@ class ExactSkip(ThresholdPolicy):
     bounds: on CUDA, multiply queries and keys rounded to 8 bits first, at a fraction of the cost. With the norms of
     what rounding took away this bounds every logit from above, and a block that all groups of a query tile are certain
     to skip is left out; the passes then go over the others. Output, LSE and counts are bitwise those without bounds,
-    only the time differs. It pays where more than about a third is skipped; not where queries and keys are so long that
+    only the time differs. It pays where more than about a fifth is skipped; not where queries and keys are so long that
     bounds say little of how far a logit is below its cut. Memory for a call: 1 byte per element of k, of batch x
     max_seqlen_k tokens where keys are batched or paged, of all tokens and 128 per sequence where they are packed. For
     bfloat16 or float16, head_dim 64 or 128, and blocks of 128 x 128. On the CPU it changes nothing. Not with
