@@ -186,10 +186,7 @@ class Consumer {
         return softmax_packed<typename Config::Element>(s, rows_, rescale, p_.scale.scale_log2, packed);
       }
       const bool rescaled = softmax_unusual(s, step, rescale);
-#pragma unroll
-      for (int i = 0; i < cute::size(packed); ++i) {
-        packed(i) = pack<typename Config::Element>(s(2 * i), s(2 * i + 1));
-      }
+      pack_all<typename Config::Element>(s, packed);
       return rescaled;
     }
   }

@@ -58,11 +58,7 @@ using PackedScores = decltype(cute::make_tensor<uint32_t>(cute::Int<Config::kSco
 template <class Scores, class Probabilities>
 __device__ __forceinline__ void convert(const Scores& s, Probabilities& probabilities) {
   auto pairs = cute::recast<uint32_t>(probabilities);
-  static_assert(cute::size(Scores{}) == cute::size(Probabilities{}));
-#pragma unroll
-  for (int i = 0; i < cute::size(pairs); ++i) {
-    pairs(i) = pack<typename Probabilities::value_type>(s(2 * i), s(2 * i + 1));
-  }
+  pack_all<typename Probabilities::value_type>(s, pairs);
 }
 
 }  // namespace bsfa::cuda::attn::sm90

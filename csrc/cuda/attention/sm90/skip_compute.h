@@ -267,7 +267,8 @@ class SkipConsumer : Consumer<Config> {
     bool raise = true;
     if (!(step.flags & kMasked) && complete_) {
       raise = outgrown(top_, rows_, p_.scale.inverse_scale_log2);
-      softmax_plain(s, top_, rows_, rescale, p_.scale.scale_log2, raise);
+      if (raise) raise_base(top_, rows_, rescale, p_.scale.scale_log2);
+      add_exponentials(s, rows_, p_.scale.scale_log2);
     } else {
       complete_ = softmax_any(s, top_, rows_, rescale, false, p_.scale.scale_log2);
     }

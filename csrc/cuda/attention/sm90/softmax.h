@@ -19,6 +19,14 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
   return reinterpret_cast<const uint32_t&>(packed);
 }
 
+// Scores or exponentials, in pairs of neighbours.
+template <class Element, class Tensor, class Packed>
+__device__ __forceinline__ void pack_all(const Tensor& s, Packed& packed) {
+  static_assert(cute::size(Tensor{}) == 2 * cute::size(Packed{}));
+#pragma unroll
+  for (int i = 0; i < cute::size(packed); ++i) packed(i) = pack<Element>(s(2 * i), s(2 * i + 1));
+}
+
 template <class Tensor>
 constexpr int kColumnTiles = cute::size(Tensor{}) / 4;
 
@@ -219,14 +227,6 @@ __device__ __forceinline__ void add_exponentials(Tensor& s, SoftmaxRows& rows, f
   exponentials(s, scale, minus, sum);
   rows.sum[0] += sum[0];
   rows.sum[1] += sum[1];
-}
-
-// The usual step, of which that is true. `raise`: the base is raised before.
-template <class Tensor>
-__device__ __forceinline__ void softmax_plain(Tensor& s, const float (&top)[2], SoftmaxRows& rows, float (&rescale)[2],
-                                              float scale, bool raise) {
-  if (raise) raise_base(top, rows, rescale, scale);
-  add_exponentials(s, rows, scale);
 }
 
 // 2^(scale * s - base) as pairs of 16 bits, and the rows' sums. All scores count, and all rows have a base.
