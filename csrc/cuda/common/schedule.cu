@@ -20,6 +20,8 @@
 #include <algorithm>
 #include <utility>
 
+#include "cutlass/fast_math.h"
+
 #include "alignment.h"
 #include "launch.h"
 #include "place.h"
@@ -38,6 +40,7 @@ constexpr int kWindow = 1024;  // pairs, at most
 constexpr int32_t kLevelKeys = 1 << 16;
 constexpr int kKnownThreads = 256;
 constexpr int kFewPairs = 4096;                        // that one CTA counts
+constexpr int kFewOfThread = kFewPairs / kOrderThreads;
 constexpr int kFewRows = kOrderThreads;                // and of how many rows and sequences: one thread each
 constexpr int kBuckets = (32 - kSubBits) << kSubBits;  // of any count that fits in 31 bits
 
@@ -62,13 +65,9 @@ __device__ void clear_unused(const Tiling& tiling, int64_t row, int thread, int 
   }
 }
 
-// A pair's number of blocks where the mask's counts are known, or there is none. Counts are handed over, so they may be
-// anything: below 0 the tile would be left out, far above overflows bucket_of.
-__device__ int32_t known_count(const Tiling& tiling, int32_t row, int32_t head, int32_t visible) {
-  if (tiling.counts == nullptr) return visible;
-  const int64_t mask_row = int64_t{row} * tiling.mask_heads + head / (tiling.heads / max(tiling.mask_heads, 1));
-  return min(max(tiling.counts[mask_row], 0), visible);
-}
+// Counts of a mask are handed over, so they may be anything: below 0 the tile would be left out, far above overflows
+// bucket_of.
+__device__ int32_t possible_count(int32_t count, int32_t visible) { return min(max(count, 0), visible); }
 
 __global__ void __launch_bounds__(kCountThreads)
     count_kernel(const __grid_constant__ Tiling tiling, const Workspace workspace) {
@@ -95,9 +94,11 @@ __global__ void __launch_bounds__(kCountThreads)
 
   const BlockRange range = visible_range(tile, problem.causal, tiling.window_left);
   for (int32_t head = warp; head < heads; head += kCountThreads / 32) {
-    int32_t count = known_count(tiling, row, head, max(range.end - range.begin, 0));
-    if (tiling.counts == nullptr && tiling.words != nullptr) {
-      const int64_t mask_row = int64_t{row} * tiling.mask_heads + head / (heads / max(tiling.mask_heads, 1));
+    const int64_t mask_row = int64_t{row} * tiling.mask_heads + head / (heads / max(tiling.mask_heads, 1));
+    int32_t count = max(range.end - range.begin, 0);
+    if (tiling.counts != nullptr) {
+      count = possible_count(tiling.counts[mask_row], count);
+    } else if (tiling.words != nullptr) {
       const int32_t* words = tiling.words + mask_row * tiling.num_words;
       count = 0;
       for (int32_t w = range.begin / 32 + lane; w * 32 < range.end; w += 32) {
@@ -109,9 +110,28 @@ __global__ void __launch_bounds__(kCountThreads)
   }
 }
 
-// What count_kernel does, by one CTA, for few pairs whose counts need no look at the mask's words. The counts also go
-// to shared memory.
-__device__ void count_few(const Tiling& tiling, const Workspace& workspace, int32_t* counts, int32_t* scratch) {
+// Natural order, its divisions made cheap: where one CTA orders all pairs, instructions are what it takes.
+struct NaturalOrder {
+  cutlass::FastDivmod rows, group, heads_per_mask_head;
+
+  explicit NaturalOrder(const Tiling& tiling)
+      : rows(std::max(static_cast<int>(tiling.num_rows), 1)),
+        group(tiling.group),
+        heads_per_mask_head(tiling.mask_heads > 0 ? tiling.heads / tiling.mask_heads : 1) {}
+
+  __device__ Pair pair(int32_t index) const {
+    int32_t of_group, head, groups_before, from_last;
+    group(of_group, head, index);
+    rows(groups_before, from_last, of_group);
+    return {rows.divisor - 1 - from_last, groups_before * group.divisor + head};
+  }
+};
+
+// What count_kernel does, by one CTA, for few pairs whose counts need no look at the mask's words. `each(f)` calls f(i,
+// place in `pairs` and `counts`) for the caller's pairs.
+template <class Each>
+__device__ void count_few(const Tiling& tiling, const NaturalOrder& natural, const Workspace& workspace,
+                          const Each& each, Pair* pairs, int32_t* counts, int32_t* scratch) {
   __shared__ int32_t visible[kFewRows];  // blocks of each row; -1: it belongs to no sequence
   __shared__ int32_t ends[kFewRows];
   const auto row = static_cast<int32_t>(threadIdx.x), num_rows = static_cast<int32_t>(tiling.num_rows);
@@ -126,34 +146,55 @@ __device__ void count_few(const Tiling& tiling, const Workspace& workspace, int3
       visible[row] = max(range.end - range.begin, 0);
     }
   }
+  each([&](int32_t i, int j) { pairs[j] = natural.pair(i); });
   cudaGridDependencySynchronize();
   if (row < num_rows) workspace.rows[row] = tile;
-  __syncthreads();
-  for (int32_t i = threadIdx.x; i < num_rows * tiling.heads; i += kOrderThreads) {
-    const Pair pair = natural_pair(i, num_rows, tiling.group);
-    const int32_t blocks = visible[pair.row];
-    const int32_t count = blocks < 0 ? -1 : known_count(tiling, pair.row, pair.head, blocks);
-    counts[i] = count;
-    workspace.counts[i] = count;
+  if (tiling.counts != nullptr) {
+    each([&](int32_t, int j) {
+      const int64_t mask_row = int64_t{pairs[j].row} * tiling.mask_heads;
+      counts[j] = tiling.counts[mask_row + natural.heads_per_mask_head.div(pairs[j].head)];
+    });
   }
+  __syncthreads();
+  each([&](int32_t i, int j) {
+    const int32_t blocks = visible[pairs[j].row];
+    counts[j] = tiling.counts == nullptr || blocks < 0 ? blocks : possible_count(counts[j], blocks);
+    workspace.counts[i] = counts[j];
+  });
   for (int32_t r = threadIdx.x / 32; r < num_rows; r += kOrderWarps) {
     if (visible[r] < 0) clear_unused(tiling, r, threadIdx.x % 32, 32);
   }
-  __syncthreads();
 }
 
 template <bool kFew>
 __global__ void __launch_bounds__(kOrderThreads)
-    order_kernel(const __grid_constant__ Tiling tiling, const Workspace workspace, const int32_t shares) {
+    order_kernel(const __grid_constant__ Tiling tiling, const __grid_constant__ NaturalOrder natural,
+                 const Workspace workspace, const uint32_t shares) {
   __shared__ int32_t offsets[kOrderWarps][kBuckets];
   __shared__ int32_t scratch[kOrderWarps];
-  __shared__ int32_t few[kFew ? kFewPairs : 1];
   __shared__ unsigned long long all_work;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const auto num_rows = static_cast<int32_t>(tiling.num_rows);
-  const int32_t total = num_rows * tiling.heads, group = tiling.group;
+  const int32_t total = static_cast<int32_t>(tiling.num_rows) * tiling.heads;
   const int32_t piece = (total + kOrderThreads - 1) / kOrderThreads * 32;
   const int32_t begin = min(warp * piece, total), end = min(begin + piece, total);
+  // Calls f(i, j) for this thread's pairs i; of few the j-th stays in registers. `all_lanes`: i may be past the end.
+  const auto each_of = [&](bool all_lanes, const auto& f) {
+    if constexpr (kFew) {
+#pragma unroll
+      for (int j = 0; j < kFewOfThread; ++j) {
+        const int32_t first = begin + 32 * j;
+        if (first < end && (all_lanes || first + lane < end)) f(first + lane, j);
+      }
+    } else {
+#pragma unroll 4
+      for (int32_t first = begin; first < end; first += 32) {
+        if (all_lanes || first + lane < end) f(first + lane, 0);
+      }
+    }
+  };
+  const auto each = [&](const auto& f) { each_of(false, f); };
+  int32_t counts[kFewOfThread]{};  // of few
+  Pair pairs[kFewOfThread]{};
 
   cudaTriggerProgrammaticLaunchCompletion();
   for (int i = threadIdx.x; i < kBuckets * kOrderWarps; i += kOrderThreads) (&offsets[0][0])[i] = 0;
@@ -161,27 +202,26 @@ __global__ void __launch_bounds__(kOrderThreads)
   __syncthreads();
   // Where few tiles lie is known without a look at memory if all sequences are alike; count_few waits later then.
   if (!kFew || !all_alike(tiling.problem)) cudaGridDependencySynchronize();
-  if constexpr (kFew) count_few(tiling, workspace, few, scratch);
-  const auto count_at = [&](int32_t i) { return kFew ? few[i] : workspace.counts[i]; };
-  int64_t work = 0;
-#pragma unroll 4
-  for (int32_t i = begin + lane; i < end; i += 32) work += max(count_at(i), 0);
+  if constexpr (kFew) count_few(tiling, natural, workspace, each, pairs, counts, scratch);
+  const auto count_at = [&](int32_t i, int j) { return kFew ? counts[j] : workspace.counts[i]; };
+  uint64_t work = 0;
+  each([&](int32_t i, int j) { work += max(count_at(i, j), 0); });
   for (int d = 16; d > 0; d /= 2) work += __shfl_xor_sync(kAllLanes, work, d);
   if (lane == 0) atomicAdd(&all_work, static_cast<unsigned long long>(work));
   __syncthreads();
-  const auto longest_short = static_cast<int64_t>(all_work / (static_cast<unsigned>(shares)));
+  const uint64_t of_all = all_work;
   // Lanes with the same bucket find each other; the first of them counts for all.
-  const auto bucket_at = [&](int32_t i) {
-    const int32_t count = i < end ? count_at(i) : -1;
-    return count < 0 ? -1 : count > longest_short ? bucket_of(count) : kBuckets - 1;
+  const auto bucket_at = [&](int32_t i, int j) {
+    const int32_t count = i < end ? count_at(i, j) : -1;
+    if (count < 0) return -1;
+    return uint64_t{static_cast<uint32_t>(count)} * shares > of_all ? bucket_of(count) : kBuckets - 1;
   };
-#pragma unroll 4
-  for (int32_t i = begin + lane; i - lane < end; i += 32) {
-    const int bucket = bucket_at(i);
+  each_of(true, [&](int32_t i, int j) {
+    const int bucket = bucket_at(i, j);
     const unsigned peers = __match_any_sync(kAllLanes, bucket);
     if (bucket >= 0 && lane == __ffs(peers) - 1) offsets[warp][bucket] += __popc(peers);
     __syncwarp();
-  }
+  });
   __syncthreads();
   int32_t size = 0;
   if (threadIdx.x < kBuckets) {
@@ -197,19 +237,18 @@ __global__ void __launch_bounds__(kOrderThreads)
     }
   }
   __syncthreads();
-#pragma unroll 4
-  for (int32_t i = begin + lane; i - lane < end; i += 32) {
-    const int bucket = bucket_at(i);
+  each_of(true, [&](int32_t i, int j) {
+    const int bucket = bucket_at(i, j);
     const unsigned peers = __match_any_sync(kAllLanes, bucket);
     int32_t at = 0;
     if (bucket >= 0) at = offsets[warp][bucket] + __popc(peers & ((1u << lane) - 1));
     __syncwarp();
     if (bucket >= 0) {
       if (lane == __ffs(peers) - 1) offsets[warp][bucket] += __popc(peers);
-      workspace.order[at] = natural_pair(i, num_rows, group);
+      workspace.order[at] = kFew ? pairs[j] : natural.pair(i);
     }
     __syncwarp();
-  }
+  });
 }
 
 __global__ void __launch_bounds__(kKnownThreads)
@@ -305,16 +344,17 @@ cudaError_t make_order(const Tiling& tiling, const KnownOrder& known, const Work
     return cudaGetLastError();
   }
   const auto rows = static_cast<int32_t>(tiling.num_rows);
-  const int shares = workers * tiling.long_share;
+  const NaturalOrder natural(tiling);
+  const auto shares = static_cast<uint32_t>(workers * tiling.long_share);
   const bool counts_known = tiling.words == nullptr || tiling.counts != nullptr;
   cudaError_t ordered;
   if (counts_known && rows <= kFewRows && tiling.problem.batch <= kFewRows && rows * tiling.heads <= kFewPairs) {
-    ordered = launch_early(order_kernel<true>, 1, kOrderThreads, 0, stream, tiling, workspace, shares);
+    ordered = launch_early(order_kernel<true>, 1, kOrderThreads, 0, stream, tiling, natural, workspace, shares);
   } else {
     count_kernel<<<static_cast<unsigned>(rows), kCountThreads, 0, stream>>>(tiling, workspace);
     const cudaError_t error = cudaGetLastError();
     if (error != cudaSuccess) return error;
-    ordered = launch_early(order_kernel<false>, 1, kOrderThreads, 0, stream, tiling, workspace, shares);
+    ordered = launch_early(order_kernel<false>, 1, kOrderThreads, 0, stream, tiling, natural, workspace, shares);
   }
   if (ordered != cudaSuccess || !keeps_in_step(tiling)) return ordered;
   const int window = tiling.taken_late ? std::min(2 * workers, kWindow) : kWindow;

@@ -80,9 +80,10 @@ class Loader {
   // and then load_means(tile, means, columns, is_first, is_last) for the means that it adds. A tile without any of them
   // has one block without keys: its output is written like any other.
   //
-  // load_unmasked(index, share, head, is_last) is for a block that is not its tile's first, of which nothing has to be
+  // load_unmasked(block, share, head, is_last) is for a block that is not its tile's first, of which nothing has to be
   // masked, and which takes a copy a lane at most: nearly all are. A load warp shares a scheduler with two warps that
-  // compute, and for what it executes there the others of their warpgroups wait too.
+  // compute, and for what it executes there the others of their warpgroups wait too. So copies are dealt to the lanes
+  // for as many blocks at a time as there are lanes for, and each lane looks up one.
   template <class Begin, class Load, class LoadUnmasked, class LoadMeans>
   __device__ void for_each_step(const Begin& begin, const Load& load, const LoadUnmasked& load_unmasked,
                                 const LoadMeans& load_means) {
@@ -118,36 +119,50 @@ class Loader {
 
       const Keys keys{p_.block_table + tile.sequence * p_.block_table_stride, tile.key_token,
                       p_.keys_packed ? 0 : tile.sequence, head / p_.heads_per_kv_head};
-      int32_t index = walk.next();
       bool first = true;
       const auto load_all = [&](auto short_way, auto one_copy) __attribute__((always_inline)) {
         constexpr bool kShortWay = decltype(short_way)::value, kOneCopy = decltype(one_copy)::value;
+        // Where each lane has a copy, a group has no more blocks than there are lanes for.
+        const int32_t copy_shift = kOneCopy ? 0 : kBlockShift - p_.box_shift;  // copies of a block
+        const int32_t group_size = kShortWay ? 32 >> copy_shift : 32;
         const BlockRange unmasked = kShortWay ? unmasked_blocks(tile, p_.causal, p_.window_left) : BlockRange{0, 0};
-        const Copy copy = kOneCopy ? Copy{} : copy_of(lane_);
-        Share share{kOneCopy ? lane_ == 0 : copy.row < kBlockKeys, copy.offset, {}};  // of block `index`
-        const auto find_share = [&]() __attribute__((always_inline)) {
-          // One copy's place is found by all lanes alike.
-          if (index >= 0 && (kOneCopy || share.any)) share.place = place_of(keys, index * kBlockKeys + copy.row);
+        BlockGroup group = walk.next(group_size);
+        const Copy own_copy = kOneCopy ? Copy{} : copy_of(lane_ & ((1 << copy_shift) - 1));
+        Share share{0, own_copy.row, own_copy.offset, {}};
+        // Looks up where the group's blocks lie, all at once, or brings near what says so.
+        const auto enter_group = [&]() __attribute__((always_inline)) {
+          if constexpr (kShortWay) {
+            share.block = group.first + (group.last_bit() & -group_size) + (lane_ >> copy_shift);
+            if (share.block >= unmasked.begin && share.block < unmasked.end) {
+              share.place = place_of(keys, share.block * kBlockKeys + share.row);
+            }
+          } else {
+            prefetch_pages(keys, group.last(), tile.seqlen_k);
+          }
         };
-        if constexpr (!kShortWay) prefetch_pages(keys, index, tile.seqlen_k);
+        if (group.empty()) group = {-1, 1};  // no block
+        enter_group();
         begin(tile, head, cut);
-        if (index < 0 && adds_means) return;
+        if (group.first < 0 && adds_means) return;
+        BlockRange short_ways{0, 0};  // not for the first block
         do {
-          if (kShortWay && !first && index >= unmasked.begin && index < unmasked.end) {
-            const int32_t current = index;
-            index = walk.next();
-            load_unmasked(current, share, keys.head, index < 0 && !adds_means);
+          const int32_t index = group.last();
+          group.drop_last();
+          // Whether another group follows is said with this one's last block.
+          const bool ends = group.empty();
+          if (ends) group = walk.next(group_size);
+          const bool last = group.empty() && !adds_means;
+          if (kShortWay && index >= short_ways.begin && index < short_ways.end) {
+            load_unmasked(index, share, keys.head, last);
           } else {
             const int32_t first_key = index < 0 ? tile.seqlen_k : index * kBlockKeys;
-            const Block block = block_at<kOneCopy>(keys, copy, first_key, tile.seqlen_k);
-            index = index < 0 ? -1 : walk.next();
-            if constexpr (!kShortWay) prefetch_pages(keys, index, tile.seqlen_k);
-            load(tile, block, first, index < 0 && !adds_means);
+            load(tile, block_at<kOneCopy>(keys, first_key, tile.seqlen_k), first, last);
           }
-          if constexpr (kShortWay) find_share();
+          if (!kShortWay || ends) enter_group();
           first = false;
+          short_ways = unmasked;
           if (early_steps > 0 && --early_steps == 0) next_tile();
-        } while (index >= 0);
+        } while (!group.empty());
       };
       // Not where steps are skipped, which was slower so, nor with token masks, which come with the keys.
       using ShortWay = std::bool_constant<!Config::kSkip && !Config::kTokens>;
@@ -193,9 +208,10 @@ class Loader {
     int32_t token;
     int32_t batch;
   };
-  // One lane's copy of a block that needs no more than one a lane.
+  // A lane's copy of one of a group's blocks.
   struct Share {
-    bool any;
+    int32_t block;
+    int32_t row;     // first one
     int32_t offset;  // in the slot, bytes
     Place place;
   };
@@ -237,11 +253,10 @@ class Loader {
     }
   }
 
-  // The same for load_unmasked.
+  // Of an unmasked block, by the lanes whose share it is.
   __device__ void load_share(const CUtensorMap& map, const Share& share, int32_t head, Mbarrier& full, char* target) {
     constexpr auto kHint = cute::TMA::CacheHintSm90::EVICT_LAST;
-    if (lane_ == 0) full.arrive_expect(Operand::kTileBytes);
-    if (!share.any) return;
+    if (share.row == 0) full.arrive_expect(Operand::kTileBytes);
     if constexpr (Config::kPages) {
       load_pages(map, full, target + share.offset, kHint, head * head_pieces_, share.place);
     } else {
@@ -266,6 +281,8 @@ class Loader {
   const int lane_;
 
  private:
+  static constexpr int kBlockShift = 7;
+  static_assert(1 << kBlockShift == kBlockKeys);
   static constexpr int kPiecesOfCopy = Config::kPages ? Operand::kPieces : 1;
 
   __device__ Copy copy_of(int32_t i) const {
@@ -275,15 +292,15 @@ class Loader {
   }
 
   __device__ Place place_of(const Keys& keys, int32_t token) const {
-    if (p_.block_table == nullptr) return {keys.first_token + token, keys.batch};
+    if (!Config::kPages && p_.block_table == nullptr) return {keys.first_token + token, keys.batch};
     int page, slot;
     p_.page_size(page, slot, token);
     return {slot, __ldg(keys.pages + page)};
   }
 
   template <bool kOneCopy>
-  __device__ Block block_at(const Keys& keys, const Copy& copy, int32_t first_key, int32_t seqlen) const {
-    Block block{keys, first_key, seqlen - first_key, 0, 0, kOneCopy ? Copy{} : copy, {}};
+  __device__ Block block_at(const Keys& keys, int32_t first_key, int32_t seqlen) const {
+    Block block{keys, first_key, seqlen - first_key, 0, 0, kOneCopy ? Copy{} : copy_of(lane_), {}};
     if (kOneCopy || p_.box_rows == kBlockKeys) {
       block.copies = block.valid > 0;
       block.bytes = block.valid > 0 ? Operand::kTileBytes : 0;
@@ -343,8 +360,10 @@ class KeyLoader : public Loader<Config, typename Config::Keys> {
         [&](int32_t index, const Share& share, int32_t head, bool last) {
           Step step{index * kBlockKeys, last ? kLast : 0u};
           char* target = await_key_slot(step);
-          if (this->lane_ == 0) this->shared_.steps[key_.slot] = step;
-          this->load_share(this->p_.k, share, head, this->shared_.full[key_.slot], target);
+          if (share.block == index) {
+            if (share.row == 0) this->shared_.steps[key_.slot] = step;
+            this->load_share(this->p_.k, share, head, this->shared_.full[key_.slot], target);
+          }
           key_.advance();
         },
         [&](const TileRow& tile, const Block& block, uint32_t columns, bool first, bool last) {
@@ -473,9 +492,11 @@ class ValueLoader : public Loader<Config, typename Config::Values> {
     this->for_each_step(
         [](const TileRow&, int32_t, float) {},
         [this](const TileRow&, const Block& block, bool, bool) { load_step(this->p_.v, block); },
-        [this](int32_t, const Share& share, int32_t head, bool) {
+        [this](int32_t index, const Share& share, int32_t head, bool) {
           await_slot();
-          this->load_share(this->p_.v, share, head, this->shared_.full[step_.slot], this->shared_.value[value_.slot]);
+          if (share.block == index) {
+            this->load_share(this->p_.v, share, head, this->shared_.full[step_.slot], this->shared_.value[value_.slot]);
+          }
           value_.advance();
           step_.advance();
         },

@@ -5,7 +5,18 @@
 
 namespace bsfa::cuda::attn::sm90 {
 
-// The kept blocks of a tile, last one first. Warp-collective; each lane holds one word of the mask.
+// Some neighbouring blocks: `first + i` where bit i is set.
+struct BlockGroup {
+  int32_t first;
+  uint32_t bits;
+
+  __device__ bool empty() const { return bits == 0; }
+  __device__ int last_bit() const { return 31 - __clz(bits); }
+  __device__ int32_t last() const { return first + last_bit(); }
+  __device__ void drop_last() { bits &= ~(1u << last_bit()); }
+};
+
+// The kept blocks of a tile, last one first, in groups. Warp-collective; each lane holds one word of the mask.
 class BlockWalk {
  public:
   __device__ BlockWalk(const int32_t* words, BlockRange range, uint32_t word, int lane)
@@ -23,19 +34,21 @@ class BlockWalk {
     return words == nullptr ? ~0u : static_cast<uint32_t>(__ldg(words + w));
   }
 
-  // The next block, or -1.
-  __device__ int32_t next() {
+  // The next group, of `size` blocks in a row those that are kept; or an empty one. `size` is a power of two up to 32,
+  // and groups begin at its multiples.
+  __device__ BlockGroup next(int32_t size) {
     unsigned lanes = __ballot_sync(kAllLanes, word_ != 0);
     while (lanes == 0) {
-      if (chunk_ * kMaskChunk * 32 <= range_.begin) return -1;
+      if (chunk_ * kMaskChunk * 32 <= range_.begin) return {};
       --chunk_;
       word_ = load(words_, range_, chunk_, lane_) & range_.bits_of_word(chunk_ * kMaskChunk + lane_);
       lanes = __ballot_sync(kAllLanes, word_ != 0);
     }
     const int top = 31 - __clz(lanes);
-    const int bit = 31 - __clz(__shfl_sync(kAllLanes, word_, top));
-    if (lane_ == top) word_ ^= 1u << bit;
-    return (chunk_ * kMaskChunk + top) * 32 + bit;
+    BlockGroup group{(chunk_ * kMaskChunk + top) * 32, __shfl_sync(kAllLanes, word_, top)};
+    group.bits &= ~0u << (group.last_bit() & -size);
+    if (lane_ == top) word_ ^= group.bits;
+    return group;
   }
 
  private:
@@ -53,16 +66,15 @@ class SkipWalk {
   __device__ SkipWalk(const int32_t* words, BlockRange range, uint32_t word, bool sink, int lane)
       : walk_(words, {sink ? 1 : range.begin, range.end}, word, lane), sink_(sink) {}
 
-  __device__ int32_t next() {
-    if (sink_ && begun_) {
-      sink_ = false;
-      return 0;
+  // Groups of one block.
+  __device__ BlockGroup next(int32_t) {
+    if (!sink_ || !begun_) {
+      begun_ = true;
+      const BlockGroup group = walk_.next(1);
+      if (!group.empty() || !sink_) return group;
     }
-    begun_ = true;
-    const int32_t block = walk_.next();
-    if (block >= 0 || !sink_) return block;
     sink_ = false;
-    return 0;
+    return {0, 1};
   }
 
  private:
