@@ -213,7 +213,9 @@ class Consumer {
     if (step.flags & kMasked) {
       const TileRow& tile = shared_.tiles[info_slot()].tile;
       const int first_row = warp_ * kStoreRows + lane_ / 4;
-      if (step.flags & kMeans) {
+      if (step.flags & kDiagonal) {
+        mask_diagonal(s, first_row, part * Config::kScoreKeys);
+      } else if (step.flags & kMeans) {
         const Columns& columns = shared_.columns[step.flags >> kColumnsShift & kColumnsMask];
         weigh_means(s, tile, step.first_key, columns, part, first_row, p_.scale.inverse_scale_log2);
       } else {

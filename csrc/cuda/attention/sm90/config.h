@@ -156,6 +156,7 @@ enum StepFlags : uint32_t {
   kMeans = 16,
   kKeep = 32,  // of kSkip: never skipped
   kNone = 64,  // of kSkip: the tile sees nothing, and this step has no keys
+  kDiagonal = 128,  // masked by causality alone, key i for rows before i: what nearly every tile begins with
 };
 // Above the flags. Of means: the slot of their columns. Of a pool: the first two slots in its order after this step.
 // The first one takes the next step's keys; after the last step of a tile, the next tile's queries, and the second one

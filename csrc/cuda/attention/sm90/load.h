@@ -454,11 +454,13 @@ class KeyLoader : public Loader<Config, typename Config::Keys> {
 
   __device__ uint32_t flags_of(const TileRow& tile, const Block& block, bool first, bool last) const {
     const int32_t last_key = block.first_key + kBlockKeys - 1;
-    const bool foreign_rows = first && (tile.row_begin > 0 || tile.row_end < kTileRows);
-    const bool cut =
-        block.valid < kBlockKeys || (this->p_.causal && last_key > tile.position + tile.row_begin) ||
-        (this->p_.window_left >= 0 && block.first_key < tile.position + tile.row_end - 1 - this->p_.window_left);
-    uint32_t flags = (first ? kFirst : 0) | (last ? kLast : 0) | (cut || foreign_rows ? kMasked : 0);
+    const bool some_foreign = tile.row_begin > 0 || tile.row_end < kTileRows;
+    const bool outside_window =
+        this->p_.window_left >= 0 && block.first_key < tile.position + tile.row_end - 1 - this->p_.window_left;
+    const bool cut = block.valid < kBlockKeys || (this->p_.causal && last_key > tile.position + tile.row_begin) ||
+                     outside_window;
+    uint32_t flags = (first ? kFirst : 0) | (last ? kLast : 0) | (cut || (first && some_foreign) ? kMasked : 0);
+    if (this->p_.causal && block.first_key == tile.position && !some_foreign && !outside_window) flags |= kDiagonal;
     if constexpr (Config::kSkip) {
       const int32_t index = block.first_key / kBlockKeys;
       if (index < this->p_.skip.sink_blocks || (index >= kept_.begin && index < kept_.end)) flags |= kKeep;

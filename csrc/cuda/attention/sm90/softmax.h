@@ -64,6 +64,23 @@ __device__ __forceinline__ void mask_scores(Tensor& s, const TileRow& tile, int3
   }
 }
 
+// What mask_scores does where causality alone masks, and row 0 of the tile sees key 0 of the block alone: one comparison
+// serves two rows, since row r + 8 sees 8 keys more. `first_column`: of the scores, in the block.
+template <class Tensor>
+__device__ __forceinline__ void mask_diagonal(Tensor& s, int first_row, int first_column) {
+  constexpr int kTiles = kColumnTiles<Tensor>;
+  const int end = first_row - first_column - 2 * static_cast<int>(threadIdx.x % 4);
+#pragma unroll
+  for (int j = -1; j < kTiles; ++j) {
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      const bool hidden = 8 * j + c > end;
+      if (j >= 0) s(4 * max(j, 0) + c) = hidden ? -INFINITY : s(4 * max(j, 0) + c);
+      if (j + 1 < kTiles) s(4 * min(j + 1, kTiles - 1) + 2 + c) = hidden ? -INFINITY : s(4 * min(j + 1, kTiles - 1) + 2 + c);
+    }
+  }
+}
+
 // A token mask's words of the thread's two rows, for the columns of one block.
 struct RowTokens {
   uint4 words[2];
