@@ -22,6 +22,18 @@
 
 namespace bsfa::cuda::attn::sm90 {
 
+// A RingPosition in one register, for what is asked once a tile.
+template <int kSlots>
+class TilePosition {
+ public:
+  __device__ int slot() const { return at_ < kSlots ? at_ : at_ - kSlots; }
+  __device__ uint32_t parity() const { return at_ >= kSlots; }
+  __device__ void advance() { at_ = at_ + 1 == 2 * kSlots ? 0 : at_ + 1; }
+
+ private:
+  int at_ = 0;
+};
+
 template <class Config>
 class Consumer {
  public:
@@ -66,32 +78,35 @@ class Consumer {
       if constexpr (kPacked) move(packed, probabilities);
       issue(output_mma, probabilities, value_part(_, _, _, value_.slot), o, accumulate);
     };
-    // The probabilities of the next step, made beside the product of the step before, which was its tile's first or
-    // not.
-    const auto advance = [&](bool before_was_first) __attribute__((always_inline)) {
+    // The scores of the next step, beside the product of this one, which is its tile's first or not.
+    const auto begin = [&](bool first, const auto& beside) __attribute__((always_inline)) {
       issue(score_mma, query_part(_, _, _, query_slot()), key_part(_, _, _, key_slot()), s, false);
-      begin_output(!before_was_first);
+      begin_output(!first);
       step = read_step(shared_.steps[key_.slot]);
       read_tokens();
+      beside();
       warpgroup_wait<1>();
       warpgroup_fence_operand(s);
       scores_made(step);
-      const bool rescaled = softmax(s, step, rescale, packed);
+    };
+    const auto end_output = [&]() __attribute__((always_inline)) {
       warpgroup_fence_operand(s);
       warpgroup_wait<0>();
       warpgroup_fence_operand(o);
       release(shared_.value_empty[value_.slot], lane_);
       next_step(step);  // here, and not before the softmax, which is 2 % slower
       value_.advance();
-      if constexpr (!kPacked) convert(s, probabilities);
-      return rescaled;
     };
 
     for (;;) {
       bool first = true;
       while (!(step.flags & kLast)) {
         await_step();
-        if (advance(first)) {
+        begin(first, [] {});
+        const bool rescaled = softmax(s, step, rescale, packed);
+        end_output();
+        if constexpr (!kPacked) convert(s, probabilities);
+        if (rescaled) {
 #pragma unroll
           for (int i = 0; i < size(o); ++i) o(i) *= rescale[i / 2 % 2];
         }
@@ -109,22 +124,35 @@ class Consumer {
         return;
       }
       const int finished_slot = query_slot(), finished_info = info_slot();
-      const SoftmaxRows finished = rows_;
       next_tile(step);
       await_query();
-      advance(first);
-      finish_tile(o, finished, finished_slot, finished_info);
+      RowFactors factors;
+      begin(first, [&] { factors = row_factors(p_, shared_.tiles[finished_info], warp_, rows_); });
+      Outputs outputs;
+      float minus[2];
+      begin_rows(s, step, minus);
+      end_output();
+      const auto finish = [&](int i) { outputs(i) = factors.finish<typename Config::Element>(o, i); };
+      if constexpr (kPacked) {
+        exponentials_packed<typename Config::Element>(s, p_.scale.scale_log2, minus, packed, rows_.sum, finish);
+      } else {
+        exponentials(s, p_.scale.scale_log2, minus, rows_.sum);
+        convert(s, probabilities);
+#pragma unroll
+        for (int i = 0; i < size(outputs); ++i) finish(i);
+      }
+      store_outputs(outputs, finished_slot, finished_info);
     }
   }
 
  protected:
   // The step's K, the V of the one before, and the step itself have arrived.
   __device__ void await_step() const { shared_.full[key_.slot].wait(key_.parity); }
-  __device__ void await_query() const { shared_.query_full[query_.slot].wait(query_.parity); }
+  __device__ void await_query() const { shared_.query_full[query_.slot()].wait(query_.parity()); }
   // Where what is known of the current tile lies.
-  __device__ int info_slot() const { return Config::kStaged ? query_.slot : info_.slot; }
+  __device__ int info_slot() const { return Config::kStaged ? query_.slot() : info_.slot(); }
   // Where the tile's queries lie, and the step's keys.
-  __device__ int query_slot() const { return Config::kPool ? query_slot_ : query_.slot; }
+  __device__ int query_slot() const { return Config::kPool ? query_slot_ : query_.slot(); }
   __device__ int key_slot() const { return Config::kPool ? key_slot_ : key_.slot; }
   __device__ Mbarrier& query_empty(int slot) const {
     return Config::kPool ? shared_.key_empty[slot] : shared_.query_empty[slot];
@@ -149,7 +177,7 @@ class Consumer {
   __device__ void scores_made(const Step& step) {
     release(shared_.key_empty[key_slot()], lane_);
     if constexpr (!Config::kStaged) {
-      if (step.flags & kLast) release(query_empty(query_.slot), lane_);
+      if (step.flags & kLast) release(query_empty(query_.slot()), lane_);
     }
   }
 
@@ -208,8 +236,11 @@ class Consumer {
     return softmax_unusual(s, step, rescale, part);
   }
 
+  // A tile's output in pairs of 16 bits.
+  using Outputs = PackedOutputs<Config>;
+
   template <class Tensor>
-  __device__ bool softmax_unusual(Tensor& s, const Step& step, float (&rescale)[2], int part = 0) {
+  __device__ void mask(Tensor& s, const Step& step, int part) const {
     if (step.flags & kMasked) {
       const TileRow& tile = shared_.tiles[info_slot()].tile;
       const int first_row = warp_ * kStoreRows + lane_ / 4;
@@ -222,20 +253,43 @@ class Consumer {
         mask_scores(s, tile, step.first_key + part * Config::kScoreKeys, first_row, p_.causal, p_.window_left);
       }
     }
+  }
+
+  template <class Tensor>
+  __device__ bool softmax_unusual(Tensor& s, const Step& step, float (&rescale)[2], int part = 0) {
+    mask(s, step, part);
     const float top[2] = {max_of_row(s, 0), max_of_row(s, 1)};
     rows_complete_ = softmax_any(s, top, rows_, rescale, (step.flags & kFirst) && part == 0, p_.scale.scale_log2);
     return true;
   }
 
+  // What of a tile's first step comes before its exponentials.
   template <class Tensor>
-  __device__ void finish_tile(const Tensor& o, const SoftmaxRows& rows, int slot, int info) {
+  __device__ void begin_rows(Tensor& s, const Step& step, float (&minus)[2]) {
+    prepare_scores(s);
+    mask(s, step, 0);
+    const float top[2] = {max_of_row(s, 0), max_of_row(s, 1)};
+    float rescale[2];
+    rows_complete_ = raise_any(top, rows_, rescale, minus, true, p_.scale.scale_log2);
+  }
+
+  template <class Tensor>
+  __device__ __forceinline__ void finish_tile(const Tensor& o, const SoftmaxRows& rows, int slot, int info) {
+    const RowFactors factors = row_factors(p_, shared_.tiles[info], warp_, rows);
+    Outputs outputs;
+#pragma unroll
+    for (int i = 0; i < cute::size(outputs); ++i) outputs(i) = factors.finish<typename Config::Element>(o, i);
+    store_outputs(outputs, slot, info);
+  }
+
+  __device__ __forceinline__ void store_outputs(const Outputs& outputs, int slot, int info) {
     char* buffer;
     if constexpr (Config::kPool) {
       buffer = shared_.key[slot];
     } else {
       buffer = shared_.query[Config::kStaged ? slot : 0];
     }
-    store_tile<Config>(buffer, p_, shared_.tiles[info], warp_, o, rows);
+    store_tile<Config>(buffer, p_, shared_.tiles[info], warp_, outputs);
     if (Config::kStaged) stored_slot_ = slot;
   }
 
@@ -251,8 +305,8 @@ class Consumer {
   const int thread_;
   const int warp_;
   const int lane_;
-  RingPosition<Config::kQuerySlots> query_;
-  RingPosition<Config::kInfoSlots> info_;
+  TilePosition<Config::kQuerySlots> query_;
+  TilePosition<Config::kInfoSlots> info_;
   RingPosition<Config::kKeySlots> key_;
   RingPosition<Config::kValueSlots> value_;
   int query_slot_ = kFirstQuery, key_slot_ = kFirstKey;  // in the pool

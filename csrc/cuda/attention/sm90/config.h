@@ -69,9 +69,11 @@ struct Config {
   static constexpr bool kPages = kVariant == Variant::kPages;
   static constexpr int kCtas = ctas_per_sm(kHeadDim, kVariant);  // of an SM
   static constexpr bool kPaired = kCtas == 2;
+  // Queries and keys share slots (pool.h). Then kKeySlots and kQuerySlots only say how many of them there are at most.
+  static constexpr bool kPool = kHeadDim == 128 && (kVariant == Variant::kPlain || kPages);
   // setmaxnreg, per thread: what a CTA has at its launch, handed out anew.
-  static constexpr int kProducerRegisters = kPaired ? 32 : kPages ? 56 : 40;
-  static constexpr int kConsumerRegisters = kPaired ? 104 : kPages ? 224 : 232;
+  static constexpr int kProducerRegisters = kPaired ? 32 : kPool ? 56 : 40;
+  static constexpr int kConsumerRegisters = kPaired ? 104 : kPool ? 224 : 232;
   static constexpr int kLaunchRegisters = 65536 / (kCtas * kThreads) / 8 * 8;
   static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= (1 + kConsumers) * kLaunchRegisters);
   // Keys of one product: a block, or half of one where the registers do not hold the scores of a whole one.
@@ -80,8 +82,6 @@ struct Config {
   using Keys = Operand<kHeadDim, kPages>;
   using Values = Operand<kHeadDimV, kPages>;
   using Outputs = Operand<kHeadDimV>;
-  // Queries and keys share slots (pool.h). Then kKeySlots and kQuerySlots only say how many of them there are at most.
-  static constexpr bool kPool = kHeadDim == 128 && (kVariant == Variant::kPlain || kPages);
   // Blocks in flight. A slot of K is free once its scores are made, one of V only after the softmax that runs beside
   // its product: V gets a third one where there is room.
   static constexpr int kKeySlots = kPool ? 3 : kHeadDim == 64 && !kPaired ? 5 : 2;

@@ -50,7 +50,7 @@ class PairedConsumer : public Consumer<Config> {
             if (part == kParts - 1) this->scores_made(step);
             continue;
           }
-          issue(score_mma, query_part(_, _, _, this->query_.slot), key_part(_, _, _, kParts * this->key_.slot + part),
+          issue(score_mma, query_part(_, _, _, this->query_.slot()), key_part(_, _, _, kParts * this->key_.slot + part),
                 s, false);
           warpgroup_wait<0>();
           warpgroup_fence_operand(s);

@@ -170,13 +170,11 @@ __device__ __forceinline__ void exponentials(Tensor& s, float scale, const float
   }
 }
 
-// Any step: scores may be -inf, rows may have seen nothing (or nothing yet, if `first`). Turns scores into exponentials
-// and takes them into `rows`; what was summed before must be multiplied by `rescale`. True if all rows of the warp have
-// seen something. `top`: the rows' largest scores of this thread's.
-template <class Tensor>
-__device__ __forceinline__ bool softmax_any(Tensor& s, const float (&top)[2], SoftmaxRows& rows, float (&rescale)[2],
-                                            bool first, float scale) {
-  float minus[2], sum[2];
+// Any step: scores may be -inf, rows may have seen nothing (or nothing yet, if `first`). `top`: the rows' largest scores
+// of this thread's. Bases become the largest so far; exponents are `minus` more; what was summed before must be
+// multiplied by `rescale`. True if all rows of the warp have seen something.
+__device__ __forceinline__ bool raise_any(const float (&top)[2], SoftmaxRows& rows, float (&rescale)[2],
+                                          float (&minus)[2], bool first, float scale) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const float before = first ? -INFINITY : rows.base[r];
@@ -184,10 +182,19 @@ __device__ __forceinline__ bool softmax_any(Tensor& s, const float (&top)[2], So
     minus[r] = rows.base[r] == -INFINITY ? 0.0f : -rows.base[r];
     rescale[r] = exp2f(before + minus[r]);
   }
+  return __all_sync(kAllLanes, rows.base[0] != -INFINITY && rows.base[1] != -INFINITY);
+}
+
+// The same, and turns scores into exponentials and takes them into `rows`.
+template <class Tensor>
+__device__ __forceinline__ bool softmax_any(Tensor& s, const float (&top)[2], SoftmaxRows& rows, float (&rescale)[2],
+                                            bool first, float scale) {
+  float minus[2], sum[2];
+  const bool all = raise_any(top, rows, rescale, minus, first, scale);
   exponentials(s, scale, minus, sum);
 #pragma unroll
   for (int r = 0; r < 2; ++r) rows.sum[r] = first ? sum[r] : rows.sum[r] * rescale[r] + sum[r];
-  return __all_sync(kAllLanes, rows.base[0] != -INFINITY && rows.base[1] != -INFINITY);
+  return all;
 }
 
 // Whether a row of the warp has outgrown its base. `inverse_scale`: of what `scale` is below.
@@ -246,11 +253,11 @@ __device__ __forceinline__ void add_exponentials(Tensor& s, SoftmaxRows& rows, f
   rows.sum[1] += sum[1];
 }
 
-// 2^(scale * s - base) as pairs of 16 bits, and the rows' sums. All scores count, and all rows have a base.
-template <class Element, class Tensor, class Packed>
-__device__ __forceinline__ void exponentials_packed(const Tensor& s, const SoftmaxRows& rows, float scale,
-                                                    Packed& packed, float (&sum)[2]) {
-  const float minus[2] = {-rows.base[0], -rows.base[1]};
+// 2^(scale * s + minus) as pairs of 16 bits, and the rows' sums. `beside(i)` is called with each pair: instructions that
+// are issued while an exponential is made cost nothing.
+template <class Element, class Tensor, class Packed, class Beside>
+__device__ __forceinline__ void exponentials_packed(const Tensor& s, float scale, const float (&minus)[2],
+                                                    Packed& packed, float (&sum)[2], const Beside& beside) {
   sum[0] = sum[1] = 0.0f;
 #pragma unroll
   for (int i = 0; i < cute::size(s) / 2; ++i) {
@@ -258,7 +265,16 @@ __device__ __forceinline__ void exponentials_packed(const Tensor& s, const Softm
     sum[i % 2] += a;
     sum[i % 2] += b;
     packed(i) = pack<Element>(a, b);
+    beside(i);
   }
+}
+
+// The same of a step whose scores all count, where all rows have a base.
+template <class Element, class Tensor, class Packed>
+__device__ __forceinline__ void exponentials_packed(const Tensor& s, const SoftmaxRows& rows, float scale,
+                                                    Packed& packed, float (&sum)[2]) {
+  const float minus[2] = {-rows.base[0], -rows.base[1]};
+  exponentials_packed<Element>(s, scale, minus, packed, sum, [](int) {});
 }
 
 // Moves what was packed while a product was under way to where the next one reads it. blockIdx.y is 0, which the

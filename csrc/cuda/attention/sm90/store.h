@@ -16,10 +16,45 @@ __device__ __forceinline__ void store_matrices(uint32_t address, uint32_t a, uin
                : "memory");
 }
 
+// What this thread's two rows of O are multiplied by in the end.
+struct RowFactors {
+  float of[2];
+
+  // Pair i of the output.
+  template <class Element, class Tensor>
+  __device__ __forceinline__ uint32_t finish(const Tensor& o, int i) const {
+    return pack<Element>(o(2 * i) * of[i % 2], o(2 * i + 1) * of[i % 2]);
+  }
+};
+
+// A thread's share of a tile's output, in pairs: pair 2 * j + r is of column tile j and row r.
+template <class Config>
+using PackedOutputs = decltype(cute::make_tensor<uint32_t>(cute::Int<Config::Outputs::kDim / 4>{}));
+
+// Also writes the rows' lse.
+__device__ __forceinline__ RowFactors row_factors(const KernelParams& p, const TileInfo& info, int warp,
+                                                  const SoftmaxRows& rows) {
+  const int lane = threadIdx.x % 32;
+  const TileRow& tile = info.tile;
+  RowFactors factors;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const float sum = sum_over_quad(rows.sum[r]);
+    factors.of[r] = sum == 0.0f ? 0.0f : 1.0f / sum;
+    const int row = warp * kStoreRows + lane / 4 + 8 * r;
+    if (p.lse != nullptr && lane % 4 == 0 && row >= tile.row_begin && row < tile.row_end) {
+      const float natural = (rows.base[r] + log2f(sum)) * 0.6931471805599453f;
+      p.lse[tile.query_batch * p.lse_batch_stride + info.head * p.lse_head_stride + tile.query_token + row] =
+          sum == 0.0f ? -INFINITY : natural;
+    }
+  }
+  return factors;
+}
+
 // `buffer`, of kStaged: the tile's query slot, whose queries are done with. TMA may still read it when this returns.
-template <class Config, class Tensor>
+template <class Config>
 __device__ __forceinline__ void store_tile(char* buffer, const KernelParams& p, const TileInfo& info, int warp,
-                                           const Tensor& o, const SoftmaxRows& rows) {
+                                           const PackedOutputs<Config>& outputs) {
   using Element = typename Config::Element;
   using Outputs = typename Config::Outputs;
   constexpr int kColumnTiles = Outputs::kDim / 8;
@@ -29,23 +64,6 @@ __device__ __forceinline__ void store_tile(char* buffer, const KernelParams& p, 
   const int first_row = warp * kStoreRows;
   const TileRow& tile = info.tile;
   const int32_t head = info.head, batch = tile.query_batch, token = tile.query_token + first_row;
-
-  float inverse[2];
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const float sum = sum_over_quad(rows.sum[r]);
-    inverse[r] = sum == 0.0f ? 0.0f : 1.0f / sum;
-    const int row = first_row + lane / 4 + 8 * r;
-    if (p.lse != nullptr && lane % 4 == 0 && row >= tile.row_begin && row < tile.row_end) {
-      const float natural = (rows.base[r] + log2f(sum)) * 0.6931471805599453f;
-      p.lse[batch * p.lse_batch_stride + head * p.lse_head_stride + tile.query_token + row] =
-          sum == 0.0f ? -INFINITY : natural;
-    }
-  }
-
-  const auto packed = [&](int j, int r) {
-    return pack<Element>(o(4 * j + 2 * r) * inverse[r], o(4 * j + 2 * r + 1) * inverse[r]);
-  };
   if constexpr (Config::kStaged) {
     // All lanes alike: the shuffle tells the compiler, which else gives up uniform registers in loops around this.
     const bool whole = p.store_by_tma && first_row >= tile.row_begin && first_row + kStoreRows <= tile.row_end;
@@ -57,8 +75,8 @@ __device__ __forceinline__ void store_tile(char* buffer, const KernelParams& p, 
 #pragma unroll
       for (int j = 0; j < kColumnTiles; j += 2) {
         const int piece = j / 8, chunk = (j % 8 + lane / 16) ^ (row % 8);
-        store_matrices(shared_address(first + piece * Outputs::kBoxBytes + row * kRowBytes + chunk * 16), packed(j, 0),
-                       packed(j, 1), packed(j + 1, 0), packed(j + 1, 1));
+        store_matrices(shared_address(first + piece * Outputs::kBoxBytes + row * kRowBytes + chunk * 16),
+                       outputs(2 * j), outputs(2 * j + 1), outputs(2 * j + 2), outputs(2 * j + 3));
       }
       fence_async_proxy();
       __syncwarp();
@@ -79,7 +97,7 @@ __device__ __forceinline__ void store_tile(char* buffer, const KernelParams& p, 
     Element* target = out + (tile.query_token + row) * p.out_token_stride + 2 * (lane % 4);
 #pragma unroll
     for (int j = 0; j < kColumnTiles; ++j) {
-      const uint32_t pair = packed(j, r);
+      const uint32_t pair = outputs(2 * j + r);
       if (!Config::kStaged && p.store_by_tma) {  // then rows are aligned
         *reinterpret_cast<uint32_t*>(target + 8 * j) = pair;
         continue;
