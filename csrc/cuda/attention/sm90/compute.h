@@ -22,15 +22,19 @@
 
 namespace bsfa::cuda::attn::sm90 {
 
-// A RingPosition in one register, for what is asked once a tile.
-template <int kSlots>
+// Which tile it is, in one register: the position in the ring of its queries, and the slot of what is known of it.
+template <class Config>
 class TilePosition {
  public:
-  __device__ int slot() const { return at_ < kSlots ? at_ : at_ - kSlots; }
-  __device__ uint32_t parity() const { return at_ >= kSlots; }
+  __device__ int query() const { return kOneQuery ? 0 : info(); }
+  __device__ uint32_t parity() const { return kOneQuery ? at_ % 2 : at_ >= kSlots; }
+  __device__ int info() const { return at_ < kSlots ? at_ : at_ - kSlots; }
   __device__ void advance() { at_ = at_ + 1 == 2 * kSlots ? 0 : at_ + 1; }
 
  private:
+  static constexpr int kSlots = Config::kInfoSlots;
+  static constexpr bool kOneQuery = Config::kQuerySlots == 1;
+  static_assert(kOneQuery || Config::kQuerySlots == kSlots);
   int at_ = 0;
 };
 
@@ -124,35 +128,39 @@ class Consumer {
         return;
       }
       const int finished_slot = query_slot(), finished_info = info_slot();
+      RowFactors factors;
+      const auto make_factors = [&] { factors = row_factors(p_, shared_.tiles[finished_info], warp_, rows_); };
+      if constexpr (!kPacked) make_factors();
       next_tile(step);
       await_query();
-      RowFactors factors;
-      begin(first, [&] { factors = row_factors(p_, shared_.tiles[finished_info], warp_, rows_); });
-      Outputs outputs;
+      begin(first, [&] {
+        if constexpr (kPacked) make_factors();
+      });
       float minus[2];
       begin_rows(s, step, minus);
       end_output();
-      const auto finish = [&](int i) { outputs(i) = factors.finish<typename Config::Element>(o, i); };
+      const auto pair = [&](int i) { return factors.pair<typename Config::Element>(o, i); };
       if constexpr (kPacked) {
-        exponentials_packed<typename Config::Element>(s, p_.scale.scale_log2, minus, packed, rows_.sum, finish);
+        PackedOutputs<Config> pairs;
+        exponentials_packed<typename Config::Element>(s, p_.scale.scale_log2, minus, packed, rows_.sum,
+                                                      [&](int i) { pairs(i) = pair(i); });
+        store_pairs([&](int i) { return pairs(i); }, finished_slot, finished_info);
       } else {
         exponentials(s, p_.scale.scale_log2, minus, rows_.sum);
         convert(s, probabilities);
-#pragma unroll
-        for (int i = 0; i < size(outputs); ++i) finish(i);
+        store_pairs(pair, finished_slot, finished_info);
       }
-      store_outputs(outputs, finished_slot, finished_info);
     }
   }
 
  protected:
   // The step's K, the V of the one before, and the step itself have arrived.
   __device__ void await_step() const { shared_.full[key_.slot].wait(key_.parity); }
-  __device__ void await_query() const { shared_.query_full[query_.slot()].wait(query_.parity()); }
+  __device__ void await_query() const { shared_.query_full[tile_.query()].wait(tile_.parity()); }
   // Where what is known of the current tile lies.
-  __device__ int info_slot() const { return Config::kStaged ? query_.slot() : info_.slot(); }
+  __device__ int info_slot() const { return tile_.info(); }
   // Where the tile's queries lie, and the step's keys.
-  __device__ int query_slot() const { return Config::kPool ? query_slot_ : query_.slot(); }
+  __device__ int query_slot() const { return Config::kPool ? query_slot_ : tile_.query(); }
   __device__ int key_slot() const { return Config::kPool ? key_slot_ : key_.slot; }
   __device__ Mbarrier& query_empty(int slot) const {
     return Config::kPool ? shared_.key_empty[slot] : shared_.query_empty[slot];
@@ -164,8 +172,7 @@ class Consumer {
     if constexpr (Config::kPool) key_slot_ = __reduce_or_sync(kAllLanes, step.flags >> kFirstSlotShift);
   }
   __device__ void next_tile(const Step& step) {
-    query_.advance();
-    info_.advance();
+    tile_.advance();
     if constexpr (Config::kPool) {
       query_slot_ = key_slot_;
       key_slot_ = __reduce_or_sync(kAllLanes, step.flags >> kSecondSlotShift & (kPoolSlots - 1));
@@ -177,7 +184,7 @@ class Consumer {
   __device__ void scores_made(const Step& step) {
     release(shared_.key_empty[key_slot()], lane_);
     if constexpr (!Config::kStaged) {
-      if (step.flags & kLast) release(query_empty(query_.slot()), lane_);
+      if (step.flags & kLast) release(query_empty(tile_.query()), lane_);
     }
   }
 
@@ -236,9 +243,6 @@ class Consumer {
     return softmax_unusual(s, step, rescale, part);
   }
 
-  // A tile's output in pairs of 16 bits.
-  using Outputs = PackedOutputs<Config>;
-
   template <class Tensor>
   __device__ void mask(Tensor& s, const Step& step, int part) const {
     if (step.flags & kMasked) {
@@ -276,20 +280,18 @@ class Consumer {
   template <class Tensor>
   __device__ __forceinline__ void finish_tile(const Tensor& o, const SoftmaxRows& rows, int slot, int info) {
     const RowFactors factors = row_factors(p_, shared_.tiles[info], warp_, rows);
-    Outputs outputs;
-#pragma unroll
-    for (int i = 0; i < cute::size(outputs); ++i) outputs(i) = factors.finish<typename Config::Element>(o, i);
-    store_outputs(outputs, slot, info);
+    store_pairs([&](int i) { return factors.pair<typename Config::Element>(o, i); }, slot, info);
   }
 
-  __device__ __forceinline__ void store_outputs(const Outputs& outputs, int slot, int info) {
+  template <class Pair>
+  __device__ __forceinline__ void store_pairs(const Pair& pair, int slot, int info) {
     char* buffer;
     if constexpr (Config::kPool) {
       buffer = shared_.key[slot];
     } else {
       buffer = shared_.query[Config::kStaged ? slot : 0];
     }
-    store_tile<Config>(buffer, p_, shared_.tiles[info], warp_, outputs);
+    store_tile<Config>(buffer, p_, shared_.tiles[info], warp_, pair);
     if (Config::kStaged) stored_slot_ = slot;
   }
 
@@ -305,8 +307,7 @@ class Consumer {
   const int thread_;
   const int warp_;
   const int lane_;
-  TilePosition<Config::kQuerySlots> query_;
-  TilePosition<Config::kInfoSlots> info_;
+  TilePosition<Config> tile_;
   RingPosition<Config::kKeySlots> key_;
   RingPosition<Config::kValueSlots> value_;
   int query_slot_ = kFirstQuery, key_slot_ = kFirstKey;  // in the pool

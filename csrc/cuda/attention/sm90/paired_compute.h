@@ -50,7 +50,7 @@ class PairedConsumer : public Consumer<Config> {
             if (part == kParts - 1) this->scores_made(step);
             continue;
           }
-          issue(score_mma, query_part(_, _, _, this->query_.slot()), key_part(_, _, _, kParts * this->key_.slot + part),
+          issue(score_mma, query_part(_, _, _, this->tile_.query()), key_part(_, _, _, kParts * this->key_.slot + part),
                 s, false);
           warpgroup_wait<0>();
           warpgroup_fence_operand(s);
@@ -80,8 +80,7 @@ class PairedConsumer : public Consumer<Config> {
         step = read_step(shared.steps[this->key_.slot]);
       }
       this->finish_tile(o, this->rows_, this->query_slot(), this->info_slot());
-      this->query_.advance();
-      this->info_.advance();
+      this->tile_.advance();
     }
     if (this->lane_ == 0) tma_store_wait<0>();  // shared memory must outlive the stores
   }

@@ -16,25 +16,32 @@ __device__ __forceinline__ void store_matrices(uint32_t address, uint32_t a, uin
                : "memory");
 }
 
+// The lane's number, not to be known outside: what follows from it would be kept in registers through the loops around.
+__device__ __forceinline__ int lane_here() {
+  int lane = threadIdx.x % 32;
+  asm volatile("" : "+r"(lane));
+  return lane;
+}
+
 // What this thread's two rows of O are multiplied by in the end.
 struct RowFactors {
   float of[2];
 
-  // Pair i of the output.
+  // Pair i of this thread's share of the output: 2 * j + r is of column tile j and row r.
   template <class Element, class Tensor>
-  __device__ __forceinline__ uint32_t finish(const Tensor& o, int i) const {
+  __device__ __forceinline__ uint32_t pair(const Tensor& o, int i) const {
     return pack<Element>(o(2 * i) * of[i % 2], o(2 * i + 1) * of[i % 2]);
   }
 };
 
-// A thread's share of a tile's output, in pairs: pair 2 * j + r is of column tile j and row r.
+// All of them.
 template <class Config>
 using PackedOutputs = decltype(cute::make_tensor<uint32_t>(cute::Int<Config::Outputs::kDim / 4>{}));
 
 // Also writes the rows' lse.
 __device__ __forceinline__ RowFactors row_factors(const KernelParams& p, const TileInfo& info, int warp,
                                                   const SoftmaxRows& rows) {
-  const int lane = threadIdx.x % 32;
+  const int lane = lane_here();
   const TileRow& tile = info.tile;
   RowFactors factors;
 #pragma unroll
@@ -52,15 +59,14 @@ __device__ __forceinline__ RowFactors row_factors(const KernelParams& p, const T
 }
 
 // `buffer`, of kStaged: the tile's query slot, whose queries are done with. TMA may still read it when this returns.
-template <class Config>
+// pair(i): as of RowFactors.
+template <class Config, class Pair>
 __device__ __forceinline__ void store_tile(char* buffer, const KernelParams& p, const TileInfo& info, int warp,
-                                           const PackedOutputs<Config>& outputs) {
+                                           const Pair& pair) {
   using Element = typename Config::Element;
   using Outputs = typename Config::Outputs;
   constexpr int kColumnTiles = Outputs::kDim / 8;
-  // Not to be known outside: what follows from it would be kept in registers through the loops around this.
-  int lane = threadIdx.x % 32;
-  asm volatile("" : "+r"(lane));
+  const int lane = lane_here();
   const int first_row = warp * kStoreRows;
   const TileRow& tile = info.tile;
   const int32_t head = info.head, batch = tile.query_batch, token = tile.query_token + first_row;
@@ -76,7 +82,7 @@ __device__ __forceinline__ void store_tile(char* buffer, const KernelParams& p, 
       for (int j = 0; j < kColumnTiles; j += 2) {
         const int piece = j / 8, chunk = (j % 8 + lane / 16) ^ (row % 8);
         store_matrices(shared_address(first + piece * Outputs::kBoxBytes + row * kRowBytes + chunk * 16),
-                       outputs(2 * j), outputs(2 * j + 1), outputs(2 * j + 2), outputs(2 * j + 3));
+                       pair(2 * j), pair(2 * j + 1), pair(2 * j + 2), pair(2 * j + 3));
       }
       fence_async_proxy();
       __syncwarp();
@@ -97,14 +103,14 @@ __device__ __forceinline__ void store_tile(char* buffer, const KernelParams& p, 
     Element* target = out + (tile.query_token + row) * p.out_token_stride + 2 * (lane % 4);
 #pragma unroll
     for (int j = 0; j < kColumnTiles; ++j) {
-      const uint32_t pair = outputs(2 * j + r);
+      const uint32_t both = pair(2 * j + r);
       if (!Config::kStaged && p.store_by_tma) {  // then rows are aligned
-        *reinterpret_cast<uint32_t*>(target + 8 * j) = pair;
+        *reinterpret_cast<uint32_t*>(target + 8 * j) = both;
         continue;
       }
       // An `out` of the caller's may start its rows on odd elements.
-      target[8 * j] = reinterpret_cast<const Element*>(&pair)[0];
-      target[8 * j + 1] = reinterpret_cast<const Element*>(&pair)[1];
+      target[8 * j] = reinterpret_cast<const Element*>(&both)[0];
+      target[8 * j + 1] = reinterpret_cast<const Element*>(&both)[1];
     }
   }
 }
