@@ -17,10 +17,10 @@
 // Memory   the words of the mask once; 4 bytes written and thrice read per pair, 8 bytes written.
 // Waits    count and known for the stream; order for count or whatever came before, and attention for order or known,
 //          each launched while the one before still runs (programmatic dependent launch).
+#include <cutlass/fast_math.h>
+
 #include <algorithm>
 #include <utility>
-
-#include "cutlass/fast_math.h"
 
 #include "alignment.h"
 #include "launch.h"
@@ -39,7 +39,7 @@ constexpr int kWindow = 1024;  // pairs, at most
 // Longest sequence whose keys stay in L2 in any order of tiles: 16 MB of K in 16 bits and head_dim 128, as much of V.
 constexpr int32_t kLevelKeys = 1 << 16;
 constexpr int kKnownThreads = 256;
-constexpr int kFewPairs = 4096;                        // that one CTA counts
+constexpr int kFewPairs = 4096;  // that one CTA counts
 constexpr int kFewOfThread = kFewPairs / kOrderThreads;
 constexpr int kFewRows = kOrderThreads;                // and of how many rows and sequences: one thread each
 constexpr int kBuckets = (32 - kSubBits) << kSubBits;  // of any count that fits in 31 bits

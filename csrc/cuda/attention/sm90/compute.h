@@ -7,7 +7,7 @@
 //   issue S' = Q K'      scores of the next step          (tensor cores)
 //   issue O += P V       of the current step              (tensor cores)
 //   softmax of S'        while P V is under way
-//   current step was its tile's last: store O; else O *= rescale
+//   current step was its tile's last: O in 16 bits, beside the exponentials, and stored; else O *= rescale
 //   P = S' in 16 bits    packed: beside the next step's S'
 //
 // The warpgroups run freely, and by themselves fall into a step in which one's products run under the other's softmax.
@@ -130,7 +130,7 @@ class Consumer {
       const int finished_slot = query_slot(), finished_info = info_slot();
       RowFactors factors;
       const auto make_factors = [&] { factors = row_factors(p_, shared_.tiles[finished_info], warp_, rows_); };
-      if constexpr (!kPacked) make_factors();
+      if constexpr (!kPacked) make_factors();  // where there are registers, beside the products
       next_tile(step);
       await_query();
       begin(first, [&] {

@@ -154,8 +154,8 @@ enum StepFlags : uint32_t {
   kMasked = 4,  // some row of the tile does not see the whole block, or (first step) is not of the sequence; or means
   kEnd = 8,     // no block: there is no more work
   kMeans = 16,
-  kKeep = 32,  // of kSkip: never skipped
-  kNone = 64,  // of kSkip: the tile sees nothing, and this step has no keys
+  kKeep = 32,       // of kSkip: never skipped
+  kNone = 64,       // of kSkip: the tile sees nothing, and this step has no keys
   kDiagonal = 128,  // masked by causality alone, key i for rows before i: what nearly every tile begins with
 };
 // Above the flags. Of means: the slot of their columns. Of a pool: the first two slots in its order after this step.

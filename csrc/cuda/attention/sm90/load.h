@@ -457,8 +457,8 @@ class KeyLoader : public Loader<Config, typename Config::Keys> {
     const bool some_foreign = tile.row_begin > 0 || tile.row_end < kTileRows;
     const bool outside_window =
         this->p_.window_left >= 0 && block.first_key < tile.position + tile.row_end - 1 - this->p_.window_left;
-    const bool cut = block.valid < kBlockKeys || (this->p_.causal && last_key > tile.position + tile.row_begin) ||
-                     outside_window;
+    const bool cut =
+        block.valid < kBlockKeys || (this->p_.causal && last_key > tile.position + tile.row_begin) || outside_window;
     uint32_t flags = (first ? kFirst : 0) | (last ? kLast : 0) | (cut || (first && some_foreign) ? kMasked : 0);
     if (this->p_.causal && block.first_key == tile.position && !some_foreign && !outside_window) flags |= kDiagonal;
     if constexpr (Config::kSkip) {

@@ -64,19 +64,20 @@ __device__ __forceinline__ void mask_scores(Tensor& s, const TileRow& tile, int3
   }
 }
 
-// What mask_scores does where causality alone masks, and row 0 of the tile sees key 0 of the block alone: one comparison
-// serves two rows, since row r + 8 sees 8 keys more. `first_column`: of the scores, in the block.
+// What mask_scores does where causality alone masks, and row i of the tile sees the block's first i + 1 keys: one
+// comparison serves two rows, of which the second sees 8 keys more. `first_column`: of the scores, in the block.
 template <class Tensor>
 __device__ __forceinline__ void mask_diagonal(Tensor& s, int first_row, int first_column) {
   constexpr int kTiles = kColumnTiles<Tensor>;
-  const int end = first_row - first_column - 2 * static_cast<int>(threadIdx.x % 4);
+  const int last = first_row - first_column - 2 * static_cast<int>(threadIdx.x % 4);
 #pragma unroll
-  for (int j = -1; j < kTiles; ++j) {
+  for (int j = 0; j <= kTiles; ++j) {
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
-      const bool hidden = 8 * j + c > end;
-      if (j >= 0) s(4 * max(j, 0) + c) = hidden ? -INFINITY : s(4 * max(j, 0) + c);
-      if (j + 1 < kTiles) s(4 * min(j + 1, kTiles - 1) + 2 + c) = hidden ? -INFINITY : s(4 * min(j + 1, kTiles - 1) + 2 + c);
+      const bool hidden = 8 * (j - 1) + c > last;
+      const auto hide = [&](int i) { s(i) = hidden ? -INFINITY : s(i); };
+      if (j > 0) hide(4 * (j - 1) + c);
+      if (j < kTiles) hide(4 * j + 2 + c);
     }
   }
 }
@@ -170,8 +171,8 @@ __device__ __forceinline__ void exponentials(Tensor& s, float scale, const float
   }
 }
 
-// Any step: scores may be -inf, rows may have seen nothing (or nothing yet, if `first`). `top`: the rows' largest scores
-// of this thread's. Bases become the largest so far; exponents are `minus` more; what was summed before must be
+// Any step: scores may be -inf, rows may have seen nothing (or nothing yet, if `first`). `top`: the rows' largest
+// scores of this thread's. Bases become the largest so far; exponents are `minus` more; what was summed before must be
 // multiplied by `rescale`. True if all rows of the warp have seen something.
 __device__ __forceinline__ bool raise_any(const float (&top)[2], SoftmaxRows& rows, float (&rescale)[2],
                                           float (&minus)[2], bool first, float scale) {
@@ -253,8 +254,8 @@ __device__ __forceinline__ void add_exponentials(Tensor& s, SoftmaxRows& rows, f
   rows.sum[1] += sum[1];
 }
 
-// 2^(scale * s + minus) as pairs of 16 bits, and the rows' sums. `beside(i)` is called with each pair: instructions that
-// are issued while an exponential is made cost nothing.
+// 2^(scale * s + minus) as pairs of 16 bits, and the rows' sums. `beside(i)` is called with each pair: instructions
+// that are issued while an exponential is made cost nothing.
 template <class Element, class Tensor, class Packed, class Beside>
 __device__ __forceinline__ void exponentials_packed(const Tensor& s, float scale, const float (&minus)[2],
                                                     Packed& packed, float (&sum)[2], const Beside& beside) {

@@ -81,8 +81,8 @@ __device__ __forceinline__ void store_tile(char* buffer, const KernelParams& p, 
 #pragma unroll
       for (int j = 0; j < kColumnTiles; j += 2) {
         const int piece = j / 8, chunk = (j % 8 + lane / 16) ^ (row % 8);
-        store_matrices(shared_address(first + piece * Outputs::kBoxBytes + row * kRowBytes + chunk * 16),
-                       pair(2 * j), pair(2 * j + 1), pair(2 * j + 2), pair(2 * j + 3));
+        store_matrices(shared_address(first + piece * Outputs::kBoxBytes + row * kRowBytes + chunk * 16), pair(2 * j),
+                       pair(2 * j + 1), pair(2 * j + 2), pair(2 * j + 3));
       }
       fence_async_proxy();
       __syncwarp();
