@@ -83,12 +83,11 @@ class Consumer {
       issue(output_mma, probabilities, value_part(_, _, _, value_.slot), o, accumulate);
     };
     // The scores of the next step, beside the product of this one, which is its tile's first or not.
-    const auto begin = [&](bool first, const auto& beside) __attribute__((always_inline)) {
+    const auto begin = [&](bool first) __attribute__((always_inline)) {
       issue(score_mma, query_part(_, _, _, query_slot()), key_part(_, _, _, key_slot()), s, false);
       begin_output(!first);
       step = read_step(shared_.steps[key_.slot]);
       read_tokens();
-      beside();
       warpgroup_wait<1>();
       warpgroup_fence_operand(s);
       scores_made(step);
@@ -106,7 +105,7 @@ class Consumer {
       bool first = true;
       while (!(step.flags & kLast)) {
         await_step();
-        begin(first, [] {});
+        begin(first);
         const bool rescaled = softmax(s, step, rescale, packed);
         end_output();
         if constexpr (!kPacked) convert(s, probabilities);
@@ -128,27 +127,31 @@ class Consumer {
         return;
       }
       const int finished_slot = query_slot(), finished_info = info_slot();
-      RowFactors factors;
-      const auto make_factors = [&] { factors = row_factors(p_, shared_.tiles[finished_info], warp_, rows_); };
-      if constexpr (!kPacked) make_factors();  // where there are registers, beside the products
+      const SoftmaxRows finished = rows_;
       next_tile(step);
       await_query();
-      begin(first, [&] {
-        if constexpr (kPacked) make_factors();
-      });
+      begin(first);
       float minus[2];
-      begin_rows(s, step, minus);
+      if (is_usual(step)) {
+        // Never, at a tile's first step. But without this branch ptxas gives up uniform registers in the loop above: 48
+        // R2UR instead of 16, and a tenth of the time.
+        minus[0] = -rows_.base[0];
+        minus[1] = -rows_.base[1];
+      } else {
+        begin_rows(s, step, minus);
+      }
       end_output();
-      const auto pair = [&](int i) { return factors.pair<typename Config::Element>(o, i); };
+      const RowEnds ends(finished);
+      const auto pair = [&](int i) { return ends.template pair<typename Config::Element>(o, i); };
       if constexpr (kPacked) {
         PackedOutputs<Config> pairs;
         exponentials_packed<typename Config::Element>(s, p_.scale.scale_log2, minus, packed, rows_.sum,
                                                       [&](int i) { pairs(i) = pair(i); });
-        store_pairs([&](int i) { return pairs(i); }, finished_slot, finished_info);
+        store_pairs([&](int i) { return pairs(i); }, ends, finished_slot, finished_info);
       } else {
         exponentials(s, p_.scale.scale_log2, minus, rows_.sum);
         convert(s, probabilities);
-        store_pairs(pair, finished_slot, finished_info);
+        store_pairs(pair, ends, finished_slot, finished_info);
       }
     }
   }
@@ -279,19 +282,19 @@ class Consumer {
 
   template <class Tensor>
   __device__ __forceinline__ void finish_tile(const Tensor& o, const SoftmaxRows& rows, int slot, int info) {
-    const RowFactors factors = row_factors(p_, shared_.tiles[info], warp_, rows);
-    store_pairs([&](int i) { return factors.pair<typename Config::Element>(o, i); }, slot, info);
+    const RowEnds ends(rows);
+    store_pairs([&](int i) { return ends.template pair<typename Config::Element>(o, i); }, ends, slot, info);
   }
 
   template <class Pair>
-  __device__ __forceinline__ void store_pairs(const Pair& pair, int slot, int info) {
+  __device__ __forceinline__ void store_pairs(const Pair& pair, const RowEnds& ends, int slot, int info) {
     char* buffer;
     if constexpr (Config::kPool) {
       buffer = shared_.key[slot];
     } else {
       buffer = shared_.query[Config::kStaged ? slot : 0];
     }
-    store_tile<Config>(buffer, p_, shared_.tiles[info], warp_, pair);
+    store_tile<Config>(buffer, p_, shared_.tiles[info], warp_, ends, pair);
     if (Config::kStaged) stored_slot_ = slot;
   }
 

@@ -21,8 +21,7 @@ class SkipConsumer : Consumer<Config> {
   using Base = Consumer<Config>;
   using Base::await_query, Base::await_step, Base::give_back_stored, Base::info_slot, Base::key_slot, Base::next_step,
       Base::next_tile, Base::query_slot, Base::scores_made;
-  using Base::key_, Base::lane_, Base::p_, Base::query_, Base::rows_, Base::shared_, Base::stored_slot_, Base::value_,
-      Base::warp_;
+  using Base::key_, Base::lane_, Base::p_, Base::rows_, Base::shared_, Base::stored_slot_, Base::value_, Base::warp_;
 
  public:
   __device__ SkipConsumer(SharedStorage<Config>& shared, const KernelParams& p)

@@ -23,14 +23,24 @@ __device__ __forceinline__ int lane_here() {
   return lane;
 }
 
-// What this thread's two rows of O are multiplied by in the end.
-struct RowFactors {
-  float of[2];
+// What this thread's two rows of O are multiplied by in the end, and their lse.
+struct RowEnds {
+  float factor[2];
+  float lse[2];
+
+  __device__ __forceinline__ explicit RowEnds(const SoftmaxRows& rows) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float sum = sum_over_quad(rows.sum[r]);
+      factor[r] = sum == 0.0f ? 0.0f : 1.0f / sum;
+      lse[r] = sum == 0.0f ? -INFINITY : (rows.base[r] + log2f(sum)) * 0.6931471805599453f;
+    }
+  }
 
   // Pair i of this thread's share of the output: 2 * j + r is of column tile j and row r.
   template <class Element, class Tensor>
   __device__ __forceinline__ uint32_t pair(const Tensor& o, int i) const {
-    return pack<Element>(o(2 * i) * of[i % 2], o(2 * i + 1) * of[i % 2]);
+    return pack<Element>(o(2 * i) * factor[i % 2], o(2 * i + 1) * factor[i % 2]);
   }
 };
 
@@ -38,31 +48,11 @@ struct RowFactors {
 template <class Config>
 using PackedOutputs = decltype(cute::make_tensor<uint32_t>(cute::Int<Config::Outputs::kDim / 4>{}));
 
-// Also writes the rows' lse.
-__device__ __forceinline__ RowFactors row_factors(const KernelParams& p, const TileInfo& info, int warp,
-                                                  const SoftmaxRows& rows) {
-  const int lane = lane_here();
-  const TileRow& tile = info.tile;
-  RowFactors factors;
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const float sum = sum_over_quad(rows.sum[r]);
-    factors.of[r] = sum == 0.0f ? 0.0f : 1.0f / sum;
-    const int row = warp * kStoreRows + lane / 4 + 8 * r;
-    if (p.lse != nullptr && lane % 4 == 0 && row >= tile.row_begin && row < tile.row_end) {
-      const float natural = (rows.base[r] + log2f(sum)) * 0.6931471805599453f;
-      p.lse[tile.query_batch * p.lse_batch_stride + info.head * p.lse_head_stride + tile.query_token + row] =
-          sum == 0.0f ? -INFINITY : natural;
-    }
-  }
-  return factors;
-}
-
 // `buffer`, of kStaged: the tile's query slot, whose queries are done with. TMA may still read it when this returns.
-// pair(i): as of RowFactors.
+// pair(i): as of RowEnds.
 template <class Config, class Pair>
 __device__ __forceinline__ void store_tile(char* buffer, const KernelParams& p, const TileInfo& info, int warp,
-                                           const Pair& pair) {
+                                           const RowEnds& ends, const Pair& pair) {
   using Element = typename Config::Element;
   using Outputs = typename Config::Outputs;
   constexpr int kColumnTiles = Outputs::kDim / 8;
@@ -70,6 +60,14 @@ __device__ __forceinline__ void store_tile(char* buffer, const KernelParams& p, 
   const int first_row = warp * kStoreRows;
   const TileRow& tile = info.tile;
   const int32_t head = info.head, batch = tile.query_batch, token = tile.query_token + first_row;
+
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int row = first_row + lane / 4 + 8 * r;
+    if (p.lse != nullptr && lane % 4 == 0 && row >= tile.row_begin && row < tile.row_end) {
+      p.lse[batch * p.lse_batch_stride + head * p.lse_head_stride + tile.query_token + row] = ends.lse[r];
+    }
+  }
   if constexpr (Config::kStaged) {
     // All lanes alike: the shuffle tells the compiler, which else gives up uniform registers in loops around this.
     const bool whole = p.store_by_tma && first_row >= tile.row_begin && first_row + kStoreRows <= tile.row_end;
