@@ -94,7 +94,7 @@ class Consumer {
     int32_t visible;
   };
 
-  static __device__ int32_t uniform(int32_t x) { return __shfl_sync(0xffffffffu, x, 0); }
+  static __device__ int32_t uniform(int32_t x) { return __shfl_sync(kAllLanes, x, 0); }
 
   // Energies of the warp's 16 blocks from first_block on; `merge`: with those of the heads before.
   template <class Tensor>
@@ -154,8 +154,7 @@ class Consumer {
       float top = -INFINITY;
 #pragma unroll
       for (int j = 0; j < kColumnTiles; ++j) top = fmaxf(top, fmaxf(s(4 * j + 2 * r), s(4 * j + 2 * r + 1)));
-#pragma unroll
-      for (int d = 1; d <= 2; ++d) top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, d));
+      top = max_over_quad(top);
       minus[r] = top == -INFINITY ? 0.0f : -top * p_.scale.scale_log2;
     }
     sum_powers(s, minus, sum);
@@ -177,12 +176,7 @@ class Consumer {
 #pragma unroll
         for (int c = 0; c < 2; ++c) sums[c] += exp2f(s(4 * j + 2 * r + c) * scale + plus[r]);
       }
-      sum[r] = sums[0] + sums[1];
-    }
-#pragma unroll
-    for (int d = 1; d <= 2; ++d) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) sum[r] += __shfl_xor_sync(kAllLanes, sum[r], d);
+      sum[r] = sum_over_quad(sums[0] + sums[1]);
     }
   }
 
