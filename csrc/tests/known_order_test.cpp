@@ -31,22 +31,39 @@ int bucket_of(int count, long long longest_short) {
   return bucket;
 }
 
-std::vector<Entry> sorted(const Problem& p, int heads, int group, int sms) {
+// In natural order.
+std::vector<Entry> all_pairs(const Problem& p, int heads, int group) {
   const bsfa::SequenceGeometry g = sequence_geometry(p, 0);
   const int tiles = g.num_tiles();
   std::vector<Entry> entries;
-  long long work = 0;
   for (int first = 0; first < heads; first += group) {
     for (int row = p.batch * tiles - 1; row >= 0; --row) {
       for (int head = first; head < first + group; ++head) {
         entries.push_back({{row, head}, g.visible_blocks(row % tiles), 0});
-        work += entries.back().count;
       }
     }
   }
+  return entries;
+}
+
+std::vector<Entry> sorted(std::vector<Entry> entries, int sms) {
+  long long work = 0;
+  for (const Entry& e : entries) work += e.count;
   for (Entry& e : entries) e.bucket = bucket_of(e.count, work / (16 * sms));
   std::stable_sort(entries.begin(), entries.end(), [](const Entry& a, const Entry& b) { return a.bucket < b.bucket; });
   return entries;
+}
+
+bool is(const KnownOrder& order, const std::vector<Entry>& want) {
+  if (order.total != static_cast<int>(want.size())) return false;
+  for (int i = 0; i < order.total; ++i) {
+    const Pair got = order.pair(i);
+    if (got.row != want[i].pair.row || got.head != want[i].pair.head ||
+        order.count(got.row % order.tiles) != want[i].count) {
+      return false;
+    }
+  }
+  return true;
 }
 
 bool check(int batch, int seqlen_q, int seqlen_k, int heads, int group, bool causal, int sms) {
@@ -57,14 +74,9 @@ bool check(int batch, int seqlen_q, int seqlen_k, int heads, int group, bool cau
   p.query.max_seqlen = seqlen_q;
   p.kv.max_seqlen = seqlen_k;
   p.causal = causal;
-  const std::vector<Entry> want = sorted(p, heads, group, sms);
+  const std::vector<Entry> natural = all_pairs(p, heads, group);
   const KnownOrder order = bsfa::cuda::known_order(p, heads, group, 16 * sms);
-  bool good = order.total == static_cast<int>(want.size());
-  for (int i = 0; good && i < order.total; ++i) {
-    const Pair got = order.pair(i);
-    good = got.row == want[i].pair.row && got.head == want[i].pair.head &&
-           order.count(got.row % order.tiles) == want[i].count;
-  }
+  bool good = is(order, sorted(natural, sms)) && is(bsfa::cuda::natural_order(p, heads, group), natural);
   const int ctas = std::min(order.total, sms);
   if (good && order.total <= 2 * ctas) {
     std::vector<int> times(order.total);

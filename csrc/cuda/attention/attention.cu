@@ -204,7 +204,13 @@ cudaError_t prepare_attention(const AttentionParams& params, AttentionCall* prep
   // An order that is known without the device, of tiles so few that they can be dealt out beforehand.
   const bool dealt =
       params.words == nullptr && !tokens && !skips && c.order.total > 0 && c.order.total <= 2 * c.workers;
-  if (dealt) k.known = c.order;
+  if (dealt) {
+    k.known = c.order;
+  } else if (params.words != nullptr && p.kv.block_table == nullptr) {
+    // Not over pages, whose table is read through L1, where it may be older than what the kernels before wrote.
+    k.known = first_pairs(c.tiling, c.ctas);
+    c.tiling.first = k.known.total;
+  }
   c.workspace_bytes = dealt ? 0 : Workspace::bytes(params.num_rows, p.num_q_heads);
   if (keeps_in_step(c.tiling)) k.counted_rows = static_cast<int32_t>(params.num_rows);
   k.words = params.words;

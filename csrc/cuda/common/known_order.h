@@ -103,4 +103,11 @@ inline KnownOrder known_order(const Problem& problem, int32_t heads, int32_t gro
   return order;
 }
 
+// Natural order, of the same problems: all tiles count as short.
+inline KnownOrder natural_order(const Problem& problem, int32_t heads, int32_t group) {
+  KnownOrder order = known_order(problem, heads, group, 1);
+  order.longest_short = std::max(order.first_count + order.tiles, 1);
+  return order;
+}
+
 }  // namespace bsfa::cuda

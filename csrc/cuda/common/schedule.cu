@@ -9,6 +9,7 @@
 //          work) leave that order and go first, in logarithmic buckets of their length, longest first.
 //          Each warp owns one contiguous piece: count, scan, scatter. Stable, so the same inputs give the same order.
 //          Of at most kFewPairs pairs it makes the rows and counts too: a kernel less in the way of a short call.
+//          Pairs that workers begin with (first_pairs) come before all others, unsorted.
 // level    where the keys of one KV head outgrow L2: sorts that order by length in windows. CTAs that work on pairs of
 //          one length side by side walk the same keys at the same time, from L2. Windows are of two pairs a CTA where
 //          each takes its next pair only when its tile is nearly done (taken_late): who is first done with one of the
@@ -16,7 +17,8 @@
 // known    instead of count and order where the order is a formula: one thread per pair writes its entry.
 // Memory   the words of the mask once; 4 bytes written and thrice read per pair, 8 bytes written.
 // Waits    count and known for the stream; order for count or whatever came before, and attention for order or known,
-//          each launched while the one before still runs (programmatic dependent launch).
+//          each launched while the one before still runs (programmatic dependent launch). Attention whose workers begin
+//          before there is an order is launched when order has waited.
 #include <cutlass/fast_math.h>
 
 #include <algorithm>
@@ -148,6 +150,7 @@ __device__ void count_few(const Tiling& tiling, const NaturalOrder& natural, con
   }
   each([&](int32_t i, int j) { pairs[j] = natural.pair(i); });
   cudaGridDependencySynchronize();
+  if (tiling.first > 0) cudaTriggerProgrammaticLaunchCompletion();
   if (row < num_rows) workspace.rows[row] = tile;
   if (tiling.counts != nullptr) {
     each([&](int32_t, int j) {
@@ -196,12 +199,13 @@ __global__ void __launch_bounds__(kOrderThreads)
   int32_t counts[kFewOfThread]{};  // of few
   Pair pairs[kFewOfThread]{};
 
-  cudaTriggerProgrammaticLaunchCompletion();
+  if (tiling.first == 0) cudaTriggerProgrammaticLaunchCompletion();
   for (int i = threadIdx.x; i < kBuckets * kOrderWarps; i += kOrderThreads) (&offsets[0][0])[i] = 0;
   if (threadIdx.x == 0) all_work = 0;
   __syncthreads();
   // Where few tiles lie is known without a look at memory if all sequences are alike; count_few waits later then.
   if (!kFew || !all_alike(tiling.problem)) cudaGridDependencySynchronize();
+  if (!kFew && tiling.first > 0) cudaTriggerProgrammaticLaunchCompletion();
   if constexpr (kFew) count_few(tiling, natural, workspace, each, pairs, counts, scratch);
   const auto count_at = [&](int32_t i, int j) { return kFew ? counts[j] : workspace.counts[i]; };
   uint64_t work = 0;
@@ -212,7 +216,7 @@ __global__ void __launch_bounds__(kOrderThreads)
   const uint64_t of_all = all_work;
   // Lanes with the same bucket find each other; the first of them counts for all.
   const auto bucket_at = [&](int32_t i, int j) {
-    const int32_t count = i < end ? count_at(i, j) : -1;
+    const int32_t count = i >= tiling.first && i < end ? count_at(i, j) : -1;
     if (count < 0) return -1;
     return uint64_t{static_cast<uint32_t>(count)} * shares > of_all ? bucket_of(count) : kBuckets - 1;
   };
@@ -227,7 +231,7 @@ __global__ void __launch_bounds__(kOrderThreads)
   if (threadIdx.x < kBuckets) {
     for (int w = 0; w < kOrderWarps; ++w) size += offsets[w][threadIdx.x];
   }
-  int32_t here = inclusive_sum<kOrderThreads>(size, scratch) - size;
+  int32_t here = tiling.first + inclusive_sum<kOrderThreads>(size, scratch) - size;
   if (threadIdx.x == kOrderThreads - 1) *workspace.queue = {0, here + size};
   if (threadIdx.x < kBuckets) {
     for (int w = 0; w < kOrderWarps; ++w) {
@@ -298,6 +302,17 @@ __global__ void __launch_bounds__(kWindow)
   if (i < size) workspace.order[begin + i] = pairs[static_cast<uint32_t>(keys[i])];
 }
 
+// Whether the host knows where all rows lie.
+bool knows_lengths(const Tiling& tiling) {
+  const Problem& problem = tiling.problem;
+  if (!all_alike(problem) || problem.block_m != kTileRows || problem.block_n != kBlockKeys ||
+      tiling.num_rows * tiling.heads > INT32_MAX) {
+    return false;
+  }
+  // Rows beyond those of the sequences belong to none, which no formula says.
+  return int64_t{problem.batch} * sequence_geometry(problem, 0).num_tiles() == tiling.num_rows;
+}
+
 }  // namespace
 
 int64_t Workspace::bytes(int64_t num_rows, int64_t num_heads) {
@@ -318,14 +333,19 @@ Workspace Workspace::in(void* memory, int64_t num_rows, int64_t num_heads) {
 
 KnownOrder order_of(const Tiling& tiling, int workers) {
   const Problem& problem = tiling.problem;
-  if (tiling.words != nullptr || tiling.counts != nullptr || tiling.window_left >= 0 || !all_alike(problem) ||
-      problem.block_m != kTileRows || problem.block_n != kBlockKeys || tiling.num_rows * tiling.heads > INT32_MAX) {
+  if (tiling.words != nullptr || tiling.counts != nullptr || tiling.window_left >= 0 || !knows_lengths(tiling)) {
     return {};
   }
-  // Rows beyond those of the sequences belong to none, which the formula does not say.
-  const int64_t rows = int64_t{problem.batch} * sequence_geometry(problem, 0).num_tiles();
-  if (rows != tiling.num_rows) return {};
   return known_order(problem, tiling.heads, tiling.group, int64_t{workers} * tiling.long_share);
+}
+
+KnownOrder first_pairs(const Tiling& tiling, int workers) {
+  const Problem& problem = tiling.problem;
+  // The order takes a few microseconds: what follows it has to be short, and more than a tile for each worker.
+  if (!knows_lengths(tiling) || keeps_in_step(tiling) || tiling.num_rows * tiling.heads < 4 * workers) return {};
+  KnownOrder order = natural_order(problem, tiling.heads, tiling.group);
+  order.total = workers;
+  return order;
 }
 
 bool keeps_in_step(const Tiling& tiling) {

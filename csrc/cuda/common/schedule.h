@@ -39,6 +39,8 @@ struct Tiling {
   int32_t long_share = 16;
   // Workers take their next pair when their tile is nearly done, if the order keeps them in step.
   bool taken_late = false;
+  // So many pairs of natural order come first, whatever their length: workers begin with them (first_pairs).
+  int32_t first = 0;
 };
 
 #if defined(__CUDACC__)
@@ -111,6 +113,10 @@ struct Workspace {
 
 // The order of this work where it is a formula, else one without pairs. `workers`: as for make_order.
 KnownOrder order_of(const Tiling& tiling, int workers);
+
+// Pairs that workers can begin with before the order is made: one each, the first of natural order, where the host knows
+// all lengths; else none. For Tiling::first, if asked with it.
+KnownOrder first_pairs(const Tiling& tiling, int workers);
 
 // Whether the order keeps workers in step (`level` in schedule.cu).
 bool keeps_in_step(const Tiling& tiling);

@@ -72,8 +72,8 @@ struct Config {
   // Queries and keys share slots (pool.h). Then kKeySlots and kQuerySlots only say how many of them there are at most.
   static constexpr bool kPool = kHeadDim == 128 && (kVariant == Variant::kPlain || kPages);
   // setmaxnreg, per thread: what a CTA has at its launch, handed out anew.
-  static constexpr int kProducerRegisters = kPaired ? 32 : kPool ? 56 : 40;
-  static constexpr int kConsumerRegisters = kPaired ? 104 : kPool ? 224 : 232;
+  static constexpr int kProducerRegisters = kPaired ? 32 : kPool || kSkip ? 56 : 40;
+  static constexpr int kConsumerRegisters = kPaired ? 104 : kPool || kSkip ? 224 : 232;
   static constexpr int kLaunchRegisters = 65536 / (kCtas * kThreads) / 8 * 8;
   static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= (1 + kConsumers) * kLaunchRegisters);
   // Keys of one product: a block, or half of one where the registers do not hold the scores of a whole one.
@@ -236,8 +236,8 @@ struct KernelParams {
   CUtensorMap k_means, v_means;  // [sequence, block, head, dim]; of the mean correction
   CUtensorMap tokens;            // [batch, query token, word]; of kTokens
   bool has_means;
-  Workspace workspace;  // without a queue: the order is `known`, and each CTA has at most two tiles
-  KnownOrder known;
+  Workspace workspace;   // without a queue: the order is `known`, and each CTA has at most two tiles
+  KnownOrder known;      // else of the pairs that the CTAs begin with, or without any
   int32_t counted_rows;  // of the workspace's counts; 0: tiles are taken as early as can be (keeps_in_step)
   const int32_t* words;  // null: dense
   int64_t num_words;     // of a row and head

@@ -9,15 +9,20 @@
 namespace bsfa::cuda::attn::sm90 {
 
 // Takes pairs from the queue ahead of the load warps, so that none of these reads is waited for: some tiles, or if need
-// be (keeps_in_step) some steps.
+// be (keeps_in_step) some steps. Where the pair that it begins with is known, the kernel that makes the order is waited
+// for after that; what that kernel has waited for before this one was launched, the mask too, may be read at once.
 template <class Config>
 __device__ void schedule(SharedStorage<Config>& shared, const KernelParams& p) {
   const int lane = threadIdx.x % 32;
   const Workspace& workspace = p.workspace;
-  cudaGridDependencySynchronize();  // everything else in this kernel waits for this warp's work
-  const bool known = workspace.queue == nullptr;
-  const int32_t total = known ? p.known.total : workspace.queue->total;
+  const bool dealt = workspace.queue == nullptr;  // all is known
   const bool late = p.counted_rows > 0;
+  int32_t total = p.known.total;
+  const auto await_order = [&] {
+    cudaGridDependencySynchronize();
+    total = workspace.queue->total;
+  };
+  if (!dealt && total == 0) await_order();  // everything else in this kernel waits for this warp's work
   const auto take = [&] { return lane == 0 ? gridDim.x + atomicAdd(&workspace.queue->next, 1) : 0; };
   RingPosition<kWorkSlots> slot;
   for (int32_t index = blockIdx.x;;) {
@@ -30,10 +35,11 @@ __device__ void schedule(SharedStorage<Config>& shared, const KernelParams& p) {
       }
       return;
     }
+    const bool known = index < p.known.total;
     int32_t next = 0;
-    if (known) {
+    if (dealt) {
       next = p.known.dealt_after(index, gridDim.x);
-    } else if (!late) {
+    } else if (!late && !known) {
       next = take();
     }
     const Pair pair = known ? p.known.pair(index) : workspace.order[index];
@@ -64,6 +70,9 @@ __device__ void schedule(SharedStorage<Config>& shared, const KernelParams& p) {
     if (lane == 0) shared.work_full[slot.slot].arrive();
     if (late) {  // both load warps are nearly done with this tile
       shared.work_empty[slot.slot].wait(slot.parity);
+      next = take();
+    } else if (known && !dealt) {
+      await_order();
       next = take();
     }
     index = __shfl_sync(kAllLanes, next, 0);
@@ -164,8 +173,8 @@ class Loader {
           if (early_steps > 0 && --early_steps == 0) next_tile();
         } while (!group.empty());
       };
-      // Not where steps are skipped, which was slower so, nor with token masks, which come with the keys.
-      using ShortWay = std::bool_constant<!Config::kSkip && !Config::kTokens>;
+      // Not with token masks, which come with the keys.
+      using ShortWay = std::bool_constant<!Config::kTokens>;
       if (ShortWay::value && p_.box_rows == kBlockKeys) {
         load_all(ShortWay{}, ShortWay{});
       } else {
@@ -358,7 +367,7 @@ class KeyLoader : public Loader<Config, typename Config::Keys> {
           if (!kQueryFirst && first) load_query(tile, head_of_query, 0.0f);
         },
         [&](int32_t index, const Share& share, int32_t head, bool last) {
-          Step step{index * kBlockKeys, last ? kLast : 0u};
+          Step step{index * kBlockKeys, (last ? kLast : 0u) | keep_of(index)};
           char* target = await_key_slot(step);
           if (share.block == index) {
             if (share.row == 0) this->shared_.steps[key_.slot] = step;
@@ -461,12 +470,16 @@ class KeyLoader : public Loader<Config, typename Config::Keys> {
         block.valid < kBlockKeys || (this->p_.causal && last_key > tile.position + tile.row_begin) || outside_window;
     uint32_t flags = (first ? kFirst : 0) | (last ? kLast : 0) | (cut || (first && some_foreign) ? kMasked : 0);
     if (this->p_.causal && block.first_key == tile.position && !some_foreign && !outside_window) flags |= kDiagonal;
+    if (Config::kSkip && block.valid <= 0) flags |= kNone;
+    return flags | keep_of(block.first_key / kBlockKeys);
+  }
+
+  // Of kSkip: whether block `index` is never skipped.
+  __device__ uint32_t keep_of(int32_t index) const {
     if constexpr (Config::kSkip) {
-      const int32_t index = block.first_key / kBlockKeys;
-      if (index < this->p_.skip.sink_blocks || (index >= kept_.begin && index < kept_.end)) flags |= kKeep;
-      if (block.valid <= 0) flags |= kNone;
+      if (index < this->p_.skip.sink_blocks || (index >= kept_.begin && index < kept_.end)) return kKeep;
     }
-    return flags;
+    return 0;
   }
 
   RingPosition<Config::kQuerySlots> query_;

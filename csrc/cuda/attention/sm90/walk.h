@@ -27,11 +27,11 @@ class BlockWalk {
   // The chunk of words where the walk starts.
   static __device__ int32_t last_chunk(BlockRange range) { return max(range.end - 1, 0) / (32 * kMaskChunk); }
 
-  // A lane's word of a chunk, as it lies in memory.
+  // A lane's word of a chunk, as it lies in memory. Past L1: the kernels before may have just written it (schedule()).
   static __device__ uint32_t load(const int32_t* words, BlockRange range, int32_t chunk, int lane) {
     const int32_t w = chunk * kMaskChunk + lane;
     if (w * 32 >= range.end) return 0;
-    return words == nullptr ? ~0u : static_cast<uint32_t>(__ldg(words + w));
+    return words == nullptr ? ~0u : static_cast<uint32_t>(__ldcg(words + w));
   }
 
   // The next group, of `size` blocks in a row those that are kept; or an empty one. `size` is a power of two up to 32,
@@ -66,11 +66,11 @@ class SkipWalk {
   __device__ SkipWalk(const int32_t* words, BlockRange range, uint32_t word, bool sink, int lane)
       : walk_(words, {sink ? 1 : range.begin, range.end}, word, lane), sink_(sink) {}
 
-  // Groups of one block.
-  __device__ BlockGroup next(int32_t) {
+  // As BlockWalk's, but the last block, and block 0 after it, are groups of their own.
+  __device__ BlockGroup next(int32_t size) {
     if (!sink_ || !begun_) {
+      const BlockGroup group = walk_.next(begun_ ? size : 1);
       begun_ = true;
-      const BlockGroup group = walk_.next(1);
       if (!group.empty() || !sink_) return group;
     }
     sink_ = false;
