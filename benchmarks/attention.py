@@ -11,7 +11,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -47,6 +47,10 @@ DEMANDED: dict[str, tuple[str, float]] = {
     "attn.sparse10.128k.efficiency": (">=", 0.93),
     "attn.sparse5.128k.efficiency": (">=", 0.90),
     "attn.sparse5.256k.efficiency": (">=", 0.90),
+    **{f"attn.sweep.density.64k.d{percent}.efficiency": (">=", 0.93) for percent in (10, 20, 40, 70)},
+    # FlashAttention-4's block-sparse path, as published, over contiguous keys.
+    **{f"attn.{keys}sparse10.16k.ms": ("<=", 0.43) for keys in ("", "paged16.", "paged128.")},
+    **{f"attn.{keys}sparse10.128k.ms": ("<=", 24.2) for keys in ("", "paged16.", "paged128.")},
     "attn.skew.half.x_uniform": ("<=", 1.08),
     "attn.skew.one.x_uniform": ("<=", 1.08),
     **{
@@ -159,24 +163,25 @@ def flex_call(inputs: Inputs, mask: bsfa.BlockMask) -> Callable[[], Tensor] | No
 
 @dataclass(frozen=True)
 class Turns:
-    """Peers that took turns: median ms of a call, samples each, SM clock."""
+    """Peers that took turns: median ms of a call, samples each, SM clock; cycles of a call, where they were counted."""
 
     ms: dict[str, float]
     n: int
     clock_mhz: int | None
+    cycles: Mapping[str, float] = field(default_factory=dict)
 
     def row(self, id_: str, value: float, unit: str, **peers: float) -> Row:
         return measurement(f"attn.{id_}", value, unit, self.n, self.clock_mhz, peers)
 
 
-def repeated(calls: Sequence[Callable[[], object]], launches: int) -> Work:
-    """``launches`` calls, taking ``calls`` in turn."""
+def repeated(calls: Sequence[Callable[[], object]], launches: int, **how: Any) -> Work:
+    """``launches`` calls, taking ``calls`` in turn; ``how``: as for :class:`Work`."""
 
     def body() -> None:
         for i in range(launches):
             calls[i % len(calls)]()
 
-    return Work(body, launches)
+    return Work(body, launches, **how)
 
 
 def take_turns(
@@ -194,6 +199,25 @@ def take_turns(
     works = {name: repeated(calls, max(round(launches / share.get(name, 1.0)), 1)) for name, calls in peers.items()}
     timings, clock = interleaved(works, rounds=10 if long else 15, warmup=1 if long else 3)
     return Turns({name: t.us / 1e3 for name, t in timings.items()}, min(t.n for t in timings.values()), clock)
+
+
+def settled_turns(length: int, dense: Callable[[], object], sparse: Callable[[], object], share: float) -> Turns:
+    """Time dense attention and a sparse call, which takes about ``share`` of its time, each at its own clock.
+
+    Nothing else takes turns with them. Turns are as long as a dense call of 64K tokens at least, and begin with as much
+    of the same, untimed, where they are not longer anyway. Cycles are counted as well.
+    """
+    launches = max((64 * K // length) ** 2, 1)
+    long = length >= 128 * K
+    how = {"lead": 0 if long else 1, "in_cycles": True}
+    works = {
+        "dense": repeated([dense], launches, **how),
+        "sparse": repeated([sparse], max(round(launches / max(share, MIN_SHARE)), 1), **how),
+    }
+    timings, clock = interleaved(works, rounds=10 if long else 15, warmup=1)
+    cycles = {name: t.cycles for name, t in timings.items() if t.cycles is not None}
+    ms = {name: t.us / 1e3 for name, t in timings.items()}
+    return Turns(ms, min(t.n for t in timings.values()), clock, cycles)
 
 
 def tflops(length: int, dim: int, ms: float) -> float:
@@ -255,52 +279,54 @@ def sparse() -> list[Row]:
     """Block-sparse attention: how much of the time that its density promises over dense is really saved."""
     rows = []
     for kilo, percents, with_flex in ((16, (10,), True), (64, (10,), True), (128, (10, 5), False), (256, (5,), False)):
-        turns, densities = sparse_turns(kilo * K, percents, percents if with_flex else ())
-        for percent in percents:
-            rows += sparse_rows(turns, percent, densities[percent], f"sparse{percent}.{kilo}k")
+        rows += sparse_rows(f"sparse{{}}.{kilo}k", kilo * K, percents, with_flex)
     return rows
 
 
 def density_sweep() -> list[Row]:
     """Efficiency against density at 64K."""
-    percents = (2, 5, 10, 20, 40, 70, 100)
-    turns, densities = sparse_turns(64 * K, percents, percents)
-    rows = []
-    for percent in percents:
-        rows += sparse_rows(turns, percent, densities[percent], f"sweep.density.64k.d{percent}")[:1]
-    return rows
+    return sparse_rows("sweep.density.64k.d{}", 64 * K, (2, 5, 10, 20, 40, 70, 100), with_flex=True)
 
 
-def sparse_turns(length: int, percents: Sequence[int], flex_percents: Sequence[int]) -> tuple[Turns, dict[int, float]]:
-    """Peers 'dense', and per percentage 'sparse10', 'flex10'; the masks' true densities."""
+def sparse_rows(name: str, length: int, percents: Sequence[int], with_flex: bool) -> list[Row]:
+    """For each percentage of blocks, which goes into ``name``: efficiency, and ms.
+
+    Each mask takes turns with dense attention alone. flex_attention, which draws less power, has turns of its own.
+    """
     inputs = random_inputs(length)
     masks = {percent: random_mask(length, percent / 100) for percent in percents}
-    peers: dict[str, Sequence[Callable[[], object]]] = {"dense": [dense_call(*inputs)]}
+    flex_ms = flex_times(inputs, masks) if with_flex else {}
+    rows = []
     for percent, mask in masks.items():
         call = sparse_call(*inputs, mask)
         verify(f"{percent} % of the blocks, {length} tokens", call(), *inputs, mask)
-        peers[f"sparse{percent}"] = [call]
-    for percent in sorted({*flex_percents, 100} if flex_percents else ()):  # 100: its own dense time
-        mask = masks.get(percent) or random_mask(length, percent / 100)
-        peer = flex_call(inputs, mask)
-        if peer is None:
-            break
-        peers[f"flex{percent}"] = [peer]
-    shares = {f"{kind}{percent}": percent / 100 for kind in ("sparse", "flex") for percent in percents}
-    turns = take_turns(length, peers, {name: max(share, MIN_SHARE) for name, share in shares.items()})
-    return turns, {percent: float(mask.density()) for percent, mask in masks.items()}
+        turns = settled_turns(length, dense_call(*inputs), call, percent / 100)
+        ms, density = turns.ms, float(mask.density())
+        peers = {"dense_ms": ms["dense"], "density": density}
+        if percent in flex_ms:
+            peers |= {"flex_ms": flex_ms[percent], "flex_dense_ms": flex_ms[100]}
+        for peer, cycles in turns.cycles.items():
+            peers[f"{peer}_mhz"] = cycles / ms[peer] / 1e3
+        if len(turns.cycles) == 2:
+            peers["in_cycles"] = density * turns.cycles["dense"] / turns.cycles["sparse"]
+        id_ = name.format(percent)
+        rows.append(turns.row(f"{id_}.efficiency", density * ms["dense"] / ms["sparse"], "fraction", **peers))
+        rows.append(turns.row(f"{id_}.ms", ms["sparse"], "ms", **peers))
+    return rows
 
 
-def sparse_rows(turns: Turns, percent: int, density: float, name: str) -> list[Row]:
-    ms = turns.ms
-    peers = {"dense_ms": ms["dense"], "density": density}
-    flex_ms = {"flex_ms": ms.get(f"flex{percent}"), "flex_dense_ms": ms.get("flex100")}
-    peers |= {key: value for key, value in flex_ms.items() if value is not None}
-    taken = ms[f"sparse{percent}"]
-    return [
-        turns.row(f"{name}.efficiency", density * ms["dense"] / taken, "fraction", **peers),
-        turns.row(f"{name}.ms", taken, "ms", **peers),
-    ]
+def flex_times(inputs: Inputs, masks: Mapping[int, bsfa.BlockMask]) -> dict[int, float]:
+    """ms of flex_attention over the masks, by percentage, with 100 in any case; empty if it does not run here."""
+    length = inputs[0].shape[1]
+    calls = {}
+    for percent in sorted({*masks, 100}):
+        call = flex_call(inputs, masks.get(percent) or random_mask(length, percent / 100))
+        if call is None:
+            return {}
+        calls[percent] = call
+    peers = {str(percent): [call] for percent, call in calls.items()}
+    turns = take_turns(length, peers, {str(percent): max(percent / 100, MIN_SHARE) for percent in calls})
+    return {percent: turns.ms[str(percent)] for percent in calls}
 
 
 def skew() -> list[Row]:
@@ -323,38 +349,73 @@ def skew() -> list[Row]:
     return rows
 
 
+@dataclass(frozen=True)
+class PagedInputs:
+    """Keys and values in pages in random order, and the same in one piece; a mask for either."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: bsfa.BlockMask
+    mask_of_pages: bsfa.BlockMask
+
+    @staticmethod
+    def random(length: int, density: float) -> PagedInputs:
+        q, k, v = random_inputs(length)
+        mask = random_mask(length, density)
+        seqlens = torch.tensor([length], dtype=torch.int32, device=DEVICE)
+        any_policy = bsfa.policies.StaticPattern(block_m=BLOCK, block_n=BLOCK)
+        shape = bsfa.select_blocks(q, None, any_policy, seqlens_k=seqlens, max_seqlen_k=length)
+        assert isinstance(shape, bsfa.BlockMask)
+        spare = shape.geometry.num_rows - mask.geometry.num_rows  # rows for lengths that the host does not know
+        kept = torch.nn.functional.pad(mask.to_rows(), (0, 0, 0, 0, 0, spare))
+        return PagedInputs(q, k, v, mask, bsfa.BlockMask.from_rows(kept, shape.geometry))
+
+    def calls(self, page_sizes: Sequence[int], sparse: bool) -> dict[str, Callable[[], Tensor]]:
+        """``contiguous``, ``paged16``, ...; each one verified."""
+        q, k, v = self.q, self.k, self.v
+        calls = {"contiguous": sparse_call(q, k, v, self.mask) if sparse else dense_call(q, k, v)}
+        calls |= {f"paged{size}": self._call(size, self.mask_of_pages if sparse else None) for size in page_sizes}
+        for name, call in calls.items():
+            verify(f"{name}, {'sparse' if sparse else 'dense'}", call(), q, k, v, self.mask if sparse else None)
+        return calls
+
+    def _call(self, page_size: int, mask: bsfa.BlockMask | None) -> Callable[[], Tensor]:
+        length = self.k.shape[1]
+        table = torch.randperm(length // page_size, device=DEVICE)
+        k, v = (torch.empty_like(x).view(-1, page_size, *x.shape[2:]) for x in (self.k, self.v))
+        k[table] = self.k.view(k.shape)
+        v[table] = self.v.view(v.shape)
+        seqlens = torch.tensor([length], dtype=torch.int32, device=DEVICE)
+        where: dict[str, Any] = {"block_table": table.to(torch.int32)[None], "seqlens_k": seqlens}
+        return lambda: bsfa.block_sparse_attention(self.q, k, v, mask, max_seqlen_k=length, **where)[0]
+
+
 def paged() -> list[Row]:
     """Keys and values in pages in random order against the same in one piece; 64K."""
     length = 64 * K
-    q, k, v = random_inputs(length)
-    mask = random_mask(length, 0.10)
-    seqlens = torch.tensor([length], dtype=torch.int32, device=DEVICE)
-    any_policy = bsfa.policies.StaticPattern(block_m=BLOCK, block_n=BLOCK)
-    paged_shape = bsfa.select_blocks(q, None, any_policy, seqlens_k=seqlens, max_seqlen_k=length)
-    assert isinstance(paged_shape, bsfa.BlockMask)
-    spare = paged_shape.geometry.num_rows - mask.geometry.num_rows  # rows for lengths that the host does not know
-    kept = torch.nn.functional.pad(mask.to_rows(), (0, 0, 0, 0, 0, spare))
-    masks = {"dense": None, "sparse10": bsfa.BlockMask.from_rows(kept, paged_shape.geometry)}
-
-    def paged_call(page_size: int, mask: bsfa.BlockMask | None) -> Callable[[], Tensor]:
-        table = torch.randperm(length // page_size, device=DEVICE)
-        pages_of_k, pages_of_v = (torch.empty_like(x).view(-1, page_size, *x.shape[2:]) for x in (k, v))
-        pages_of_k[table] = k.view(pages_of_k.shape)
-        pages_of_v[table] = v.view(pages_of_v.shape)
-        where: dict[str, Any] = {"block_table": table.to(torch.int32)[None], "seqlens_k": seqlens}
-        return lambda: bsfa.block_sparse_attention(q, pages_of_k, pages_of_v, mask, max_seqlen_k=length, **where)[0]
-
+    inputs = PagedInputs.random(length, 0.10)
     rows = []
-    for kind, paged_mask in masks.items():
-        contiguous = dense_call(q, k, v) if paged_mask is None else sparse_call(q, k, v, mask)
-        calls = {"contiguous": contiguous, **{f"paged{size}": paged_call(size, paged_mask) for size in (16, 64, 128)}}
-        for name, call in calls.items():
-            verify(f"{name}, {kind}", call(), q, k, v, None if paged_mask is None else mask)
+    for kind in ("dense", "sparse10"):
+        calls = inputs.calls((16, 64, 128), sparse=kind != "dense")
         turns = take_turns(length, {name: [call] for name, call in calls.items()})
         for name in list(calls)[1:]:
             ratio = turns.ms[name] / turns.ms["contiguous"]
             peers = {"paged_ms": turns.ms[name], "contiguous_ms": turns.ms["contiguous"]}
             rows.append(turns.row(f"{name}.{kind}.x_contiguous", ratio, "ratio", **peers))
+    return rows
+
+
+def paged_sparse() -> list[Row]:
+    """The time of 10 % of the blocks over pages, where that of the best published kernel is known."""
+    rows = []
+    for kilo in (16, 128):
+        inputs = PagedInputs.random(kilo * K, 0.10)
+        calls = inputs.calls((16, 128), sparse=True)
+        turns = take_turns(kilo * K, {name: [call] for name, call in calls.items()}, dict.fromkeys(calls, 0.10))
+        peers = {"contiguous_ms": turns.ms["contiguous"], "density": float(inputs.mask.density())}
+        for name in list(calls)[1:]:
+            rows.append(turns.row(f"{name}.sparse10.{kilo}k.ms", turns.ms[name], "ms", **peers))
     return rows
 
 
@@ -389,7 +450,7 @@ def run() -> list[Row]:
     """All measurements of this suite."""
     torch.manual_seed(0)
     rows: list[Row] = []
-    for section in (dense, sparse, density_sweep, skew, paged, launch):
+    for section in (dense, sparse, density_sweep, skew, paged, paged_sparse, launch):
         started = time.monotonic()
         rows += section()
         print(f"{section.__name__}: {time.monotonic() - started:.0f} s", flush=True)
