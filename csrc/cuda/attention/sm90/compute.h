@@ -132,26 +132,34 @@ class Consumer {
       await_query();
       begin(first);
       float minus[2];
+      const bool half = sees_half(step);
       if (is_usual(step)) {
         // Never, at a tile's first step. But without this branch ptxas gives up uniform registers in the loop above: 48
         // R2UR instead of 16, and a tenth of the time.
         minus[0] = -rows_.base[0];
         minus[1] = -rows_.base[1];
       } else {
-        begin_rows(s, step, minus);
+        begin_rows(s, step, half, minus);
       }
       end_output();
+      const Destination to(shared_.tiles[finished_info]);
       const RowEnds ends(finished);
       const auto pair = [&](int i) { return ends.template pair<typename Config::Element>(o, i); };
       if constexpr (kPacked) {
+        using Element = typename Config::Element;
+        constexpr int kPairs = size(decltype(s){}) / 2;
         PackedOutputs<Config> pairs;
-        exponentials_packed<typename Config::Element>(s, p_.scale.scale_log2, minus, packed, rows_.sum,
-                                                      [&](int i) { pairs(i) = pair(i); });
-        store_pairs([&](int i) { return pairs(i); }, ends, finished_slot, finished_info);
+        const auto convert_pair = [&](int i) { pairs(i) = pair(i); };
+        if (half) {
+          exponentials_packed<Element, kPairs / 2>(s, p_.scale.scale_log2, minus, packed, rows_.sum, convert_pair);
+        } else {
+          exponentials_packed<Element, kPairs>(s, p_.scale.scale_log2, minus, packed, rows_.sum, convert_pair);
+        }
+        store_pairs([&](int i) { return pairs(i); }, ends, finished_slot, to);
       } else {
         exponentials(s, p_.scale.scale_log2, minus, rows_.sum);
         convert(s, probabilities);
-        store_pairs(pair, ends, finished_slot, finished_info);
+        store_pairs(pair, ends, finished_slot, to);
       }
     }
   }
@@ -252,7 +260,7 @@ class Consumer {
       const TileRow& tile = shared_.tiles[info_slot()].tile;
       const int first_row = warp_ * kStoreRows + lane_ / 4;
       if (step.flags & kDiagonal) {
-        mask_diagonal(s, first_row, part * Config::kScoreKeys);
+        mask_diagonal<0, kColumnTiles<Tensor>>(s, first_row, part * Config::kScoreKeys);
       } else if (step.flags & kMeans) {
         const Columns& columns = shared_.columns[step.flags >> kColumnsShift & kColumnsMask];
         weigh_means(s, tile, step.first_key, columns, part, first_row, p_.scale.inverse_scale_log2);
@@ -270,12 +278,30 @@ class Consumer {
     return true;
   }
 
+  // Of a tile's first step: whether its second half is hidden from all rows of this warpgroup, and not looked at.
+  __device__ bool sees_half(const Step& step) const {
+    return kPacked && (step.flags & kDiagonal) && warp_ < kConsumerWarps / kConsumers;
+  }
+
   // What of a tile's first step comes before its exponentials.
   template <class Tensor>
-  __device__ void begin_rows(Tensor& s, const Step& step, float (&minus)[2]) {
+  __device__ void begin_rows(Tensor& s, const Step& step, bool half, float (&minus)[2]) {
+    constexpr int kHalf = kColumnTiles<Tensor> / 2;
     prepare_scores(s);
-    mask(s, step, 0);
-    const float top[2] = {max_of_row(s, 0), max_of_row(s, 1)};
+    float top[2];
+    if (half) {
+      mask_diagonal<0, kHalf>(s, warp_ * kStoreRows + lane_ / 4, 0);
+      top[0] = max_of_row<false, kHalf>(s, 0);
+      top[1] = max_of_row<false, kHalf>(s, 1);
+    } else {
+      if (kPacked && (step.flags & kDiagonal)) {
+        mask_diagonal<kHalf, 2 * kHalf>(s, warp_ * kStoreRows + lane_ / 4, 0);  // rows that see the first half
+      } else {
+        mask(s, step, 0);
+      }
+      top[0] = max_of_row(s, 0);
+      top[1] = max_of_row(s, 1);
+    }
     float rescale[2];
     rows_complete_ = raise_any(top, rows_, rescale, minus, true, p_.scale.scale_log2);
   }
@@ -283,18 +309,19 @@ class Consumer {
   template <class Tensor>
   __device__ __forceinline__ void finish_tile(const Tensor& o, const SoftmaxRows& rows, int slot, int info) {
     const RowEnds ends(rows);
-    store_pairs([&](int i) { return ends.template pair<typename Config::Element>(o, i); }, ends, slot, info);
+    const auto pair = [&](int i) { return ends.template pair<typename Config::Element>(o, i); };
+    store_pairs(pair, ends, slot, Destination(shared_.tiles[info]));
   }
 
   template <class Pair>
-  __device__ __forceinline__ void store_pairs(const Pair& pair, const RowEnds& ends, int slot, int info) {
+  __device__ __forceinline__ void store_pairs(const Pair& pair, const RowEnds& ends, int slot, const Destination& to) {
     char* buffer;
     if constexpr (Config::kPool) {
       buffer = shared_.key[slot];
     } else {
       buffer = shared_.query[Config::kStaged ? slot : 0];
     }
-    store_tile<Config>(buffer, p_, shared_.tiles[info], warp_, ends, pair);
+    store_tile<Config>(buffer, p_, to, warp_, ends, pair);
     if (Config::kStaged) stored_slot_ = slot;
   }
 

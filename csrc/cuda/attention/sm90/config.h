@@ -139,7 +139,8 @@ struct Work {
 struct TileInfo {
   TileRow tile;
   int32_t head;
-  float cut;  // of kSkip
+  float cut;   // of kSkip
+  float* lse;  // of the tile's row 0; null: not wanted
 };
 
 // One KV block of one tile, from the key load warp to both consumers: both sides read one list. Or, in a step of means,

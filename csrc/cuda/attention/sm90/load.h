@@ -451,7 +451,7 @@ class KeyLoader : public Loader<Config, typename Config::Keys> {
     }
     char* target = await_query_slot();
     if (this->lane_ == 0) {
-      this->shared_.tiles[Config::kStaged ? query_.slot : info_.slot] = {tile, head, cut};
+      this->shared_.tiles[Config::kStaged ? query_.slot : info_.slot] = {tile, head, cut, lse_of(tile, head)};
       Mbarrier& full = this->shared_.query_full[query_.slot];
       full.arrive_expect(Config::Queries::kTileBytes);
       Base::load_box(this->p_.q, full, target, cute::TMA::CacheHintSm90::EVICT_FIRST, 0, tile.query_token, head,
@@ -459,6 +459,12 @@ class KeyLoader : public Loader<Config, typename Config::Keys> {
     }
     query_.advance();
     info_.advance();
+  }
+
+  __device__ float* lse_of(const TileRow& tile, int32_t head) const {
+    const KernelParams& p = this->p_;
+    if (p.lse == nullptr) return nullptr;
+    return p.lse + (tile.query_batch * p.lse_batch_stride + head * p.lse_head_stride + tile.query_token);
   }
 
   __device__ uint32_t flags_of(const TileRow& tile, const Block& block, bool first, bool last) const {

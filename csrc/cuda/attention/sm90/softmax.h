@@ -65,19 +65,19 @@ __device__ __forceinline__ void mask_scores(Tensor& s, const TileRow& tile, int3
 }
 
 // What mask_scores does where causality alone masks, and row i of the tile sees the block's first i + 1 keys: one
-// comparison serves two rows, of which the second sees 8 keys more. `first_column`: of the scores, in the block.
-template <class Tensor>
+// comparison serves two rows, of which the second sees 8 keys more. `first_column`: of the scores, in the block. Only
+// column tiles [kBegin, kEnd) are looked at.
+template <int kBegin, int kEnd, class Tensor>
 __device__ __forceinline__ void mask_diagonal(Tensor& s, int first_row, int first_column) {
-  constexpr int kTiles = kColumnTiles<Tensor>;
   const int last = first_row - first_column - 2 * static_cast<int>(threadIdx.x % 4);
 #pragma unroll
-  for (int j = 0; j <= kTiles; ++j) {
+  for (int j = kBegin; j <= kEnd; ++j) {
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
       const bool hidden = 8 * (j - 1) + c > last;
       const auto hide = [&](int i) { s(i) = hidden ? -INFINITY : s(i); };
-      if (j > 0) hide(4 * (j - 1) + c);
-      if (j < kTiles) hide(4 * j + 2 + c);
+      if (j > kBegin) hide(4 * (j - 1) + c);
+      if (j < kEnd) hide(4 * j + 2 + c);
     }
   }
 }
@@ -147,13 +147,13 @@ __device__ __forceinline__ void weigh_means(Tensor& s, const TileRow& tile, int3
   }
 }
 
-// kNan: NaN if one of them is; else NaN is passed over.
-template <bool kNan = false, class Tensor>
+// Of the first kTiles column tiles; 0: of all. kNan: NaN if one of them is; else NaN is passed over.
+template <bool kNan = false, int kTiles = 0, class Tensor>
 __device__ __forceinline__ float max_of_row(const Tensor& s, int r) {
   const auto larger = [](float a, float b) { return kNan ? max_or_nan(a, b) : fmaxf(a, b); };
   float tops[4];
 #pragma unroll
-  for (int j = 0; j < kColumnTiles<Tensor>; ++j) {
+  for (int j = 0; j < (kTiles > 0 ? kTiles : kColumnTiles<Tensor>); ++j) {
     const float pair = larger(s(4 * j + 2 * r), s(4 * j + 2 * r + 1));
     tops[j % 4] = j < 4 ? pair : larger(tops[j % 4], pair);
   }
@@ -255,13 +255,18 @@ __device__ __forceinline__ void add_exponentials(Tensor& s, SoftmaxRows& rows, f
 }
 
 // 2^(scale * s + minus) as pairs of 16 bits, and the rows' sums. `beside(i)` is called with each pair: instructions
-// that are issued while an exponential is made cost nothing.
-template <class Element, class Tensor, class Packed, class Beside>
+// that are issued while an exponential is made cost nothing. Pairs from kCount on are 0, whatever the scores.
+template <class Element, int kCount, class Tensor, class Packed, class Beside>
 __device__ __forceinline__ void exponentials_packed(const Tensor& s, float scale, const float (&minus)[2],
                                                     Packed& packed, float (&sum)[2], const Beside& beside) {
   sum[0] = sum[1] = 0.0f;
 #pragma unroll
   for (int i = 0; i < cute::size(s) / 2; ++i) {
+    if (i >= kCount) {
+      packed(i) = 0;
+      beside(i);
+      continue;
+    }
     const float a = exp2f(s(2 * i) * scale + minus[i % 2]), b = exp2f(s(2 * i + 1) * scale + minus[i % 2]);
     sum[i % 2] += a;
     sum[i % 2] += b;
@@ -275,7 +280,7 @@ template <class Element, class Tensor, class Packed>
 __device__ __forceinline__ void exponentials_packed(const Tensor& s, const SoftmaxRows& rows, float scale,
                                                     Packed& packed, float (&sum)[2]) {
   const float minus[2] = {-rows.base[0], -rows.base[1]};
-  exponentials_packed<Element>(s, scale, minus, packed, sum, [](int) {});
+  exponentials_packed<Element, cute::size(Tensor{}) / 2>(s, scale, minus, packed, sum, [](int) {});
 }
 
 // Moves what was packed while a product was under way to where the next one reads it. blockIdx.y is 0, which the

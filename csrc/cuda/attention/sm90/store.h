@@ -16,11 +16,31 @@ __device__ __forceinline__ void store_matrices(uint32_t address, uint32_t a, uin
                : "memory");
 }
 
+// kStoreRows rows of one piece, from shared memory to `out`.
+__device__ __forceinline__ void store_box(const CUtensorMap& out, uint32_t address, int32_t piece, int32_t token,
+                                          int32_t head, int32_t batch) {
+  asm volatile("cp.async.bulk.tensor.5d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];" ::"l"(&out),
+               "r"(address), "r"(0), "r"(token), "r"(piece), "r"(head), "r"(batch)
+               : "memory");
+}
+
 // The lane's number, not to be known outside: what follows from it would be kept in registers through the loops around.
-__device__ __forceinline__ int lane_here() {
-  int lane = threadIdx.x % 32;
+__device__ __forceinline__ uint32_t lane_here() {
+  uint32_t lane = threadIdx.x % 32;
   asm volatile("" : "+r"(lane));
   return lane;
+}
+
+// A store without a branch, behind which ptxas would serialise the products in the loops around (C7520).
+__device__ __forceinline__ void store_if(bool wanted, float* address, float value) {
+  asm volatile(
+      "{\n"
+      ".reg .pred wanted;\n"
+      "setp.ne.s32 wanted, %0, 0;\n"
+      "@wanted st.global.f32 [%1], %2;\n"
+      "}\n" ::"r"(static_cast<int>(wanted)),
+      "l"(address), "f"(value)
+      : "memory");
 }
 
 // What this thread's two rows of O are multiplied by in the end, and their lse.
@@ -48,57 +68,73 @@ struct RowEnds {
 template <class Config>
 using PackedOutputs = decltype(cute::make_tensor<uint32_t>(cute::Int<Config::Outputs::kDim / 4>{}));
 
+// Where a finished tile goes, read from shared memory some time before it does.
+struct Destination {
+  int32_t token, batch, head;
+  int32_t row_begin, row_end;  // of the tile's rows, those that are stored
+  float* lse;
+
+  __device__ __forceinline__ explicit Destination(const TileInfo& info)
+      : token(info.tile.query_token),
+        batch(info.tile.query_batch),
+        head(info.head),
+        row_begin(info.tile.row_begin),
+        row_end(info.tile.row_end),
+        lse(info.lse) {}
+};
+
+// What all lanes have alike, in a uniform register: a reduction writes one, and TMA's operands are such.
+__device__ __forceinline__ int32_t uniform(int32_t x) { return __reduce_or_sync(kAllLanes, x); }
+
 // `buffer`, of kStaged: the tile's query slot, whose queries are done with. TMA may still read it when this returns.
 // pair(i): as of RowEnds.
 template <class Config, class Pair>
-__device__ __forceinline__ void store_tile(char* buffer, const KernelParams& p, const TileInfo& info, int warp,
+__device__ __forceinline__ void store_tile(char* buffer, const KernelParams& p, const Destination& to, int warp,
                                            const RowEnds& ends, const Pair& pair) {
   using Element = typename Config::Element;
   using Outputs = typename Config::Outputs;
   constexpr int kColumnTiles = Outputs::kDim / 8;
-  const int lane = lane_here();
+  const uint32_t lane = lane_here();
   const int first_row = warp * kStoreRows;
-  const TileRow& tile = info.tile;
-  const int32_t head = info.head, batch = tile.query_batch, token = tile.query_token + first_row;
 
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const int row = first_row + lane / 4 + 8 * r;
-    if (p.lse != nullptr && lane % 4 == 0 && row >= tile.row_begin && row < tile.row_end) {
-      p.lse[batch * p.lse_batch_stride + head * p.lse_head_stride + tile.query_token + row] = ends.lse[r];
-    }
-  }
+  // The first two lanes of each quad have a row each.
+  const int lse_row = first_row + static_cast<int>(lane / 4 + 8 * (lane % 4));
+  const bool has_lse = lane % 4 < 2 && to.lse != nullptr && lse_row >= to.row_begin && lse_row < to.row_end;
+  store_if(has_lse, to.lse + lse_row, lane % 4 == 0 ? ends.lse[0] : ends.lse[1]);
   if constexpr (Config::kStaged) {
     // All lanes alike: the shuffle tells the compiler, which else gives up uniform registers in loops around this.
-    const bool whole = p.store_by_tma && first_row >= tile.row_begin && first_row + kStoreRows <= tile.row_end;
+    const bool whole = p.store_by_tma && first_row >= to.row_begin && first_row + kStoreRows <= to.row_end;
     if (__shfl_sync(kAllLanes, whole, 0)) {
       constexpr int kRowBytes = kBoxColumns * 2;
       char* first = buffer + first_row * kRowBytes;
+      const uint32_t address = uniform(shared_address(first));
+      const int32_t token = uniform(to.token + first_row);
+      const int32_t head = uniform(to.head), batch = uniform(to.batch);
       // Lane i addresses rows 0-7 or 8-15 (i / 8 % 2) of column tiles j or j + 1 (i / 16), 16 bytes each, swizzled.
-      const int row = lane % 16;
+      const uint32_t own = address + lane % 16 * kRowBytes + (lane / 16 ^ lane % 8) * 16;
 #pragma unroll
       for (int j = 0; j < kColumnTiles; j += 2) {
-        const int piece = j / 8, chunk = (j % 8 + lane / 16) ^ (row % 8);
-        store_matrices(shared_address(first + piece * Outputs::kBoxBytes + row * kRowBytes + chunk * 16), pair(2 * j),
-                       pair(2 * j + 1), pair(2 * j + 2), pair(2 * j + 3));
+        store_matrices((own ^ j % 8 * 16) + j / 8 * Outputs::kBoxBytes, pair(2 * j), pair(2 * j + 1), pair(2 * j + 2),
+                       pair(2 * j + 3));
       }
       fence_async_proxy();
       __syncwarp();
       if (lane == 0) {
+#pragma unroll
         for (int piece = 0; piece < Outputs::kPieces; ++piece) {
-          cute::SM90_TMA_STORE_5D::copy(&p.out, first + piece * Outputs::kBoxBytes, 0, token, piece, head, batch);
+          store_box(p.out, address + piece * Outputs::kBoxBytes, piece, token, head, batch);
         }
         cute::tma_store_arrive();
       }
       return;
     }
   }
-  auto* out = static_cast<Element*>(p.out_data) + batch * p.out_batch_stride + head * p.out_head_stride;
+  auto* out = static_cast<Element*>(p.out_data) + to.batch * p.out_batch_stride + to.head * p.out_head_stride;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const int row = first_row + lane / 4 + 8 * r;
-    if (row < tile.row_begin || row >= tile.row_end) continue;
-    Element* target = out + (tile.query_token + row) * p.out_token_stride + 2 * (lane % 4);
+    const int row = first_row + static_cast<int>(lane / 4) + 8 * r;
+    if (row < to.row_begin || row >= to.row_end) continue;
+    Element* target = out + (to.token + row) * p.out_token_stride + 2 * (lane % 4);
 #pragma unroll
     for (int j = 0; j < kColumnTiles; ++j) {
       const uint32_t both = pair(2 * j + r);
