@@ -185,9 +185,12 @@ def repeated(calls: Sequence[Callable[[], object]], launches: int, **how: Any) -
 
 
 def take_turns(
-    length: int, peers: Mapping[str, Sequence[Callable[[], object]]], shares: Mapping[str, float] | None = None
+    length: int,
+    peers: Mapping[str, Sequence[Callable[[], object]]],
+    shares: Mapping[str, float] | None = None,
+    in_cycles: bool = False,
 ) -> Turns:
-    """Time peers, each given as calls over its buffers, at ``length`` tokens.
+    """Time peers, each given as calls over its buffers, at ``length`` tokens; count their cycles as well.
 
     shares: what a call of a peer takes of the longest one's time, where that is much less: it is then called as many
     times more in its turn. A short piece of work right after a long one would be timed at the clock that the long one
@@ -196,28 +199,13 @@ def take_turns(
     launches = min(max(64 * K // length, 1), 40)
     long = length >= 128 * K
     share = shares or {}
-    works = {name: repeated(calls, max(round(launches / share.get(name, 1.0)), 1)) for name, calls in peers.items()}
-    timings, clock = interleaved(works, rounds=10 if long else 15, warmup=1 if long else 3)
-    return Turns({name: t.us / 1e3 for name, t in timings.items()}, min(t.n for t in timings.values()), clock)
-
-
-def settled_turns(length: int, dense: Callable[[], object], sparse: Callable[[], object], share: float) -> Turns:
-    """Time dense attention and a sparse call, which takes about ``share`` of its time, each at its own clock.
-
-    Nothing else takes turns with them. Turns are as long as a dense call of 64K tokens at least, and begin with as much
-    of the same, untimed, where they are not longer anyway. Cycles are counted as well.
-    """
-    launches = max((64 * K // length) ** 2, 1)
-    long = length >= 128 * K
-    how = {"lead": 0 if long else 1, "in_cycles": True}
     works = {
-        "dense": repeated([dense], launches, **how),
-        "sparse": repeated([sparse], max(round(launches / max(share, MIN_SHARE)), 1), **how),
+        name: repeated(calls, max(round(launches / share.get(name, 1.0)), 1), in_cycles=in_cycles)
+        for name, calls in peers.items()
     }
-    timings, clock = interleaved(works, rounds=10 if long else 15, warmup=1)
+    timings, clock = interleaved(works, rounds=10 if long else 15, warmup=1 if long else 3)
     cycles = {name: t.cycles for name, t in timings.items() if t.cycles is not None}
-    ms = {name: t.us / 1e3 for name, t in timings.items()}
-    return Turns(ms, min(t.n for t in timings.values()), clock, cycles)
+    return Turns({name: t.us / 1e3 for name, t in timings.items()}, min(t.n for t in timings.values()), clock, cycles)
 
 
 def tflops(length: int, dim: int, ms: float) -> float:
@@ -291,7 +279,8 @@ def density_sweep() -> list[Row]:
 def sparse_rows(name: str, length: int, percents: Sequence[int], with_flex: bool) -> list[Row]:
     """For each percentage of blocks, which goes into ``name``: efficiency, and ms.
 
-    Each mask takes turns with dense attention alone. flex_attention, which draws less power, has turns of its own.
+    Each mask takes turns with dense attention alone: what draws less power, like flex_attention, leaves whoever comes
+    next a higher clock. Peer ``in_cycles`` is the efficiency in cycles instead of time.
     """
     inputs = random_inputs(length)
     masks = {percent: random_mask(length, percent / 100) for percent in percents}
@@ -300,7 +289,8 @@ def sparse_rows(name: str, length: int, percents: Sequence[int], with_flex: bool
     for percent, mask in masks.items():
         call = sparse_call(*inputs, mask)
         verify(f"{percent} % of the blocks, {length} tokens", call(), *inputs, mask)
-        turns = settled_turns(length, dense_call(*inputs), call, percent / 100)
+        peers_of = {"dense": [dense_call(*inputs)], "sparse": [call]}
+        turns = take_turns(length, peers_of, {"sparse": max(percent / 100, MIN_SHARE)}, in_cycles=True)
         ms, density = turns.ms, float(mask.density())
         peers = {"dense_ms": ms["dense"], "density": density}
         if percent in flex_ms:

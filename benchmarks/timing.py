@@ -28,8 +28,6 @@ class Work:
 
     It is timed as a replayed CUDA graph, so that gaps between launches on the host do not count, unless ``eager``.
     ``samples``: how often it is timed in a turn, for short work beside peers that can afford few turns.
-    ``lead``: how often it runs before that in a turn, untimed, so that it is timed at its own clock, not at the one
-    that the peer before has left.
     ``in_cycles``: cycles are counted as well.
     """
 
@@ -37,7 +35,6 @@ class Work:
     launches: int = 1
     eager: bool = False
     samples: int = 1
-    lead: int = 0
     in_cycles: bool = False
 
 
@@ -140,8 +137,6 @@ def interleaved(peers: Mapping[str, Work], rounds: int = 15, warmup: int = 3) ->
     with ClockSampler() as clock:
         for i in range(rounds):
             for name, replay in list(replays.items())[:: 1 if i % 2 == 0 else -1]:
-                for _ in range(peers[name].lead):
-                    replay()
                 for _ in range(peers[name].samples):
                     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                     stamps = [_stamp()] if name in counted else []

@@ -13,6 +13,8 @@
 namespace bsfa::cuda {
 namespace {
 
+constexpr int kSortedPairs = 16;  // of a CTA, at the end of natural order
+
 using attn::sm90::KernelParams;
 using attn::sm90::kGroupRows;
 using attn::sm90::kStoreRows;
@@ -114,16 +116,18 @@ int ctas_of_sm(const AttentionParams& params) {
   return attn::sm90::ctas_per_sm(params.problem.head_dim, work_of(params));
 }
 
-Tiling tiling_of(const AttentionParams& params) {
+Tiling tiling_of(const AttentionParams& params, int workers) {
   const Problem& p = params.problem;
   Tiling tiling{p, params.num_rows, p.num_q_heads, p.num_q_heads / p.num_kv_heads, params.window_left, params.words};
   tiling.counts = params.window_left < 0 ? params.counts : nullptr;
   tiling.mask_heads = params.mask_heads;
   tiling.num_words = params.num_words;
   tiling.taken_late = true;
-  // Shorter tiles count as long where CTAs share an SM, since a tile takes longer there, and where there is a mask: then
-  // the last tiles of the natural order are not the short ones.
-  if (ctas_of_sm(params) > 1 || params.words != nullptr) tiling.long_share *= 4;
+  // A mask, in which the last tiles of natural order need not be short ones, has these sorted. That leaves as much as
+  // possible in natural order, where the keys at work are few enough for L2. Where it makes no difference, or CTAs share
+  // an SM and a tile takes longer, shorter tiles count as long instead.
+  if (params.words != nullptr && !keeps_in_step(tiling)) tiling.sorted_end = kSortedPairs * workers;
+  if (tiling.sorted_end == 0 || ctas_of_sm(params) > 1) tiling.long_share *= 4;
   return tiling;
 }
 
@@ -198,7 +202,7 @@ cudaError_t prepare_attention(const AttentionParams& params, AttentionCall* prep
   if (error != cudaSuccess) return error;
   c.workers *= ctas_of_sm(params);
   c.ctas = static_cast<int>(std::min<int64_t>(c.workers, pairs));
-  c.tiling = tiling_of(params);
+  c.tiling = tiling_of(params, c.workers);
   c.order = order_of(c.tiling, c.workers);
   KernelParams& k = c.k;
   // An order that is known without the device, of tiles so few that they can be dealt out beforehand.
@@ -212,7 +216,7 @@ cudaError_t prepare_attention(const AttentionParams& params, AttentionCall* prep
     c.tiling.first = k.known.total;
   }
   c.workspace_bytes = dealt ? 0 : Workspace::bytes(params.num_rows, p.num_q_heads);
-  if (keeps_in_step(c.tiling)) k.counted_rows = static_cast<int32_t>(params.num_rows);
+  k.num_rows = static_cast<int32_t>(params.num_rows);
   k.words = params.words;
   k.num_words = params.num_words;
   k.mask_heads = params.mask_heads;

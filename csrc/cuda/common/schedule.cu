@@ -6,10 +6,12 @@
 // order    one CTA. Natural order runs through one KV head's rows, last tile first, the group's query heads side by
 //          side, before the next KV head's: tiles at work together then read the same keys, from L2. Only tiles so long
 //          that they could keep one CTA busy when the others are done (more than 1 / long_share of a CTA's share of all
-//          work) leave that order and go first, in logarithmic buckets of their length, longest first.
+//          work) leave that order and go first, in logarithmic buckets of their length, longest first. The pairs at
+//          its end are sorted likewise, and stay there (sorted_end): by itself it ends with the short tiles of a few
+//          heads, which need not be short if a mask keeps more in these.
 //          Each warp owns one contiguous piece: count, scan, scatter. Stable, so the same inputs give the same order.
 //          Of at most kFewPairs pairs it makes the rows and counts too: a kernel less in the way of a short call.
-//          Pairs that workers begin with (first_pairs) come before all others, unsorted.
+//          Of these, those that workers begin with (first_pairs) come before all others, unsorted.
 // level    where the keys of one KV head outgrow L2: sorts that order by length in windows. CTAs that work on pairs of
 //          one length side by side walk the same keys at the same time, from L2. Windows are of two pairs a CTA where
 //          each takes its next pair only when its tile is nearly done (taken_late): who is first done with one of the
@@ -44,7 +46,9 @@ constexpr int kKnownThreads = 256;
 constexpr int kFewPairs = 4096;  // that one CTA counts
 constexpr int kFewOfThread = kFewPairs / kOrderThreads;
 constexpr int kFewRows = kOrderThreads;                // and of how many rows and sequences: one thread each
-constexpr int kBuckets = (32 - kSubBits) << kSubBits;  // of any count that fits in 31 bits
+constexpr int kLengths = (32 - kSubBits) << kSubBits;  // buckets of any count that fits in 31 bits
+constexpr int kNatural = kLengths;                     // after those of long tiles, before those of the end
+constexpr int kBuckets = 2 * kLengths + 1;
 
 static_assert(kBuckets <= kOrderThreads, "one thread per bucket in the scan");
 
@@ -53,7 +57,7 @@ __device__ int bucket_of(int32_t count) {
   const int32_t cost = max(count, 1) << kSubBits;
   const int octave = 31 - __clz(cost);
   const int sub = (cost >> (octave - kSubBits)) & ((1 << kSubBits) - 1);
-  return kBuckets - 1 - (((octave - kSubBits) << kSubBits) | sub);
+  return kLengths - 1 - (((octave - kSubBits) << kSubBits) | sub);
 }
 
 // The row belongs to no sequence: `threads` threads zero what of it nobody else will write.
@@ -205,7 +209,6 @@ __global__ void __launch_bounds__(kOrderThreads)
   __syncthreads();
   // Where few tiles lie is known without a look at memory if all sequences are alike; count_few waits later then.
   if (!kFew || !all_alike(tiling.problem)) cudaGridDependencySynchronize();
-  if (!kFew && tiling.first > 0) cudaTriggerProgrammaticLaunchCompletion();
   if constexpr (kFew) count_few(tiling, natural, workspace, each, pairs, counts, scratch);
   const auto count_at = [&](int32_t i, int j) { return kFew ? counts[j] : workspace.counts[i]; };
   uint64_t work = 0;
@@ -214,11 +217,13 @@ __global__ void __launch_bounds__(kOrderThreads)
   if (lane == 0) atomicAdd(&all_work, static_cast<unsigned long long>(work));
   __syncthreads();
   const uint64_t of_all = all_work;
+  const int32_t end_of_natural = total - tiling.sorted_end;
   // Lanes with the same bucket find each other; the first of them counts for all.
   const auto bucket_at = [&](int32_t i, int j) {
     const int32_t count = i >= tiling.first && i < end ? count_at(i, j) : -1;
     if (count < 0) return -1;
-    return uint64_t{static_cast<uint32_t>(count)} * shares > of_all ? bucket_of(count) : kBuckets - 1;
+    if (uint64_t{static_cast<uint32_t>(count)} * shares > of_all) return bucket_of(count);
+    return i < end_of_natural ? kNatural : kNatural + 1 + bucket_of(count);
   };
   each_of(true, [&](int32_t i, int j) {
     const int bucket = bucket_at(i, j);
@@ -302,6 +307,13 @@ __global__ void __launch_bounds__(kWindow)
   if (i < size) workspace.order[begin + i] = pairs[static_cast<uint32_t>(keys[i])];
 }
 
+// Whether one CTA counts them.
+bool are_few(const Tiling& tiling) {
+  const bool counts_known = tiling.words == nullptr || tiling.counts != nullptr;
+  return counts_known && tiling.num_rows <= kFewRows && tiling.problem.batch <= kFewRows &&
+         tiling.num_rows * tiling.heads <= kFewPairs;
+}
+
 // Whether the host knows where all rows lie.
 bool knows_lengths(const Tiling& tiling) {
   const Problem& problem = tiling.problem;
@@ -341,8 +353,9 @@ KnownOrder order_of(const Tiling& tiling, int workers) {
 
 KnownOrder first_pairs(const Tiling& tiling, int workers) {
   const Problem& problem = tiling.problem;
-  // The order takes a few microseconds: what follows it has to be short, and more than a tile for each worker.
-  if (!knows_lengths(tiling) || keeps_in_step(tiling) || tiling.num_rows * tiling.heads < 4 * workers) return {};
+  // What it saves is worth it where there are few, but more than a tile for each worker.
+  const bool worth_it = are_few(tiling) && tiling.num_rows * tiling.heads >= 4 * workers;
+  if (!worth_it || !knows_lengths(tiling) || keeps_in_step(tiling)) return {};
   KnownOrder order = natural_order(problem, tiling.heads, tiling.group);
   order.total = workers;
   return order;
@@ -366,9 +379,8 @@ cudaError_t make_order(const Tiling& tiling, const KnownOrder& known, const Work
   const auto rows = static_cast<int32_t>(tiling.num_rows);
   const NaturalOrder natural(tiling);
   const auto shares = static_cast<uint32_t>(workers * tiling.long_share);
-  const bool counts_known = tiling.words == nullptr || tiling.counts != nullptr;
   cudaError_t ordered;
-  if (counts_known && rows <= kFewRows && tiling.problem.batch <= kFewRows && rows * tiling.heads <= kFewPairs) {
+  if (are_few(tiling)) {
     ordered = launch_early(order_kernel<true>, 1, kOrderThreads, 0, stream, tiling, natural, workspace, shares);
   } else {
     count_kernel<<<static_cast<unsigned>(rows), kCountThreads, 0, stream>>>(tiling, workspace);

@@ -37,7 +37,9 @@ struct Tiling {
   int32_t unused_row_counts = 0;
   // Tiles longer than 1 / long_share of a worker's share of all blocks leave natural order and go first.
   int32_t long_share = 16;
-  // Workers take their next pair when their tile is nearly done, if the order keeps them in step.
+  // So many pairs at the end of natural order are sorted by length: then what workers end with is short.
+  int32_t sorted_end = 0;
+  // Workers take their next pair when their tile is nearly done.
   bool taken_late = false;
   // So many pairs of natural order come first, whatever their length: workers begin with them (first_pairs).
   int32_t first = 0;
@@ -114,8 +116,8 @@ struct Workspace {
 // The order of this work where it is a formula, else one without pairs. `workers`: as for make_order.
 KnownOrder order_of(const Tiling& tiling, int workers);
 
-// Pairs that workers can begin with before the order is made: one each, the first of natural order, where the host knows
-// all lengths; else none. For Tiling::first, if asked with it.
+// Pairs that workers can begin with before the order is made, the first of natural order, one each; none where the host
+// does not know all lengths, and where an order would not be waited for long. Their number goes into Tiling::first.
 KnownOrder first_pairs(const Tiling& tiling, int workers);
 
 // Whether the order keeps workers in step (`level` in schedule.cu).

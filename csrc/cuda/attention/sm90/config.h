@@ -22,8 +22,7 @@ constexpr int kConsumerWarps = kConsumers * 4;
 constexpr int kStoreRows = 16;  // rows that one warp owns, and stores at once
 constexpr int kGroupRows = 8;   // of a swizzle atom
 
-constexpr int kLateSteps = 4;   // of a tile, when the next one is taken if that is to be late
-constexpr int kWorkSlots = 3;   // tiles that the scheduler warp is ahead of the slower load warp
+constexpr int kLateSteps = 4;   // left of a tile when the next one is taken
 constexpr int kMaskChunk = 32;  // mask words that a warp holds at once, one per lane
 
 // What a kernel does beside attention over kept blocks: nothing; skipping of steps whose scores are all low (skip.h);
@@ -127,7 +126,7 @@ struct Config {
 struct Work {
   TileRow tile;
   int32_t head;         // -1: no more work
-  int32_t early_steps;  // blocks before the next tile is taken; 0: at once
+  int32_t early_steps;  // blocks before the next tile is taken; 0: it is when this one begins
   BlockRange range;
   const int32_t* words;        // the mask's row of this tile and head; null: dense
   float cut;                   // of kSkip: in units of the scores
@@ -204,7 +203,7 @@ struct SharedStorage : std::conditional_t<Config::kPool, NoQueryTiles, QueryTile
   alignas(1024) char key[kKeyTiles][Config::Keys::kTileBytes];  // kPool: and queries, and outputs
   alignas(1024) char value[Config::kValueSlots][Config::Values::kTileBytes];
   std::conditional_t<Config::kTokens, TokenStorage<Config>, NoTokenStorage> tokens;
-  Mbarrier work_full[kWorkSlots], work_empty[kWorkSlots];
+  Mbarrier work_full, work_empty;
   Mbarrier query_full[Config::kQuerySlots];
   Mbarrier query_empty[Config::kQuerySlots];  // not of kPool, where key_empty stands for all slots
   Mbarrier full[Config::kKeySlots];           // of a step: its K and the V of the step before have arrived
@@ -215,7 +214,7 @@ struct SharedStorage : std::conditional_t<Config::kPool, NoQueryTiles, QueryTile
   // more than K has is enough.
   Columns columns[Config::kKeySlots + 1];
   TileInfo tiles[Config::kInfoSlots];
-  Work work[kWorkSlots];
+  Work work;
   std::conditional_t<Config::kSkip, SkipStorage<Config>, NoSkipStorage> skip;
 };
 
@@ -239,7 +238,7 @@ struct KernelParams {
   bool has_means;
   Workspace workspace;   // without a queue: the order is `known`, and each CTA has at most two tiles
   KnownOrder known;      // else of the pairs that the CTAs begin with, or without any
-  int32_t counted_rows;  // of the workspace's counts; 0: tiles are taken as early as can be (keeps_in_step)
+  int32_t num_rows;      // of the workspace's counts
   const int32_t* words;  // null: dense
   int64_t num_words;     // of a row and head
   int32_t mask_heads;

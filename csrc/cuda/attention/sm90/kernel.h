@@ -31,10 +31,8 @@ __global__ void __launch_bounds__(kThreads, Config::kCtas) attention_kernel(cons
   auto& shared = *reinterpret_cast<SharedStorage<Config>*>(memory);
   const int warp = __shfl_sync(kAllLanes, threadIdx.x / 32, 0);
   if (threadIdx.x == 0) {
-    for (int i = 0; i < kWorkSlots; ++i) {
-      shared.work_full[i].init(1);
-      shared.work_empty[i].init(2);
-    }
+    shared.work_full.init(1);
+    shared.work_empty.init(2);
     for (Mbarrier& full : shared.query_full) full.init(1);
     for (Mbarrier& full : shared.full) full.init(2);
     for (Mbarrier& empty : shared.query_empty) empty.init(kConsumerWarps);

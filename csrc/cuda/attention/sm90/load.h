@@ -8,40 +8,26 @@
 
 namespace bsfa::cuda::attn::sm90 {
 
-// Takes pairs from the queue ahead of the load warps, so that none of these reads is waited for: some tiles, or if need
-// be (keeps_in_step) some steps. Where the pair that it begins with is known, the kernel that makes the order is waited
-// for after that; what that kernel has waited for before this one was launched, the mask too, may be read at once.
+// Takes pairs from the queue, each when the load warps are nearly done with the one before: what is taken sooner binds
+// a CTA that may be behind, and in the end the others wait for it. The steps that are left, and those that the load
+// warps are ahead of the consumers, are time enough for what is read here. Where the pair that it begins with is known,
+// the kernel that makes the order is waited for after that; what that kernel has waited for before this one was
+// launched, the mask too, may be read at once.
 template <class Config>
 __device__ void schedule(SharedStorage<Config>& shared, const KernelParams& p) {
   const int lane = threadIdx.x % 32;
   const Workspace& workspace = p.workspace;
   const bool dealt = workspace.queue == nullptr;  // all is known
-  const bool late = p.counted_rows > 0;
   int32_t total = p.known.total;
   const auto await_order = [&] {
     cudaGridDependencySynchronize();
     total = workspace.queue->total;
   };
   if (!dealt && total == 0) await_order();  // everything else in this kernel waits for this warp's work
-  const auto take = [&] { return lane == 0 ? gridDim.x + atomicAdd(&workspace.queue->next, 1) : 0; };
-  RingPosition<kWorkSlots> slot;
-  for (int32_t index = blockIdx.x;;) {
-    Work& work = shared.work[slot.slot];
-    if (!late) shared.work_empty[slot.slot].wait(slot.parity ^ 1);
-    if (index >= total) {
-      if (lane == 0) {
-        work.head = -1;
-        shared.work_full[slot.slot].arrive();
-      }
-      return;
-    }
+  Work& work = shared.work;
+  uint32_t parity = 0;
+  for (int32_t index = blockIdx.x; index < total; parity ^= 1) {
     const bool known = index < p.known.total;
-    int32_t next = 0;
-    if (dealt) {
-      next = p.known.dealt_after(index, gridDim.x);
-    } else if (!late && !known) {
-      next = take();
-    }
     const Pair pair = known ? p.known.pair(index) : workspace.order[index];
     const TileRow tile = known ? tile_row(p.known, pair.row) : workspace.rows[pair.row];
     const BlockRange range = visible_range(tile, p.causal, p.window_left);
@@ -61,22 +47,26 @@ __device__ void schedule(SharedStorage<Config>& shared, const KernelParams& p) {
     if (lane == 0) {
       work.tile = tile;
       work.head = pair.head;
-      const int64_t place = late ? natural_index(pair, p.counted_rows, p.heads_per_kv_head) : 0;
-      work.early_steps = late ? max(workspace.counts[place] - kLateSteps, 0) : 0;
+      const int32_t steps =
+          known ? 0 : workspace.counts[natural_index(pair, p.num_rows, p.heads_per_kv_head)] - kLateSteps;
+      work.early_steps = max(steps, 0);
       work.range = range;
       work.words = words;
     }
     __syncwarp();
-    if (lane == 0) shared.work_full[slot.slot].arrive();
-    if (late) {  // both load warps are nearly done with this tile
-      shared.work_empty[slot.slot].wait(slot.parity);
-      next = take();
-    } else if (known && !dealt) {
-      await_order();
-      next = take();
+    if (lane == 0) shared.work_full.arrive();
+    shared.work_empty.wait(parity);
+    if (dealt) {
+      index = p.known.dealt_after(index, gridDim.x);
+      continue;
     }
+    if (known) await_order();
+    const int32_t next = lane == 0 ? gridDim.x + atomicAdd(&workspace.queue->next, 1) : 0;
     index = __shfl_sync(kAllLanes, next, 0);
-    slot.advance();
+  }
+  if (lane == 0) {
+    work.head = -1;
+    shared.work_full.arrive();
   }
 }
 
@@ -96,10 +86,9 @@ class Loader {
   template <class Begin, class Load, class LoadUnmasked, class LoadMeans>
   __device__ void for_each_step(const Begin& begin, const Load& load, const LoadUnmasked& load_unmasked,
                                 const LoadMeans& load_means) {
-    RingPosition<kWorkSlots> slot;
-    for (;; slot.advance()) {
-      const Work& work = shared_.work[slot.slot];
-      shared_.work_full[slot.slot].wait(slot.parity);
+    const Work& work = shared_.work;
+    for (uint32_t parity = 0;; parity ^= 1) {
+      shared_.work_full.wait(parity);
       const int32_t head = work.head;
       if (head < 0) return;
       const TileRow tile = work.tile;
@@ -122,7 +111,7 @@ class Loader {
       const bool adds_means = corrected > 0 && walk_means(word).next(&columns) >= 0;
       const auto next_tile = [&] {
         __syncwarp();
-        if (lane_ == 0) shared_.work_empty[slot.slot].arrive();
+        if (lane_ == 0) shared_.work_empty.arrive();
       };
       if (early_steps == 0) next_tile();
 
