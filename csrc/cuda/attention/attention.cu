@@ -13,7 +13,7 @@
 namespace bsfa::cuda {
 namespace {
 
-constexpr int kSortedPairs = 16;  // of a CTA, at the end of natural order
+constexpr int kSortedPairs = 8;  // of a CTA, at the end of natural order
 
 using attn::sm90::KernelParams;
 using attn::sm90::kGroupRows;
