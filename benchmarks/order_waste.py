@@ -65,21 +65,18 @@ def waste(order: Sequence[int], ahead: int) -> float:
         if count is not None:
             taken[cta].append(count)
 
-    for _ in range(1 + ahead):
+    for _ in range(ahead):
         for cta in range(CTAS):
             take(cta)
     clock = [(0, cta) for cta in range(CTAS)]
     ends = [0] * CTAS
     while clock:
         time, cta = heapq.heappop(clock)
-        if not taken[cta]:
-            take(cta)  # nothing ahead
+        take(cta)
         if not taken[cta]:
             ends[cta] = time
             continue
         count = taken[cta].pop(0)
-        if ahead > 0:
-            take(cta)
         heapq.heappush(clock, (time + count * STEP_CLOCKS + TILE_CLOCKS, cta))
     return max(ends) / (sum(ends) / CTAS) - 1
 

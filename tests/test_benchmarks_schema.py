@@ -491,3 +491,11 @@ def test_a_check_in_parts(tmp_path: Path) -> None:
     path.write_text(json.dumps({**first, "tree": GOOD["tree"]}))
     with pytest.raises(gpu_check.Failed, match="other sources"):
         gpu_check.earlier(path)
+
+
+def test_cycles_of_one_sm_only() -> None:
+    """Counters of two SMs need not agree."""
+    timing = importlib.import_module("timing")
+    start, end, elsewhere = (torch.tensor(pair) for pair in ((1 << 40, 7), ((1 << 40) + 12345, 7), (1 << 41, 8)))
+    assert timing._cycles_between(start, end) == 12345.0
+    assert timing._cycles_between(start, elsewhere) is None
