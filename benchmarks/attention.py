@@ -190,11 +190,12 @@ def take_turns(
     shares: Mapping[str, float] | None = None,
     in_cycles: bool = False,
 ) -> Turns:
-    """Time peers, each given as calls over its buffers, at ``length`` tokens; count their cycles as well.
+    """Time peers, each given as calls over its buffers, at ``length`` tokens.
 
     shares: what a call of a peer takes of the longest one's time, where that is much less: it is then called as many
     times more in its turn. A short piece of work right after a long one would be timed at the clock that the long one
     leaves, which is not its own.
+    in_cycles: cycles are counted as well.
     """
     launches = min(max(64 * K // length, 1), 40)
     long = length >= 128 * K
@@ -339,6 +340,13 @@ def skew() -> list[Row]:
     return rows
 
 
+def in_pages(x: Tensor, table: Tensor, page_size: int) -> Tensor:
+    """x [1, S, heads, D] as pages, of which ``table`` numbers those that the tokens lie in, one after the other."""
+    pages = torch.empty_like(x).view(-1, page_size, *x.shape[2:])
+    pages[table] = x.view(pages.shape)
+    return pages
+
+
 @dataclass(frozen=True)
 class PagedInputs:
     """Keys and values in pages in random order, and the same in one piece; a mask for either."""
@@ -373,9 +381,7 @@ class PagedInputs:
     def _call(self, page_size: int, mask: bsfa.BlockMask | None) -> Callable[[], Tensor]:
         length = self.k.shape[1]
         table = torch.randperm(length // page_size, device=DEVICE)
-        k, v = (torch.empty_like(x).view(-1, page_size, *x.shape[2:]) for x in (self.k, self.v))
-        k[table] = self.k.view(k.shape)
-        v[table] = self.v.view(v.shape)
+        k, v = (in_pages(x, table, page_size) for x in (self.k, self.v))
         seqlens = torch.tensor([length], dtype=torch.int32, device=DEVICE)
         where: dict[str, Any] = {"block_table": table.to(torch.int32)[None], "seqlens_k": seqlens}
         return lambda: bsfa.block_sparse_attention(self.q, k, v, mask, max_seqlen_k=length, **where)[0]

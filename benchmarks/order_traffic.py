@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import heapq
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import typer
@@ -24,10 +24,34 @@ TILE_STEPS = 0.5  # what a tile costs beyond its steps
 LATE_STEPS = 4  # of a tile that are left when the next one is taken late (kLateSteps of the kernel)
 
 
+class Dealer:
+    """Hands out an order to CTAs; ``taken``: what each one has."""
+
+    def __init__(self, order: Iterable[int]) -> None:
+        self._queue = iter(order)
+        self.taken: list[list[int]] = [[] for _ in range(CTAS)]
+
+    def take(self, cta: int) -> None:
+        pair = next(self._queue, None)
+        if pair is not None:
+            self.taken[cta].append(pair)
+
+    def deal(self, times: int) -> None:
+        """All CTAs take one, so many times."""
+        for _ in range(times):
+            for cta in range(CTAS):
+                self.take(cta)
+
+
+def share_beside_forced(tiles: int, density: float) -> float:
+    """Of the visible blocks but diagonal and sink: what is kept if these are, and ``density`` of all."""
+    visible, forced = tiles * (tiles + 1) / 2, 2 * tiles - 1
+    return max(density * visible - forced, 0.0) / (visible - forced)
+
+
 def kept_blocks(tiles: int, density: float, rng: np.random.Generator) -> list[np.ndarray]:
     """Of (tile, head) pairs in natural order: a random share of the visible blocks, with diagonal and sink."""
-    visible, forced = tiles * (tiles + 1) / 2, 2 * tiles - 1
-    share = (density * visible - forced) / (visible - forced)
+    share = share_beside_forced(tiles, density)
     return [
         np.union1d(np.nonzero(rng.random(tile + 1) < share)[0], [0, tile])[::-1]
         for tile in range(tiles - 1, -1, -1)
@@ -46,17 +70,9 @@ def misses(pairs: Sequence[np.ndarray], order: Sequence[int], ahead: int, capaci
     """The share of the fetched blocks that L2 does not hold. ahead: tiles that a CTA takes ahead; 0: late."""
     rng = np.random.default_rng(1)
     pace = 1 + PACE_OF_CTA * rng.standard_normal(CTAS)
-    queue = iter(order)
-    taken: list[list[int]] = [[] for _ in range(CTAS)]
-
-    def take(cta: int) -> None:
-        pair = next(queue, None)
-        if pair is not None:
-            taken[cta].append(pair)
-
-    for _ in range(1 + ahead):
-        for cta in range(CTAS):
-            take(cta)
+    dealer = Dealer(order)
+    dealer.deal(1 + ahead)
+    taken = dealer.taken
     at = [(tile.pop(0), 0) for tile in taken]
     clock = [(rng.random() / 2, cta) for cta in range(CTAS)]
     heapq.heapify(clock)
@@ -76,7 +92,7 @@ def misses(pairs: Sequence[np.ndarray], order: Sequence[int], ahead: int, capaci
         step += 1
         time += pace[cta] * (1 + PACE_OF_STEP * rng.standard_normal())
         if step == (1 if ahead else max(len(blocks) - LATE_STEPS, 1)):
-            take(cta)
+            dealer.take(cta)
         if step == len(blocks):
             if not taken[cta]:
                 continue

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 import numpy as np
 import typer
 
-CTAS = 132
+from order_traffic import CTAS, Dealer, share_beside_forced
+
 HEADS, GROUP = 32, 4
 STEP_CLOCKS, TILE_CLOCKS = 2115, 1700  # of a block; of a tile beyond its blocks
 TILES_AHEAD = (4, 2, 1, 0)
@@ -28,8 +29,7 @@ def natural(tiles: int, densities: Sequence[float]) -> list[int]:
     A random share of the visible blocks, with diagonal and sink.
     """
     rng = np.random.default_rng(0)
-    visible, forced = tiles * (tiles + 1) / 2, 2 * tiles - 1
-    shares = [max(density * visible - forced, 0.0) / (visible - forced) for density in densities]
+    shares = [share_beside_forced(tiles, density) for density in densities]
     return [
         min(tile + 1, 2) + int(rng.binomial(max(tile - 1, 0), shares[first + head]))
         for first in range(0, HEADS, GROUP)
@@ -48,35 +48,26 @@ def bucket(count: int) -> int:
 def ordered(counts: Sequence[int], long_share: int, sorted_end: int) -> list[int]:
     """Counts as the kernel orders them (schedule.cu): long ones by length, natural order, its end by length."""
     longest = sum(counts) / (CTAS * long_share)
-    natural_end = len(counts) - sorted_end
+    natural_end = max(len(counts) - sorted_end, 0)
     first = sorted((c for c in counts if c > longest), key=bucket, reverse=True)
-    rest = [c for c in counts[: max(natural_end, 0)] if c <= longest]
-    end = sorted((c for c in counts[max(natural_end, 0) :] if c <= longest), key=bucket, reverse=True)
+    rest = [c for c in counts[:natural_end] if c <= longest]
+    end = sorted((c for c in counts[natural_end:] if c <= longest), key=bucket, reverse=True)
     return [*first, *rest, *end]
 
 
 def waste(order: Sequence[int], ahead: int) -> float:
     """Time of the slowest CTA over the mean of all, less 1."""
-    queue = iter(order)
-    taken: list[list[int]] = [[] for _ in range(CTAS)]
-
-    def take(cta: int) -> None:
-        count = next(queue, None)
-        if count is not None:
-            taken[cta].append(count)
-
-    for _ in range(ahead):
-        for cta in range(CTAS):
-            take(cta)
+    dealer = Dealer(order)
+    dealer.deal(ahead)
     clock = [(0, cta) for cta in range(CTAS)]
     ends = [0] * CTAS
     while clock:
         time, cta = heapq.heappop(clock)
-        take(cta)
-        if not taken[cta]:
+        dealer.take(cta)
+        if not dealer.taken[cta]:
             ends[cta] = time
             continue
-        count = taken[cta].pop(0)
+        count = dealer.taken[cta].pop(0)
         heapq.heappush(clock, (time + count * STEP_CLOCKS + TILE_CLOCKS, cta))
     return max(ends) / (sum(ends) / CTAS) - 1
 

@@ -120,9 +120,7 @@ def relmax_for(density: float, q: Tensor, k: Tensor, shared: bool = False) -> Re
 def paged_keys(k: Tensor) -> tuple[Tensor, Tensor]:
     """The keys [1, S, Hkv, D] in pages in random order, and their block table."""
     table = torch.randperm(k.shape[1] // PAGE, device=base.DEVICE)
-    pages = torch.empty_like(k).view(-1, PAGE, *k.shape[2:])
-    pages[table] = k.view(pages.shape)
-    return pages, table.to(torch.int32)[None]
+    return base.in_pages(k, table, PAGE), table.to(torch.int32)[None]
 
 
 # --- checks before the clock ------------------------------------------------------------------------------------------
@@ -181,7 +179,7 @@ def take_turns(works: Mapping[str, Work], rounds: int = 15, warmup: int = 1) -> 
 
 
 def ours(calls: Sequence[Call], launches: int, samples: int = 1, eager: bool = False) -> Work:
-    return Work(base.repeated(calls, launches).body, launches, eager=eager or not capturable(calls[0]), samples=samples)
+    return base.repeated(calls, launches, eager=eager or not capturable(calls[0]), samples=samples)
 
 
 def capturable(call: Call) -> bool:
