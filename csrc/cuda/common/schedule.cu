@@ -265,13 +265,15 @@ __global__ void __launch_bounds__(kKnownThreads)
   cudaTriggerProgrammaticLaunchCompletion();
   const int64_t index = int64_t{blockIdx.x} * kKnownThreads + threadIdx.x;
   const int32_t num_rows = order.batch * order.tiles;
-  if (index >= order.total) return;
-  if (index == 0) *workspace.queue = {0, order.total};
-  const auto i = static_cast<int32_t>(index);
-  if (i < num_rows) workspace.rows[i] = tile_row(order, i);  // there are as many pairs as rows, or more
+  const auto i = static_cast<int32_t>(min(index, int64_t{order.total} - 1));
   const Pair pair = order.pair(i);
+  const int32_t count = order.count(pair.row % order.tiles);
+  cudaGridDependencySynchronize();  // the workspace may be that of the call before
+  if (index >= order.total) return;
+  if (i == 0) *workspace.queue = {0, order.total};
+  if (i < num_rows) workspace.rows[i] = tile_row(order, i);  // there are as many pairs as rows, or more
   workspace.order[i] = pair;
-  workspace.counts[natural_index(pair, num_rows, order.group)] = order.count(pair.row % order.tiles);
+  workspace.counts[natural_index(pair, num_rows, order.group)] = count;
 }
 
 // Bitonic sort of one window, longest first; equal ones stay in order.
@@ -372,9 +374,8 @@ cudaError_t make_order(const Tiling& tiling, const Workspace& workspace, int wor
 cudaError_t make_order(const Tiling& tiling, const KnownOrder& known, const Workspace& workspace, int workers,
                        cudaStream_t stream) {
   if (known.total > 0) {
-    const auto ctas = static_cast<unsigned>((int64_t{known.total} + kKnownThreads - 1) / kKnownThreads);
-    known_kernel<<<ctas, kKnownThreads, 0, stream>>>(known, workspace);
-    return cudaGetLastError();
+    const auto ctas = static_cast<int>((int64_t{known.total} + kKnownThreads - 1) / kKnownThreads);
+    return launch_early(known_kernel, ctas, kKnownThreads, 0, stream, known, workspace);
   }
   const auto rows = static_cast<int32_t>(tiling.num_rows);
   const NaturalOrder natural(tiling);
