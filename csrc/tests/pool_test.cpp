@@ -58,7 +58,9 @@ struct Copy {
 
 struct Warp {
   int query = kFirstQuery, key = kFirstKey, second = -1;
-  int before = -1;  // the query slot of the tile before
+  int before = -1;        // the query slot of the tile before
+  int output = kNothing;  // stands for what was staged there
+  bool stored = false;
 };
 
 class Play {
@@ -140,7 +142,7 @@ class Play {
         fetch(slots_[slot], queries(tile), query_full_[tile % kRing]);
       });
       for (int i = 0; i < lengths_[tile]; ++i, ++number) {
-        const int slot = await_slot(order.take_keys(i == 0));
+        const int slot = await_slot(order.take_keys(i < 2));
         const Record record{number, static_cast<int>(order.first()), static_cast<int>(order.second())};
         act(agent, [=] {
           users_[slot] = kWarps;
@@ -175,6 +177,12 @@ class Play {
       --users_[slot];
       empty_[slot].arrive();
     };
+    const auto give_back = [=, &warp] {
+      if (!warp.stored) return;
+      check(slots_[warp.before] == warp.output);
+      release(warp.before);
+      warp.stored = false;
+    };
     const auto await_step = [&](int number) {
       wait(agent, full_[number % kRing], parity(number, kRing));
       act(agent, [=] {
@@ -202,13 +210,11 @@ class Play {
         if (number > 0) value_empty_[(number - 1) % kValueSlots].arrive();
       });
     };
-    // The output is staged where the queries were.
-    const auto stage = [=, &warp](int tile) {
-      check(tiles_[tile % kRing] == tile && slots_[warp.before] == queries(tile));
-    };
+    // The output lies where the queries were until it is given back.
     const auto store = [=, &warp](int tile) {
-      check(slots_[warp.before] == queries(tile));
-      release(warp.before);
+      check(tiles_[tile % kRing] == tile && slots_[warp.before] == queries(tile));
+      warp.output = slots_[warp.before];
+      warp.stored = true;
     };
 
     int number = 0;
@@ -222,14 +228,13 @@ class Play {
       });
       wait(agent, query_full_[tile % kRing], parity(tile, kRing));
       advance(number++, tile);
-      if (tile > 0) {
-        act(agent, [=] { stage(tile - 1); });
-        act(agent, [=] { store(tile - 1); });
-      }
+      if (tile > 0) act(agent, [=] { store(tile - 1); });
       for (int i = 1; i < lengths_[tile]; ++i) {
         await_step(number);
         advance(number++, tile);
+        if (i == 1) act(agent, give_back);
       }
+      act(agent, give_back);
     }
     await_step(number);
     act(agent, [=, &warp] { check(slots_[warp.query] == queries(static_cast<int>(lengths_.size()) - 1)); });
@@ -254,10 +259,10 @@ bool as_they_come_free() {
   const auto slot = [](uint32_t entry) { return static_cast<int>(entry >> 1); };
   const int queries = slot(order.take_query());
   std::vector<int> keys(10), next(10);
-  for (int i = 0; i < 10; ++i) keys[i] = slot(order.take_keys(i == 0));
+  for (int i = 0; i < 10; ++i) keys[i] = slot(order.take_keys(i < 2));
   const int next_queries = slot(order.take_query());
-  for (int i = 0; i < 10; ++i) next[i] = slot(order.take_keys(i == 0));
-  const std::vector<int> want{keys[8], keys[9], next[0], queries, next[1], next[2], next[3], next[4], next[5], next[6]};
+  for (int i = 0; i < 10; ++i) next[i] = slot(order.take_keys(i < 2));
+  const std::vector<int> want{keys[8], keys[9], next[0], next[1], queries, next[2], next[3], next[4], next[5], next[6]};
   return next_queries == keys[7] && next == want;
 }
 

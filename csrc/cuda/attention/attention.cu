@@ -13,11 +13,11 @@
 namespace bsfa::cuda {
 namespace {
 
-constexpr int kSortedPairs = 8;       // of a CTA, at the end of natural order
-constexpr uintptr_t kWideBytes = 16;  // what rows of KernelParams::wide_rows begin at multiples of
+constexpr int kSortedPairs = 8;  // of a CTA, at the end of natural order
 
 using attn::sm90::KernelParams;
 using attn::sm90::kGroupRows;
+using attn::sm90::kStoreRows;
 using attn::sm90::Variant;
 
 TensorExtent extent_of(const TensorView& view, int64_t dim, int64_t heads) {
@@ -27,10 +27,16 @@ TensorExtent extent_of(const TensorView& view, int64_t dim, int64_t heads) {
 cudaError_t make_maps(const AttentionParams& params, Variant variant, KernelParams& k) {
   const Problem& p = params.problem;
   const TensorExtent q = extent_of(params.q, p.head_dim, p.num_q_heads);
+  const TensorExtent out = extent_of(params.out, p.head_dim_v, p.num_q_heads);
   const int pieces = p.head_dim / kBoxColumns, value_pieces = p.head_dim_v / kBoxColumns;
   const bool whole = k.box_rows == kBlockKeys;
   cudaError_t error = make_tensor_map(&k.q, params.q, q, p.dtype, kTileRows, pieces);
   k.tokens = k.q;  // prefetched also where it is not used
+  k.store_by_tma = tensor_map_fits(params.out, out);
+  if (error == cudaSuccess) {
+    error = k.store_by_tma ? make_tensor_map(&k.out, params.out, out, p.dtype, kStoreRows, 1) : cudaSuccess;
+  }
+  if (!k.store_by_tma) k.out = k.q;  // never used, but prefetched
   if (variant == Variant::kPages) {
     if (error == cudaSuccess) {
       error = make_page_map(&k.k, params.k, extent_of(params.k, p.head_dim, p.num_kv_heads), p.dtype, k.box_rows);
@@ -161,7 +167,7 @@ struct Call {
   int ctas = 0;
   int device = 0;
   bool moves = false;              // q, k, v and out are all that the kernel touches
-  std::array<void*, 3> data = {};  // of q, k and v
+  std::array<void*, 4> data = {};  // theirs
 };
 static_assert(std::is_trivially_copyable_v<Call> && sizeof(Call) <= sizeof(AttentionCall) &&
               alignof(Call) <= alignof(AttentionCall));
@@ -225,7 +231,6 @@ cudaError_t prepare_attention(const AttentionParams& params, AttentionCall* prep
   k.out_batch_stride = params.out.batch_stride;
   k.out_token_stride = params.out.token_stride;
   k.out_head_stride = params.out.head_stride;
-  k.wide_rows = tensor_map_fits(params.out, extent_of(params.out, p.head_dim_v, p.num_q_heads));
   if (skips) set_skip(params, k);
   k.lse = params.lse;
   k.lse_batch_stride = params.lse_batch_stride;
@@ -241,8 +246,8 @@ cudaError_t prepare_attention(const AttentionParams& params, AttentionCall* prep
   error = make_maps(params, variant, k);
   if (error == cudaSuccess) error = make_mean_maps(params, variant, k);
   if (error != cudaSuccess) return error;
-  c.moves = dealt && k.wide_rows && k.lse == nullptr && params.k.tokens > 0 && params.k.batch_size > 0;
-  c.data = {params.q.data, params.k.data, params.v.data};
+  c.moves = dealt && k.store_by_tma && k.lse == nullptr && params.k.tokens > 0 && params.k.batch_size > 0;
+  c.data = {params.q.data, params.k.data, params.v.data, params.out.data};
   c.launch = launch_of(p, variant);
   return c.launch != nullptr ? cudaSuccess : cudaErrorInvalidValue;
 }
@@ -267,9 +272,8 @@ cudaError_t move_attention(AttentionCall& prepared, void* q, void* k, void* v, v
   int device = 0;
   cudaError_t error = c.moves ? cudaGetDevice(&device) : cudaErrorInvalidValue;
   if (error == cudaSuccess && device != c.device) error = cudaErrorInvalidDevice;
-  if (reinterpret_cast<uintptr_t>(out) % kWideBytes != 0) error = cudaErrorInvalidValue;
-  const std::array<CUtensorMap*, 3> maps = {&c.k.q, &c.k.k, &c.k.v};
-  const std::array<void*, 3> data = {q, k, v};
+  const std::array<CUtensorMap*, 4> maps = {&c.k.q, &c.k.k, &c.k.v, &c.k.out};
+  const std::array<void*, 4> data = {q, k, v, out};
   for (size_t i = 0; i < maps.size() && error == cudaSuccess; ++i) {
     if (data[i] != c.data[i]) error = move_tensor_map(maps[i], data[i]);
   }

@@ -50,7 +50,6 @@ class Consumer {
 
   __device__ void run() {
     using namespace cute;
-    using Element = typename Config::Element;
     typename Config::ScoreMma score_mma;
     typename Config::OutputMma output_mma;
     const auto parts = operand_parts<Config>(shared_, thread_);
@@ -84,10 +83,10 @@ class Consumer {
       issue(output_mma, probabilities, value_part(_, _, _, value_.slot), o, accumulate);
     };
     // The scores of the next step, beside the product of this one, which is its tile's first or not.
-    const auto begin_both = [&](bool first) __attribute__((always_inline)) {
-      step = read_step(shared_.steps[key_.slot]);
+    const auto begin = [&](bool first) __attribute__((always_inline)) {
       issue(score_mma, query_part(_, _, _, query_slot()), key_part(_, _, _, key_slot()), s, false);
       begin_output(!first);
+      step = read_step(shared_.steps[key_.slot]);
       read_tokens();
     };
     const auto end_scores = [&]() __attribute__((always_inline)) {
@@ -108,7 +107,7 @@ class Consumer {
       bool first = true;
       while (!(step.flags & kLast)) {
         await_step();
-        begin_both(first);
+        begin(first);
         end_scores();
         const bool rescaled = softmax(s, step, rescale, packed);
         end_output();
@@ -117,23 +116,25 @@ class Consumer {
 #pragma unroll
           for (int i = 0; i < size(o); ++i) o(i) *= rescale[i / 2 % 2];
         }
+        if (first) give_back_stored();
         first = false;
       }
+      give_back_stored();  // of a tile of one step; the next tile's queries may want the slot
       await_step();
       if (read_step(shared_.steps[key_.slot]).flags & kEnd) {
         begin_output(!first);
         warpgroup_wait<0>();
         warpgroup_fence_operand(o);
         finish_tile(o, rows_, query_slot(), info_slot());
+        if (Config::kStaged && lane_ == 0) tma_store_wait<0>();  // shared memory must outlive the stores
         return;
       }
       const int finished_slot = query_slot(), finished_info = info_slot();
       next_tile(step);
       await_query();
-      begin_both(first);
+      begin(first);
       // Of the tile before, beside the products.
       const RowEnds ends(rows_);
-      const Destination<Element> to(shared_.tiles[finished_info], p_);
       end_scores();
       float minus[2];
       const bool half = sees_half(step);
@@ -146,23 +147,23 @@ class Consumer {
         begin_rows(s, step, half, minus);
       }
       end_output();
-      // Reading back what is staged, and writing it, take their time beside the exponentials.
-      const RowStore<Config> store(p_, to, warp_, staging(finished_slot));
-      store.begin([&](int i) { return ends.template pair<Element>(o, i); });
-      store.end(ends, staging_empty(finished_slot));
+      const Destination to(shared_.tiles[finished_info]);
+      const auto pair = [&](int i) { return ends.template pair<typename Config::Element>(o, i); };
       if constexpr (kPacked) {
-        constexpr int kPairs = size(decltype(s){}) / 2, kHalf = kPairs / 2;
-        rows_.sum[0] = rows_.sum[1] = 0.0f;
-        exponentials_packed<Element, 0, kHalf>(s, p_.scale.scale_log2, minus, packed, rows_.sum);
+        using Element = typename Config::Element;
+        constexpr int kPairs = size(decltype(s){}) / 2;
+        PackedOutputs<Config> pairs;
+        const auto convert_pair = [&](int i) { pairs(i) = pair(i); };
         if (half) {
-#pragma unroll
-          for (int i = kHalf; i < kPairs; ++i) packed(i) = 0;
+          exponentials_packed<Element, kPairs / 2>(s, p_.scale.scale_log2, minus, packed, rows_.sum, convert_pair);
         } else {
-          exponentials_packed<Element, kHalf, kPairs>(s, p_.scale.scale_log2, minus, packed, rows_.sum);
+          exponentials_packed<Element, kPairs>(s, p_.scale.scale_log2, minus, packed, rows_.sum, convert_pair);
         }
+        store_pairs([&](int i) { return pairs(i); }, ends, finished_slot, to);
       } else {
         exponentials(s, p_.scale.scale_log2, minus, rows_.sum);
         convert(s, probabilities);
+        store_pairs(pair, ends, finished_slot, to);
       }
     }
   }
@@ -311,22 +312,29 @@ class Consumer {
 
   template <class Tensor>
   __device__ __forceinline__ void finish_tile(const Tensor& o, const SoftmaxRows& rows, int slot, int info) {
-    using Element = typename Config::Element;
     const RowEnds ends(rows);
-    const RowStore<Config> store(p_, Destination<Element>(shared_.tiles[info], p_), warp_, staging(slot));
-    store.begin([&](int i) { return ends.template pair<Element>(o, i); });
-    store.end(ends, staging_empty(slot));
+    const auto pair = [&](int i) { return ends.template pair<typename Config::Element>(o, i); };
+    store_pairs(pair, ends, slot, Destination(shared_.tiles[info]));
   }
 
-  // Where the output of a tile is staged: its query slot. Else nothing is.
-  __device__ char* staging(int slot) const {
+  template <class Pair>
+  __device__ __forceinline__ void store_pairs(const Pair& pair, const RowEnds& ends, int slot, const Destination& to) {
+    char* buffer;
     if constexpr (Config::kPool) {
-      return shared_.key[slot];
+      buffer = shared_.key[slot];
     } else {
-      return shared_.query[Config::kStaged ? slot : 0];
+      buffer = shared_.query[Config::kStaged ? slot : 0];
     }
+    store_tile<Config>(buffer, p_, to, warp_, ends, pair);
+    if (Config::kStaged) stored_slot_ = slot;
   }
-  __device__ Mbarrier* staging_empty(int slot) const { return Config::kStaged ? &query_empty(slot) : nullptr; }
+
+  // Gives the slot of the last stored tile back, one step after it was stored: by then TMA has read it.
+  __device__ void give_back_stored() {
+    if (stored_slot_ < 0) return;
+    release_stored(query_empty(stored_slot_), lane_);
+    stored_slot_ = -1;
+  }
 
   SharedStorage<Config>& shared_;
   const KernelParams& p_;
@@ -340,6 +348,7 @@ class Consumer {
   std::conditional_t<Config::kTokens, RowTokens, NoTokenStorage> tokens_;
   SoftmaxRows rows_{};
   bool rows_complete_ = false;  // every row of this warp has seen a key
+  int stored_slot_ = -1;        // query slot of the tile that was stored last, until it is given back
 };
 
 }  // namespace bsfa::cuda::attn::sm90

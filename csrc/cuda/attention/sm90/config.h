@@ -86,7 +86,7 @@ struct Config {
   static constexpr int kKeySlots = kPool ? 3 : kHeadDim == 64 && !kPaired ? 5 : 2;
   static constexpr int kValueSlots = kHeadDim == 64 && !kPaired ? 5 : kHeadDim == 128 ? 3 : 2;
   // Query tiles in shared memory, two where there is room for them. Then the output of a tile is staged in its query
-  // slot on its way from registers. One alone is given to the next tile as soon as the last scores are made, and outputs are stored from
+  // slot. One alone is given to the next tile as soon as the last scores are made, and outputs are stored from
   // registers.
   static constexpr int kQuerySlots = kPool ? 3 : kHeadDim == 64 || (kHeadDim == 128 && !kTokens) ? 2 : 1;
   static constexpr bool kStaged = kQuerySlots > 1;
@@ -232,7 +232,7 @@ struct SkipKernelParams {
 
 // What the launch passes to the kernel, by value: the descriptors must lie in parameter memory.
 struct KernelParams {
-  CUtensorMap q, k, v;
+  CUtensorMap q, k, v, out;
   CUtensorMap k_means, v_means;  // [sequence, block, head, dim]; of the mean correction
   CUtensorMap tokens;            // [batch, query token, word]; of kTokens
   bool has_means;
@@ -256,10 +256,11 @@ struct KernelParams {
   // Of kPages: pieces from one KV head to the next, in memory.
   int32_t k_head_pieces, v_head_pieces;
   bool tails_are_zero;  // TMA itself reads zeros past a sequence's end
+  // Output. Tiles that are not whole, and outputs that TMA cannot address, are stored by the threads.
   void* out_data;
   int64_t out_batch_stride, out_token_stride, out_head_stride;
-  bool wide_rows;  // of the output: all begin at multiples of 16 bytes
-  float* lse;      // null: not wanted
+  bool store_by_tma;
+  float* lse;  // null: not wanted
   int64_t lse_batch_stride, lse_head_stride;
   LogitScale scale;
   SkipKernelParams skip;

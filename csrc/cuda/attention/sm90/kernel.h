@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kThreads, Config::kCtas) attention_kernel(cons
       }
     }
     fence_barrier_init();
-    for (const CUtensorMap* map : {&p.q, &p.k, &p.v, &p.k_means, &p.v_means, &p.tokens}) {
+    for (const CUtensorMap* map : {&p.q, &p.k, &p.v, &p.out, &p.k_means, &p.v_means, &p.tokens}) {
       cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(map));
     }
   }

@@ -397,7 +397,9 @@ class KeyLoader : public Loader<Config, typename Config::Keys> {
   // The slot of a step's keys, once it is free. In a pool the step says where the next one's will lie.
   __device__ char* await_key_slot(Step& step) {
     if constexpr (Config::kPool) {
-      const uint32_t entry = pool_.take_keys(step.flags & kFirst);
+      const bool first = step.flags & kFirst;
+      const uint32_t entry = pool_.take_keys(first || after_first_);
+      after_first_ = first;
       step.flags |= pool_.first() << kFirstSlotShift | pool_.second() << kSecondSlotShift;
       return await_pool_slot(entry);
     } else {
@@ -482,7 +484,8 @@ class KeyLoader : public Loader<Config, typename Config::Keys> {
   RingPosition<Config::kKeySlots> key_;
   RingPosition<Config::kKeySlots + 1> columns_;
   PoolOrder pool_;
-  BlockRange kept_;  // of kSkip: the window of the tile, never skipped
+  bool after_first_ = false;  // of kPool: the step before was the first of its tile
+  BlockRange kept_;           // of kSkip: the window of the tile, never skipped
 };
 
 // Values. A block's V is part of the step after its own, which uses it.

@@ -62,6 +62,7 @@ class PairedConsumer : public Consumer<Config> {
           }
           convert(s, probabilities);
           if (part == 0) {
+            this->give_back_stored();
             // With the next step this one's values come.
             RingPosition<Config::kKeySlots> next = this->key_;
             next.advance();
@@ -81,6 +82,7 @@ class PairedConsumer : public Consumer<Config> {
       this->finish_tile(o, this->rows_, this->query_slot(), this->info_slot());
       this->tile_.advance();
     }
+    if (this->lane_ == 0) tma_store_wait<0>();  // shared memory must outlive the stores
   }
 
  private:

@@ -3,11 +3,11 @@
 //
 // Order    The load warp fetches in one order, a tile's queries and then its keys. It takes slots in the order in which
 //          they come free: that of keys when their scores are made; that of queries when the output staged there was
-//          stored, beside the next tile's first step. The steps alone say that: nothing is polled.
+//          stored, after the next tile's second step, or its only one. The steps alone say that: nothing is polled.
 // Numbers  A Step tells the consumers which slots come after it. They know them a step ahead, and never wait for them.
 // Waits    No deadlock: what a fetch waits for needs earlier fetches only. If keys were in the slot, it is given back
-//          after their own step. If queries: their slot stays the last of the three in the order until the next tile's
-//          first step has been fetched, and is given back after that. Values have a ring and a
+//          after their own step. If queries: their slot stays the last of the three in the order until two steps of
+//          the next tile have been fetched, or its only one, and is given back after these. Values have a ring and a
 //          warp of their own, which wait for no slot of the pool.
 // Rings    Barriers and records that announce a step (full, Step) or a tile (query_full, TileInfo) are rings of three,
 //          by number. Step s + 3 is not fetched before the slot of s was given back: if it was not taken again, it is
@@ -33,7 +33,7 @@ class PoolOrder {
   BSFA_HOST_DEVICE uint32_t first() const { return entries_ >> 1 & 3; }
   BSFA_HOST_DEVICE uint32_t second() const { return entries_ >> 4 & 3; }
 
-  // A tile's queries take the first slot, and that of the tile before comes last, to stay there for a step. Returns
+  // A tile's queries take the first slot, and that of the tile before comes last, to stay there for two steps. Returns
   // the entry to wait for.
   BSFA_HOST_DEVICE uint32_t take_query() {
     const uint32_t entry = entries_ & 7;
@@ -41,11 +41,11 @@ class PoolOrder {
     return entry;
   }
 
-  // A step's keys take the first slot. `first`: of its tile.
-  BSFA_HOST_DEVICE uint32_t take_keys(bool first) {
+  // A step's keys take the first slot. `early`: the step is one of the first two of its tile.
+  BSFA_HOST_DEVICE uint32_t take_keys(bool early) {
     const uint32_t entry = entries_ & 7;
-    const uint32_t kept = first ? 07700 : 07000;  // places behind those that move up by one
-    entries_ = (entries_ & kept) | (entries_ & ~kept) >> 3 | (entry ^ 1) << (first ? 3 : 6);
+    const uint32_t kept = early ? 07700 : 07000;  // places behind those that move up by one
+    entries_ = (entries_ & kept) | (entries_ & ~kept) >> 3 | (entry ^ 1) << (early ? 3 : 6);
     return entry;
   }
 

@@ -19,9 +19,9 @@ namespace bsfa::cuda::attn::sm90 {
 template <class Config>
 class SkipConsumer : Consumer<Config> {
   using Base = Consumer<Config>;
-  using Base::await_query, Base::await_step, Base::finish_tile, Base::info_slot, Base::key_slot, Base::next_step,
+  using Base::await_query, Base::await_step, Base::give_back_stored, Base::info_slot, Base::key_slot, Base::next_step,
       Base::next_tile, Base::query_slot, Base::scores_made;
-  using Base::key_, Base::lane_, Base::p_, Base::rows_, Base::shared_, Base::value_, Base::warp_;
+  using Base::key_, Base::lane_, Base::p_, Base::rows_, Base::shared_, Base::stored_slot_, Base::value_, Base::warp_;
 
  public:
   __device__ SkipConsumer(SharedStorage<Config>& shared, const KernelParams& p)
@@ -73,6 +73,7 @@ class SkipConsumer : Consumer<Config> {
 
     for (;;) {
       // Between two tiles.
+      give_back_for_next();
       await_step();
       if (read_step(shared_.steps[key_.slot]).flags & kEnd) break;
       bool more = true;
@@ -104,6 +105,7 @@ class SkipConsumer : Consumer<Config> {
           step = read_step(shared_.steps[key_.slot]);
           warpgroup_wait<0>();
           take_scores();
+          give_back_if_read();
           kept = decide(s, step);
           if (kept || counts(step)) {
             if (softmax(s, step, rescale)) scale_output();
@@ -125,6 +127,7 @@ class SkipConsumer : Consumer<Config> {
               continue;
             }
           } else {
+            give_back_if_read();
             kept = decide(s, step);
           }
           const bool rescaled = (kept || counts(step)) && softmax(s, step, rescale);
@@ -146,9 +149,24 @@ class SkipConsumer : Consumer<Config> {
       finish_product();
       finish_tile(o, rows_, query_slot(), info_slot());
     }
+    if (lane_ == 0) tma_store_wait<0>();  // shared memory must outlive the stores
   }
 
  private:
+  // The slot of the tile that was stored last is given back one step after it was stored: by then TMA has read it. But
+  // before the next tile's first step, if the queries of that one may want it.
+  __device__ void give_back_if_read() {
+    if (!just_stored_) give_back();
+    just_stored_ = false;
+  }
+  __device__ void give_back_for_next() {
+    if (stored_slot_ != query_slot()) give_back();
+  }
+  __device__ void give_back() {
+    give_back_stored();
+    unusual_ &= ~kStored;
+  }
+
   // On to the tile after the one that `step` ended: its queries are waited for, and its rows have seen nothing.
   __device__ void begin_tile(const Step& step) {
     if (begun_) next_tile(step);
@@ -170,7 +188,7 @@ class SkipConsumer : Consumer<Config> {
     const int group = warp_ / 4 * kSkipRows;
     has_rows_ = info.tile.row_begin < group + kSkipRows && info.tile.row_end > group;
     const bool foreign_rows = info.tile.row_begin > group || info.tile.row_end < group + kSkipRows;
-    unusual_ = foreign_rows ? kForeign : 0;
+    unusual_ = foreign_rows ? unusual_ | kForeign : unusual_ & ~kForeign;
     complete_ = false;
     set_ceiling();
     first_step_ = step_;
@@ -285,6 +303,15 @@ class SkipConsumer : Consumer<Config> {
     atomicAdd(counts + 1, static_cast<unsigned long long>(skipped_));
   }
 
+  template <class Tensor>
+  __device__ void finish_tile(const Tensor& o, const SoftmaxRows& rows, int slot, int info) {
+    give_back();
+    Base::finish_tile(o, rows, slot, info);
+    __syncwarp();
+    just_stored_ = true;
+    unusual_ |= kStored;
+  }
+
   const Ballot<Config> ballot_;
   int32_t step_ = -1;  // number of the step
   float top_[2];       // of the rows in the step, of this thread's scores
@@ -297,10 +324,11 @@ class SkipConsumer : Consumer<Config> {
   int32_t first_step_ = 0;  // number of the step before the tile's first one that counts
   uint32_t skipped_ = 0;    // steps of the tile
   bool complete_ = false;   // every row of this warp has seen a key
-  // Set, above a Step's flags, if some rows of the warpgroup are not of the sequence: then steps without flags need
-  // more than the usual code. The same for all its warps, which wait for products at one place.
-  static constexpr uint32_t kForeign = 1u << 31;
+  // Why a step without flags needs more than the usual code: some rows of the warpgroup are not of the sequence; a
+  // stored tile's slot is to be given back. The same for all its warps: they wait for products at one place.
+  static constexpr uint32_t kForeign = 1u << 30, kStored = 1u << 31;
   uint32_t unusual_ = 0;
+  bool just_stored_ = false;
 };
 
 }  // namespace bsfa::cuda::attn::sm90

@@ -254,26 +254,33 @@ __device__ __forceinline__ void add_exponentials(Tensor& s, SoftmaxRows& rows, f
   rows.sum[1] += sum[1];
 }
 
-// Pairs [kBegin, kEnd) of 2^(scale * s + minus) in 16 bits, which are added to the rows' sums.
-template <class Element, int kBegin, int kEnd, class Tensor, class Packed>
+// 2^(scale * s + minus) as pairs of 16 bits, and the rows' sums. `beside(i)` is called with each pair: instructions
+// that are issued while an exponential is made cost nothing. Pairs from kCount on are 0, whatever the scores.
+template <class Element, int kCount, class Tensor, class Packed, class Beside>
 __device__ __forceinline__ void exponentials_packed(const Tensor& s, float scale, const float (&minus)[2],
-                                                    Packed& packed, float (&sum)[2]) {
+                                                    Packed& packed, float (&sum)[2], const Beside& beside) {
+  sum[0] = sum[1] = 0.0f;
 #pragma unroll
-  for (int i = kBegin; i < kEnd; ++i) {
+  for (int i = 0; i < cute::size(s) / 2; ++i) {
+    if (i >= kCount) {
+      packed(i) = 0;
+      beside(i);
+      continue;
+    }
     const float a = exp2f(s(2 * i) * scale + minus[i % 2]), b = exp2f(s(2 * i + 1) * scale + minus[i % 2]);
     sum[i % 2] += a;
     sum[i % 2] += b;
     packed(i) = pack<Element>(a, b);
+    beside(i);
   }
 }
 
-// All pairs of a step whose scores all count, where all rows have a base; and their sums.
+// The same of a step whose scores all count, where all rows have a base.
 template <class Element, class Tensor, class Packed>
 __device__ __forceinline__ void exponentials_packed(const Tensor& s, const SoftmaxRows& rows, float scale,
                                                     Packed& packed, float (&sum)[2]) {
   const float minus[2] = {-rows.base[0], -rows.base[1]};
-  sum[0] = sum[1] = 0.0f;
-  exponentials_packed<Element, 0, cute::size(Tensor{}) / 2>(s, scale, minus, packed, sum);
+  exponentials_packed<Element, cute::size(Tensor{}) / 2>(s, scale, minus, packed, sum, [](int) {});
 }
 
 // Moves what was packed while a product was under way to where the next one reads it. blockIdx.y is 0, which the

@@ -1,9 +1,8 @@
 // Writes a finished tile: out = O / sum, lse = ln 2 * (base + log2(sum)). Each warp stores its own 16 rows and waits
-// for no other warp: where outputs are staged, in whole lines by way of shared memory, else from registers, as they lie
-// there. Not by TMA: until it sees what was just staged (a fence between proxies) takes longer than to read that back.
+// for no other warp: through shared memory and TMA where outputs are staged and all 16 belong to the sequence, else
+// from registers, row by row.
 #pragma once
 
-#include "../../common/steps.h"
 #include "config.h"
 #include "softmax.h"
 
@@ -17,13 +16,12 @@ __device__ __forceinline__ void store_matrices(uint32_t address, uint32_t a, uin
                : "memory");
 }
 
-__device__ __forceinline__ uint4 load_shared(uint32_t address) {
-  uint4 x;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-               : "r"(address)
+// kStoreRows rows of one piece, from shared memory to `out`.
+__device__ __forceinline__ void store_box(const CUtensorMap& out, uint32_t address, int32_t piece, int32_t token,
+                                          int32_t head, int32_t batch) {
+  asm volatile("cp.async.bulk.tensor.5d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];" ::"l"(&out),
+               "r"(address), "r"(0), "r"(token), "r"(piece), "r"(head), "r"(batch)
                : "memory");
-  return x;
 }
 
 // The lane's number, not to be known outside: what follows from it would be kept in registers through the loops around.
@@ -33,7 +31,7 @@ __device__ __forceinline__ uint32_t lane_here() {
   return lane;
 }
 
-// Stores without a branch, behind which ptxas would serialise the products in the loops around (C7520).
+// A store without a branch, behind which ptxas would serialise the products in the loops around (C7520).
 __device__ __forceinline__ void store_if(bool wanted, float* address, float value) {
   asm volatile(
       "{\n"
@@ -42,16 +40,6 @@ __device__ __forceinline__ void store_if(bool wanted, float* address, float valu
       "@wanted st.global.f32 [%1], %2;\n"
       "}\n" ::"r"(static_cast<int>(wanted)),
       "l"(address), "f"(value)
-      : "memory");
-}
-__device__ __forceinline__ void store_if(bool wanted, void* address, const uint4& value) {
-  asm volatile(
-      "{\n"
-      ".reg .pred wanted;\n"
-      "setp.ne.s32 wanted, %0, 0;\n"
-      "@wanted st.global.v4.u32 [%1], {%2, %3, %4, %5};\n"
-      "}\n" ::"r"(static_cast<int>(wanted)),
-      "l"(address), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
       : "memory");
 }
 
@@ -81,127 +69,93 @@ template <class Config>
 using PackedOutputs = decltype(cute::make_tensor<uint32_t>(cute::Int<Config::Outputs::kDim / 4>{}));
 
 // Where a finished tile goes, read from shared memory some time before it does.
-template <class Element>
 struct Destination {
-  Element* out;                // of the tile's row 0
-  float* lse;                  // likewise; null: not wanted
+  int32_t token, batch, head;
   int32_t row_begin, row_end;  // of the tile's rows, those that are stored
+  float* lse;
 
-  __device__ __forceinline__ Destination(const TileInfo& info, const KernelParams& p)
-      : lse(info.lse), row_begin(info.tile.row_begin), row_end(info.tile.row_end) {
-    out = static_cast<Element*>(p.out_data) + info.tile.query_batch * p.out_batch_stride +
-          info.head * p.out_head_stride + info.tile.query_token * p.out_token_stride;
-  }
-  __device__ __forceinline__ bool has(int row) const { return row >= row_begin && row < row_end; }
+  __device__ __forceinline__ explicit Destination(const TileInfo& info)
+      : token(info.tile.query_token),
+        batch(info.tile.query_batch),
+        head(info.head),
+        row_begin(info.tile.row_begin),
+        row_end(info.tile.row_end),
+        lse(info.lse) {}
 };
 
-// The finished rows of a warp, from registers to memory, in two steps between which something else may be done. Where
-// outputs are staged they go through shared memory and are written in lines of 128 bytes: the lanes take four rows of a
-// piece at a time, 16 bytes each. `pair(i)`: as of RowEnds.
-template <class Config>
-class RowStore {
+// What all lanes have alike, in a uniform register: a reduction writes one, and TMA's operands are such.
+__device__ __forceinline__ int32_t uniform(int32_t x) { return __reduce_or_sync(kAllLanes, x); }
+
+// `buffer`, of kStaged: the tile's query slot, whose queries are done with. TMA may still read it when this returns.
+// pair(i): as of RowEnds.
+template <class Config, class Pair>
+__device__ __forceinline__ void store_tile(char* buffer, const KernelParams& p, const Destination& to, int warp,
+                                           const RowEnds& ends, const Pair& pair) {
   using Element = typename Config::Element;
   using Outputs = typename Config::Outputs;
+  constexpr int kColumnTiles = Outputs::kDim / 8;
+  const uint32_t lane = lane_here();
+  const int first_row = warp * kStoreRows;
 
- public:
-  // `buffer`, of kStaged: the tile's query slot, whose queries are done with.
-  __device__ __forceinline__ RowStore(const KernelParams& p, const Destination<Element>& to, int warp, char* buffer)
-      : p_(p),
-        to_(to),
-        first_row_(warp * kStoreRows),
-        lane_(lane_here()),
-        staged_(shared_address(buffer) + first_row_ * kRowBytes) {}
-
-  template <class Pair>
-  __device__ __forceinline__ void begin(const Pair& pair) const {
-    if constexpr (Config::kStaged) {
-      if (p_.wide_rows) {
-        stage(pair);
-        return;
+  // The first two lanes of each quad have a row each.
+  const int lse_row = first_row + static_cast<int>(lane / 4 + 8 * (lane % 4));
+  const bool has_lse = lane % 4 < 2 && to.lse != nullptr && lse_row >= to.row_begin && lse_row < to.row_end;
+  store_if(has_lse, to.lse + lse_row, lane % 4 == 0 ? ends.lse[0] : ends.lse[1]);
+  if constexpr (Config::kStaged) {
+    // All lanes alike: the shuffle tells the compiler, which else gives up uniform registers in loops around this.
+    const bool whole = p.store_by_tma && first_row >= to.row_begin && first_row + kStoreRows <= to.row_end;
+    if (__shfl_sync(kAllLanes, whole, 0)) {
+      constexpr int kRowBytes = kBoxColumns * 2;
+      char* first = buffer + first_row * kRowBytes;
+      const uint32_t address = uniform(shared_address(first));
+      const int32_t token = uniform(to.token + first_row);
+      const int32_t head = uniform(to.head), batch = uniform(to.batch);
+      // Lane i addresses rows 0-7 or 8-15 (i / 8 % 2) of column tiles j or j + 1 (i / 16), 16 bytes each, swizzled.
+      const uint32_t own = address + lane % 16 * kRowBytes + (lane / 16 ^ lane % 8) * 16;
+#pragma unroll
+      for (int j = 0; j < kColumnTiles; j += 2) {
+        store_matrices((own ^ j % 8 * 16) + j / 8 * Outputs::kBoxBytes, pair(2 * j), pair(2 * j + 1), pair(2 * j + 2),
+                       pair(2 * j + 3));
       }
-    }
-    store_pairs(pair);
-  }
-
-  // `empty`, of kStaged: of the query slot, which is given back as soon as what lies there has been read.
-  __device__ __forceinline__ void end(const RowEnds& ends, Mbarrier* empty) const {
-    if constexpr (Config::kStaged) store_staged(*empty);
-    // The first two lanes of each quad have a row each.
-    const int lse_row = first_row_ + static_cast<int>(lane_ / 4 + 8 * (lane_ % 4));
-    const bool has_lse = lane_ % 4 < 2 && to_.lse != nullptr && to_.has(lse_row);
-    store_if(has_lse, to_.lse + lse_row, lane_ % 4 == 0 ? ends.lse[0] : ends.lse[1]);
-  }
-
- private:
-  static constexpr int kColumnTiles = Outputs::kDim / 8, kRowBytes = kBoxColumns * 2, kLanesOfRow = kRowBytes / 16;
-  static constexpr int kRowsAtOnce = 32 / kLanesOfRow, kRounds = kStoreRows / kRowsAtOnce;
-
-  template <class Pair>
-  __device__ __forceinline__ void stage(const Pair& pair) const {
-    // Lane i addresses rows 0-7 or 8-15 (i / 8 % 2) of column tiles j or j + 1 (i / 16), 16 bytes each, swizzled.
-    const uint32_t own = staged_ + lane_ % 16 * kRowBytes + (lane_ / 16 ^ lane_ % 8) * 16;
+      fence_async_proxy();
+      __syncwarp();
+      if (lane == 0) {
 #pragma unroll
-    for (int j = 0; j < kColumnTiles; j += 2) {
-      store_matrices((own ^ j % 8 * 16) + j / 8 * Outputs::kBoxBytes, pair(2 * j), pair(2 * j + 1), pair(2 * j + 2),
-                     pair(2 * j + 3));
-    }
-  }
-
-  __device__ __forceinline__ void store_staged(Mbarrier& empty) const {
-    const uint32_t row = lane_ / kLanesOfRow, part = lane_ % kLanesOfRow;
-    const uint32_t source = staged_ + row * kRowBytes + (part ^ row) * 16;
-    uint4 lines[kRounds][Outputs::kPieces];
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < kRounds; ++i) {
-#pragma unroll
-      for (int piece = 0; piece < Outputs::kPieces; ++piece) {
-        // Rows i * 4 + row: of the swizzle's three bits the upper one changes.
-        const uint32_t address = (source ^ i * kRowsAtOnce % 8 * 16) + i * kRowsAtOnce * kRowBytes;
-        lines[i][piece] = load_shared(address + piece * Outputs::kBoxBytes);
-      }
-    }
-    __syncwarp();
-    release(empty, static_cast<int>(lane_));
-    const int first = first_row_ + static_cast<int>(row);
-    auto* target = reinterpret_cast<char*>(to_.out + first * p_.out_token_stride) + part * 16;
-#pragma unroll
-    for (int i = 0; i < kRounds; ++i) {
-      const bool wanted = p_.wide_rows && to_.has(first + i * kRowsAtOnce);
-#pragma unroll
-      for (int piece = 0; piece < Outputs::kPieces; ++piece) {
-        store_if(wanted, target + piece * kRowBytes, lines[i][piece]);
-      }
-      target += kRowsAtOnce * 2 * p_.out_token_stride;
-    }
-  }
-
-  template <class Pair>
-  __device__ __forceinline__ void store_pairs(const Pair& pair) const {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int row = first_row_ + static_cast<int>(lane_ / 4) + 8 * r;
-      if (!to_.has(row)) continue;
-      Element* target = to_.out + row * p_.out_token_stride + 2 * (lane_ % 4);
-#pragma unroll
-      for (int j = 0; j < kColumnTiles; ++j) {
-        const uint32_t both = pair(2 * j + r);
-        if (!Config::kStaged && p_.wide_rows) {
-          *reinterpret_cast<uint32_t*>(target + 8 * j) = both;
-          continue;
+        for (int piece = 0; piece < Outputs::kPieces; ++piece) {
+          store_box(p.out, address + piece * Outputs::kBoxBytes, piece, token, head, batch);
         }
-        // An `out` of the caller's may start its rows on odd elements.
-        target[8 * j] = reinterpret_cast<const Element*>(&both)[0];
-        target[8 * j + 1] = reinterpret_cast<const Element*>(&both)[1];
+        cute::tma_store_arrive();
       }
+      return;
     }
   }
+  auto* out = static_cast<Element*>(p.out_data) + to.batch * p.out_batch_stride + to.head * p.out_head_stride;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int row = first_row + static_cast<int>(lane / 4) + 8 * r;
+    if (row < to.row_begin || row >= to.row_end) continue;
+    Element* target = out + (to.token + row) * p.out_token_stride + 2 * (lane % 4);
+#pragma unroll
+    for (int j = 0; j < kColumnTiles; ++j) {
+      const uint32_t both = pair(2 * j + r);
+      if (!Config::kStaged && p.store_by_tma) {  // then rows are aligned
+        *reinterpret_cast<uint32_t*>(target + 8 * j) = both;
+        continue;
+      }
+      // An `out` of the caller's may start its rows on odd elements.
+      target[8 * j] = reinterpret_cast<const Element*>(&both)[0];
+      target[8 * j + 1] = reinterpret_cast<const Element*>(&both)[1];
+    }
+  }
+}
 
-  const KernelParams& p_;
-  const Destination<Element> to_;
-  const int first_row_;
-  const uint32_t lane_;
-  const uint32_t staged_;  // where the warp's rows begin
-};
+// Gives the query slot of a stored tile back, once TMA has read what the warp stored from it.
+__device__ __forceinline__ void release_stored(Mbarrier& empty, int lane) {
+  if (lane == 0) {
+    cute::tma_store_wait<0>();
+    empty.arrive();
+  }
+  __syncwarp();
+}
 
 }  // namespace bsfa::cuda::attn::sm90
