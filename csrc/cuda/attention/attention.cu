@@ -14,6 +14,8 @@ namespace bsfa::cuda {
 namespace {
 
 constexpr int kSortedPairs = 8;  // of a CTA, at the end of natural order
+// Tiles of more than 1 / n of a CTA's share of all blocks are long (Tiling::long_share).
+constexpr int kFewLong = 8, kManyLong = 64;
 
 using attn::sm90::KernelParams;
 using attn::sm90::kGroupRows;
@@ -124,10 +126,11 @@ Tiling tiling_of(const AttentionParams& params, int workers) {
   tiling.num_words = params.num_words;
   tiling.taken_late = true;
   // A mask, in which the last tiles of natural order need not be short ones, has these sorted. That leaves as much as
-  // possible in natural order, where the keys at work are few enough for L2. Where it makes no difference, or CTAs share
-  // an SM and a tile takes longer, shorter tiles count as long instead.
+  // possible in natural order, where the keys at work are few enough for L2: only tiles that are out of proportion go
+  // first. Where it makes no difference, or CTAs share an SM and a tile takes longer, much shorter ones do, too.
   if (params.words != nullptr && !keeps_in_step(tiling)) tiling.sorted_end = kSortedPairs * workers;
-  if (tiling.sorted_end == 0 || ctas_of_sm(params) > 1) tiling.long_share *= 4;
+  const bool in_order = tiling.sorted_end > 0 && ctas_of_sm(params) == 1;
+  tiling.long_share = in_order ? kFewLong : kManyLong;
   return tiling;
 }
 
