@@ -180,17 +180,17 @@ class Consumer {
   __device__ Mbarrier& query_empty(int slot) const {
     return Config::kPool ? shared_.key_empty[slot] : shared_.query_empty[slot];
   }
-  // To the step after `step`, and to the tile after the one that `step` ended. In a pool `step` says where they lie; a
-  // reduction, of what all lanes have, puts that into uniform registers, where descriptors want it.
+  // To the step after `step`, and to the tile after the one that `step` ended. In a pool `step` says where they lie,
+  // in uniform registers, where descriptors want that.
   __device__ void next_step(const Step& step) {
     key_.advance();
-    if constexpr (Config::kPool) key_slot_ = __reduce_or_sync(kAllLanes, step.flags >> kFirstSlotShift);
+    if constexpr (Config::kPool) key_slot_ = uniform(step.flags >> kFirstSlotShift);
   }
   __device__ void next_tile(const Step& step) {
     tile_.advance();
     if constexpr (Config::kPool) {
       query_slot_ = key_slot_;
-      key_slot_ = __reduce_or_sync(kAllLanes, step.flags >> kSecondSlotShift & (kPoolSlots - 1));
+      key_slot_ = uniform(step.flags >> kSecondSlotShift & (kPoolSlots - 1));
     }
   }
 

@@ -125,7 +125,8 @@ struct Config {
 // One (tile, head) pair, from the scheduler warp to both load warps.
 struct Work {
   TileRow tile;
-  int32_t head;         // -1: no more work
+  int32_t head;  // -1: no more work
+  int32_t kv_head;
   int32_t early_steps;  // blocks before the next tile is taken; 0: it is when this one begins
   BlockRange range;
   const int32_t* words;        // the mask's row of this tile and head; null: dense

@@ -40,13 +40,15 @@ __device__ void schedule(SharedStorage<Config>& shared, const KernelParams& p) {
     if constexpr (Config::kSkip) {
       if (lane == 0) {
         const int32_t column = min(max(tile.position, 0) / kTileRows, p.skip.columns - 1);
-        work.cut = p.skip.thresholds[int64_t{pair.head} * p.skip.columns + column] * p.skip.unit;
-        work.sink = range.begin < range.end && (words == nullptr || (words[0] & 1) != 0);
+        // Past L1, like the mask's words: the kernels before may have just written them.
+        work.cut = __ldcg(p.skip.thresholds + int64_t{pair.head} * p.skip.columns + column) * p.skip.unit;
+        work.sink = range.begin < range.end && (words == nullptr || (__ldcg(words) & 1) != 0);
       }
     }
     if (lane == 0) {
       work.tile = tile;
       work.head = pair.head;
+      work.kv_head = pair.head / p.heads_per_kv_head;
       const int32_t steps =
           known ? 0 : workspace.counts[natural_index(pair, p.num_rows, p.heads_per_kv_head)] - kLateSteps;
       work.early_steps = max(steps, 0);
@@ -93,6 +95,7 @@ class Loader {
       shared_.work_full.wait(parity);
       const int32_t head = work.head;
       if (head < 0) return;
+      const int32_t kv_head = work.kv_head;
       const TileRow tile = work.tile;
       const float cut = work.cut;
       const uint32_t word = work.chunk[lane_];
@@ -118,7 +121,7 @@ class Loader {
       if (early_steps == 0) next_tile();
 
       const Keys keys{p_.block_table + tile.sequence * p_.block_table_stride, tile.key_token,
-                      p_.keys_packed ? 0 : tile.sequence, head / p_.heads_per_kv_head};
+                      p_.keys_packed ? 0 : tile.sequence, kv_head};
       bool first = true;
       const auto load_all = [&](auto short_way, auto one_copy) __attribute__((always_inline)) {
         constexpr bool kShortWay = decltype(short_way)::value, kOneCopy = decltype(one_copy)::value;

@@ -31,10 +31,10 @@ class SkipConsumer : Consumer<Config> {
     using namespace cute;
     typename Config::ScoreMma score_mma;
     typename Config::OutputMma output_mma;
-    // Descriptors depend on the warpgroup alone. A reduction, of what all lanes have, puts it into a uniform register;
-    // else each product brings its descriptor of queries over from a vector register. (Attention that does not skip was
+    // Descriptors depend on the warpgroup alone. If that is not in a uniform register,
+    // each product brings its descriptor of queries over from a vector register. (Attention that does not skip was
     // 1 % slower so.)
-    const int group = static_cast<int>(__reduce_or_sync(kAllLanes, warp_ / 4));
+    const int group = uniform(warp_ / 4);
     const auto parts = operand_parts<Config>(shared_, group * kWarpgroup);
     const auto query_part = get<0>(parts);
     const auto key_part = get<1>(parts);

@@ -83,9 +83,6 @@ struct Destination {
         lse(info.lse) {}
 };
 
-// What all lanes have alike, in a uniform register: a reduction writes one, and TMA's operands are such.
-__device__ __forceinline__ int32_t uniform(int32_t x) { return __reduce_or_sync(kAllLanes, x); }
-
 // `buffer`, of kStaged: the tile's query slot, whose queries are done with. TMA may still read it when this returns.
 // pair(i): as of RowEnds.
 template <class Config, class Pair>
