@@ -16,14 +16,6 @@ __device__ __forceinline__ void store_matrices(uint32_t address, uint32_t a, uin
                : "memory");
 }
 
-// kStoreRows rows of one piece, from shared memory to `out`.
-__device__ __forceinline__ void store_box(const CUtensorMap& out, uint32_t address, int32_t piece, int32_t token,
-                                          int32_t head, int32_t batch) {
-  asm volatile("cp.async.bulk.tensor.5d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];" ::"l"(&out),
-               "r"(address), "r"(0), "r"(token), "r"(piece), "r"(head), "r"(batch)
-               : "memory");
-}
-
 // The lane's number, not to be known outside: what follows from it would be kept in registers through the loops around.
 __device__ __forceinline__ uint32_t lane_here() {
   uint32_t lane = threadIdx.x % 32;
@@ -119,7 +111,9 @@ __device__ __forceinline__ void store_tile(char* buffer, const KernelParams& p, 
       if (lane == 0) {
 #pragma unroll
         for (int piece = 0; piece < Outputs::kPieces; ++piece) {
-          store_box(p.out, address + piece * Outputs::kBoxBytes, piece, token, head, batch);
+          // The address from its uniform register.
+          const void* rows = __cvta_shared_to_generic(address + piece * Outputs::kBoxBytes);
+          cute::SM90_TMA_STORE_5D::copy(&p.out, rows, 0, token, piece, head, batch);
         }
         cute::tma_store_arrive();
       }
