@@ -420,13 +420,20 @@ def launch() -> list[Row]:
 
     ``eager``: from an event recorded just before the Python call to one just after it, the device being idle; so it
     holds the host's work up to the last launch, the latency of that launch, and the kernels. ``kernel``: the same call
-    captured 40 times in one graph, per call. The overhead is the difference of their medians, taken in turns.
-    ``graph``: one replay of one captured call, measured like ``eager``. The peers' overhead is defined alike.
+    captured 40 times in one graph, per call. The overhead is the difference of their medians, taken in turns of ten
+    eager calls. ``graph``: one replay of one captured call, measured like ``eager``. ``single``: like ``eager``, but a
+    call at a time after replays, which do not leave the host's caches as a call does. The peers' overhead is defined
+    alike.
     """
 
     def timed(call: Callable[[], object]) -> tuple[dict[str, float], int, int | None]:
-        works = {"eager": Work(call, eager=True), "kernel": repeated([call], 40), "graph": Work(call)}
-        timings, clock = interleaved(works, rounds=200, warmup=20)
+        works = {
+            "graph": Work(call, samples=10),
+            "single": Work(call, eager=True),
+            "kernel": repeated([call], 40),
+            "eager": Work(call, eager=True, samples=10),
+        }
+        timings, clock = interleaved(works, rounds=40, warmup=10, watch_clock=False)
         return {name: t.us for name, t in timings.items()}, timings["eager"].n, clock
 
     inputs = random_inputs(K)

@@ -7,6 +7,7 @@ enough, also in cycles of that clock.
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import threading
 from collections.abc import Callable, Mapping
@@ -27,7 +28,8 @@ class Work:
     """``body`` enqueues ``launches`` equal pieces of work, without synchronising.
 
     It is timed as a replayed CUDA graph, so that gaps between launches on the host do not count, unless ``eager``.
-    ``samples``: how often it is timed in a turn, for short work beside peers that can afford few turns.
+    ``samples``: how often it is timed in a turn, for short work beside peers that can afford few turns, and for eager
+    work, which is slower right after other work of the host's than after itself.
     ``in_cycles``: cycles are counted as well.
     """
 
@@ -65,10 +67,16 @@ class ClockSampler:
 
     def _run(self) -> None:
         while not self._stop.wait(0.005):
-            try:
-                self.samples.append(torch.cuda.clock_rate())
-            except Exception:  # no NVML on this machine: the report says null
+            if not self.read():
                 return
+
+    def read(self) -> bool:
+        """Read the clock once. False: there is no NVML on this machine, and the report says null."""
+        try:
+            self.samples.append(torch.cuda.clock_rate())
+        except Exception:
+            return False
+        return True
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
@@ -117,11 +125,15 @@ def _replay(work: Work) -> Callable[[], object]:
     return graph.replay
 
 
-def interleaved(peers: Mapping[str, Work], rounds: int = 15, warmup: int = 3) -> tuple[dict[str, Timing], int | None]:
+def interleaved(
+    peers: Mapping[str, Work], rounds: int = 15, warmup: int = 3, watch_clock: bool = True
+) -> tuple[dict[str, Timing], int | None]:
     """Time all peers in turns. Returns (timings by name, median SM clock in MHz or None).
 
     A power-limited clock is what the work just before has left: every second round goes backwards, so that no peer
     always follows the same one.
+    watch_clock: a thread reads the clock meanwhile, which takes the interpreter from eager work; else it is read once,
+    in the end.
     """
     replays = {name: _replay(work) for name, work in peers.items()}
     counted = {name for name, work in peers.items() if work.in_cycles and triton is not None}
@@ -134,7 +146,8 @@ def interleaved(peers: Mapping[str, Work], rounds: int = 15, warmup: int = 3) ->
 
     samples: dict[str, list[float]] = {name: [] for name in peers}
     cycles: dict[str, list[float]] = {name: [] for name in peers}
-    with ClockSampler() as clock:
+    clock = ClockSampler()
+    with clock if watch_clock else contextlib.nullcontext():
         for i in range(rounds):
             for name, replay in list(replays.items())[:: 1 if i % 2 == 0 else -1]:
                 for _ in range(peers[name].samples):
@@ -149,6 +162,8 @@ def interleaved(peers: Mapping[str, Work], rounds: int = 15, warmup: int = 3) ->
                     taken = _cycles_between(*stamps) if stamps else None
                     if taken is not None:
                         cycles[name].append(taken / peers[name].launches)
+    if not watch_clock:
+        clock.read()
     return {
         name: Timing(statistics.median(s), s, statistics.median(cycles[name]) if cycles[name] else None)
         for name, s in samples.items()
