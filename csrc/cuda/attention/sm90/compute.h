@@ -120,17 +120,17 @@ class Consumer {
         first = false;
       }
       give_back_stored();  // of a tile of one step; the next tile's queries may want the slot
+      const int finished_slot = query_slot(), finished_info = info_slot();
+      next_tile(step);
       await_step();
-      if (read_step(shared_.steps[key_.slot]).flags & kEnd) {
+      if (__any_sync(kAllLanes, shared_.steps[key_.slot].flags & kEnd)) {
         begin_output(!first);
         warpgroup_wait<0>();
         warpgroup_fence_operand(o);
-        finish_tile(o, rows_, query_slot(), info_slot());
+        finish_tile(o, rows_, finished_slot, finished_info);
         if (Config::kStaged && lane_ == 0) tma_store_wait<0>();  // shared memory must outlive the stores
         return;
       }
-      const int finished_slot = query_slot(), finished_info = info_slot();
-      next_tile(step);
       await_query();
       begin(first);
       // Of the tile before, beside the products.
