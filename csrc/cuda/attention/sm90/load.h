@@ -8,11 +8,24 @@
 
 namespace bsfa::cuda::attn::sm90 {
 
+// Of words of 4 bytes.
+template <class T>
+__device__ __forceinline__ T load_past_l1(const T* source) {
+  static_assert(std::is_trivially_copyable_v<T> && sizeof(T) % sizeof(int32_t) == 0);
+  T result;
+#pragma unroll
+  for (size_t i = 0; i < sizeof(T) / sizeof(int32_t); ++i) {
+    reinterpret_cast<int32_t*>(&result)[i] = __ldcg(reinterpret_cast<const int32_t*>(source) + i);
+  }
+  return result;
+}
+
 // Takes pairs from the queue, each when the load warps are nearly done with the one before: what is taken sooner binds
 // a CTA that may be behind, and in the end the others wait for it. The steps that are left, and those that the load
 // warps are ahead of the consumers, are time enough for what is read here. Where the pair that it begins with is known,
 // the kernel that makes the order is waited for after that; what that kernel has waited for before this one was
-// launched, the mask too, may be read at once.
+// launched, the mask too, may be read at once. What kernels before have written is read past L1: a CTA of the call
+// before may just have used this SM, and this workspace.
 template <class Config>
 __device__ void schedule(SharedStorage<Config>& shared, const KernelParams& p) {
   const int lane = threadIdx.x % 32;
@@ -21,15 +34,15 @@ __device__ void schedule(SharedStorage<Config>& shared, const KernelParams& p) {
   int32_t total = p.known.total;
   const auto await_order = [&] {
     cudaGridDependencySynchronize();
-    total = workspace.queue->total;
+    total = __ldcg(&workspace.queue->total);
   };
   if (!dealt && total == 0) await_order();  // everything else in this kernel waits for this warp's work
   Work& work = shared.work;
   uint32_t parity = 0;
   for (int32_t index = blockIdx.x; index < total; parity ^= 1) {
     const bool known = index < p.known.total;
-    const Pair pair = known ? p.known.pair(index) : workspace.order[index];
-    const TileRow tile = known ? tile_row(p.known, pair.row) : workspace.rows[pair.row];
+    const Pair pair = known ? p.known.pair(index) : load_past_l1(workspace.order + index);
+    const TileRow tile = known ? tile_row(p.known, pair.row) : load_past_l1(workspace.rows + pair.row);
     const BlockRange range = visible_range(tile, p.causal, p.window_left);
     const int32_t* words = nullptr;
     if (p.words != nullptr) {
@@ -40,7 +53,6 @@ __device__ void schedule(SharedStorage<Config>& shared, const KernelParams& p) {
     if constexpr (Config::kSkip) {
       if (lane == 0) {
         const int32_t column = min(max(tile.position, 0) / kTileRows, p.skip.columns - 1);
-        // Past L1, like the mask's words: the kernels before may have just written them.
         work.cut = __ldcg(p.skip.thresholds + int64_t{pair.head} * p.skip.columns + column) * p.skip.unit;
         work.sink = range.begin < range.end && (words == nullptr || (__ldcg(words) & 1) != 0);
       }
@@ -49,9 +61,9 @@ __device__ void schedule(SharedStorage<Config>& shared, const KernelParams& p) {
       work.tile = tile;
       work.head = pair.head;
       work.kv_head = pair.head / p.heads_per_kv_head;
-      const int32_t steps =
-          known ? 0 : workspace.counts[natural_index(pair, p.num_rows, p.heads_per_kv_head)] - kLateSteps;
-      work.early_steps = max(steps, 0);
+      const int64_t at = natural_index(pair, p.num_rows, p.heads_per_kv_head);
+      const int32_t steps = known ? 0 : __ldcg(workspace.counts + at);
+      work.early_steps = max(steps - kLateSteps, 0);
       work.range = range;
       work.words = words;
     }

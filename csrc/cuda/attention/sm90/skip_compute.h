@@ -31,9 +31,8 @@ class SkipConsumer : Consumer<Config> {
     using namespace cute;
     typename Config::ScoreMma score_mma;
     typename Config::OutputMma output_mma;
-    // Descriptors depend on the warpgroup alone. If that is not in a uniform register,
-    // each product brings its descriptor of queries over from a vector register. (Attention that does not skip was
-    // 1 % slower so.)
+    // Descriptors depend on the warpgroup alone. If that is not in a uniform register, each product brings its descriptor
+    // of queries over from a vector register. (Attention that does not skip was 1 % slower so.)
     const int group = uniform(warp_ / 4);
     const auto parts = operand_parts<Config>(shared_, group * kWarpgroup);
     const auto query_part = get<0>(parts);
