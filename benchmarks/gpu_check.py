@@ -188,17 +188,27 @@ def earlier(path: Path) -> dict[str, Any]:
     return report
 
 
+def step_of(failure: str) -> str | None:
+    """The step that a failure is of, as :func:`check` names them; None: of none of them."""
+    if failure.startswith(("test ", "pytest", "no GPU test")):
+        return "tests"
+    if failure.startswith("compute-sanitizer"):
+        return "sanitizer"
+    suite = re.match(r"suite (\w+):", failure)
+    return suite[1] if suite else None
+
+
 def join(report: dict[str, Any], before: dict[str, Any], steps: Collection[str]) -> None:
-    """Put what ``before`` found into ``report`` where ``steps`` did not find it again."""
+    """Put what ``before`` found into ``report``, but for ``steps``, which were run again."""
     if report["device"] != before["device"]:
         report["failures"].append(f"the earlier report is of another device or software: {before['device']}")
-    if "tests" not in steps:
+    if "tests" not in steps and any(before["tests"].values()):
         report["tests"] = before["tests"]
-    if "sanitizer" not in steps:
+    if "sanitizer" not in steps and set(before["sanitizer"].values()) != {None}:
         report["sanitizer"] = before["sanitizer"]
     measured = {m["id"] for m in report["measurements"]}
     report["measurements"] = [m for m in before["measurements"] if m["id"] not in measured] + report["measurements"]
-    report["failures"] = before["failures"] + report["failures"]
+    report["failures"] = [f for f in before["failures"] if step_of(f) not in steps] + report["failures"]
 
 
 def check(steps: Collection[str], keep: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
@@ -262,7 +272,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, metavar="FILE", help=f"default: {RESULT.relative_to(ROOT)}")
     parser.add_argument("--only", metavar="STEP,...", help=f"of {', '.join(STEPS)}; such a report needs --output")
-    parser.add_argument("--add", type=Path, metavar="FILE", help="with --only: the report of the other steps")
+    parser.add_argument(
+        "--add", type=Path, metavar="FILE", action="append", default=[], help="with --only: a report of other steps"
+    )
     arguments = parser.parse_args()
     steps = STEPS if arguments.only is None else arguments.only.split(",")
     if not set(steps) <= set(STEPS):
@@ -271,14 +283,14 @@ def main() -> int:
         parser.error("--only makes a partial report: say with --output where it goes")
     output = arguments.output or RESULT
     try:
-        before = None if arguments.add is None else earlier(arguments.add)
+        befores = [earlier(path) for path in arguments.add]
     except Failed as error:
         parser.error(str(error))
     unfinished = "this report was written before all of its steps were done"
 
     def write(report: dict[str, Any], also_failed: tuple[str, ...] = ()) -> dict[str, Any]:
         whole = copy.deepcopy(report)
-        if before is not None:
+        for before in befores:
             join(whole, before, steps)
         whole["failures"] += also_failed
         write_json(output, whole)

@@ -29,6 +29,11 @@ def random_mask(length: int, heads: int, density: float, generator: torch.Genera
     return bsfa.BlockMask.from_bool(kept, seqlen_q=length, seqlen_k=length)
 
 
+def tensor(result: object) -> Tensor:
+    assert isinstance(result, Tensor)
+    return result
+
+
 def in_pages(x: Tensor, table: Tensor, page_size: int) -> Tensor:
     pages = torch.empty_like(x).view(-1, page_size, *x.shape[2:])
     pages[table] = x.view(pages.shape)
@@ -45,19 +50,19 @@ def calls_of(length: int, heads: int, dim: int, generator: torch.Generator) -> l
     masks = [random_mask(length, heads, density, generator) for density in (0.05, 0.1, 0.1, 0.5)]
     table = torch.randperm(length // 16, generator=generator, device="cuda")
     pages = [in_pages(x, table, 16) for x in (k, v)]
+    block_table = table.to(torch.int32)[None]
     seqlens = torch.tensor([length], dtype=torch.int32, device="cuda")
-    options = {"block_table": table.to(torch.int32)[None], "seqlens_k": seqlens, "max_seqlen_k": length}
     policies = [StaticPattern(sink_blocks=1, window_blocks=2), RelativeMax(alpha=0.1)]
 
     def sparse(mask: bsfa.BlockMask) -> Call:
         return lambda: bsfa.block_sparse_attention(q, k, v, mask)[0]
 
     def with_policy(policy: bsfa.policies.Policy) -> Call:
-        return lambda: bsfa.attention(q, k, v, policy=policy)  # type: ignore[return-value]
+        return lambda: tensor(bsfa.attention(q, k, v, policy=policy))
 
     return [
-        lambda: bsfa.attention(q, k, v),  # type: ignore[list-item,return-value]
-        lambda: bsfa.attention(q, *pages, **options),  # type: ignore[list-item,arg-type,return-value]
+        lambda: tensor(bsfa.attention(q, k, v)),
+        lambda: tensor(bsfa.attention_paged(q, *pages, block_table, seqlens, max_seqlen_k=length)),
         *map(sparse, masks),
         *map(with_policy, policies),
     ]
