@@ -84,10 +84,10 @@ def main() -> None:
         ("one dense head, 64K", 1 << 16, one),
     ):
         counts = natural(tokens // 128, densities)
-        for long_share, sorted_end in ((16, 0), (64, 0), (16, 8 * CTAS), (16, 16 * CTAS)):
+        for long_share, sorted_end in ((16, 0), (64, 0), (16, 8 * CTAS), (16, 16 * CTAS), (8, 8 * CTAS)):
             order = ordered(counts, long_share, sorted_end)
             shares = "".join(f"{waste(order, ahead):8.2%}" for ahead in TILES_AHEAD)
-            print(f"{name:20s} long from 1/{long_share}, last {sorted_end // CTAS:2d} a CTA sorted: {shares}")
+            print(f"{name:20s} long from 1/{long_share:2d}, last {sorted_end // CTAS:2d} a CTA sorted: {shares}")
 
 
 if __name__ == "__main__":

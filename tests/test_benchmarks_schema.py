@@ -135,7 +135,7 @@ def test_attention_suite_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     timing = importlib.import_module("timing")
     compared: list[int] = []
 
-    def interleaved(peers, rounds=15, warmup=3):
+    def interleaved(peers, rounds=15, warmup=3, watch_clock=True):
         for work in peers.values():
             work.body()
         return {name: timing.Timing(1.0, [1.0] * rounds) for name in peers}, 1980
@@ -483,6 +483,17 @@ def test_a_check_in_parts(tmp_path: Path) -> None:
     assert second["tests"] == first["tests"] and second["sanitizer"] == first["sanitizer"]
     assert [m["id"] for m in second["measurements"]] == ["pool.64k.us", "skip.50.ms"]
     assert second["failures"] == ["test one", "suite two"]  # what failed stays
+
+    # Of several reports each gives what it has; what is run again leaves its failures behind.
+    tests = {**copy.deepcopy(second), "tests": {"passed": 2, "failed": 0, "skipped": 0}, "failures": []}
+    tests |= {"sanitizer": dict.fromkeys(reports.SANITIZER_TOOLS), "measurements": []}
+    suites = {**copy.deepcopy(tests), "tests": {"passed": 0, "failed": 0, "skipped": 0}, "failures": ["suite skip: x"]}
+    suites["measurements"] = second["measurements"]
+    for earlier in (first, suites):
+        gpu_check.join(tests, earlier, ["tests", "attention"])
+    assert tests["tests"]["passed"] == 2 and tests["sanitizer"] == first["sanitizer"]
+    assert sorted(m["id"] for m in tests["measurements"]) == ["pool.64k.us", "skip.50.ms"]
+    assert tests["failures"] == ["suite skip: x"]
 
     elsewhere = {**copy.deepcopy(first), "device": {**GOOD["device"], "name": "another"}}  # type: ignore[dict-item]
     gpu_check.join(elsewhere, before, ["skip"])
