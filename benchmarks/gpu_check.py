@@ -199,12 +199,12 @@ def step_of(failure: str) -> str | None:
 
 
 def join(report: dict[str, Any], before: dict[str, Any], steps: Collection[str]) -> None:
-    """Put what ``before`` found into ``report``, but for ``steps``, which were run again."""
+    """Put what ``before`` found, and ``report`` lacks, into ``report``, but for ``steps``, which were run again."""
     if report["device"] != before["device"]:
         report["failures"].append(f"the earlier report is of another device or software: {before['device']}")
-    if "tests" not in steps and any(before["tests"].values()):
+    if "tests" not in steps and not any(report["tests"].values()):
         report["tests"] = before["tests"]
-    if "sanitizer" not in steps and set(before["sanitizer"].values()) != {None}:
+    if "sanitizer" not in steps and set(report["sanitizer"].values()) == {None}:
         report["sanitizer"] = before["sanitizer"]
     measured = {m["id"] for m in report["measurements"]}
     report["measurements"] = [m for m in before["measurements"] if m["id"] not in measured] + report["measurements"]

@@ -2,10 +2,11 @@
 
     python benchmarks/sass.py build/CMakeFiles/bsfa_cuda_kernels.dir/csrc/cuda/attention/sm90/bf16_d128.cu.o
 
-Per kernel: instructions, products, accesses of local memory (there are to be none), and for each run of products
-(the inner loop's is one of them) the moves to uniform registers before and between them: what descriptors cost that
-ptxas does not keep there. docs/kernels/attention_sm90.md, "What was learnt", says what they are worth. cuobjdump comes
-with CUDA, and with the package triton (``--cuobjdump .../triton/backends/nvidia/bin/cuobjdump``).
+Per kernel: instructions, products, accesses of local memory (there are to be none), and for each run of products (the
+inner loop's is one of them) the moves to uniform registers before and between them, what descriptors cost that ptxas
+does not keep there, and the shuffles, of which flags that are branched on should be one.
+docs/kernels/attention_sm90.md, "What was learnt", says what they are worth. cuobjdump comes with CUDA, and with the
+package triton (``--cuobjdump .../triton/backends/nvidia/bin/cuobjdump``).
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ APART = 60  # without a product: the run has ended
 
 @dataclass(frozen=True)
 class Run:
-    """Products that follow each other: where the first is, how many they are, and the moves to uniform registers."""
+    """Products that follow each other: where the first is, and how many; moves to uniform registers, and shuffles."""
 
     at: int
     products: int
     moves: int
+    shuffles: int
 
 
 def functions(sass: str) -> Iterator[tuple[str, list[str]]]:
@@ -51,8 +53,9 @@ def runs(instructions: Sequence[str]) -> list[Run]:
                 last = i
             elif i - last >= APART:
                 break
-        span = range(max(at - BEFORE, 0), last + 1)
-        found.append(Run(at, sum(is_product[i] for i in span), sum("R2UR" in instructions[i] for i in span)))
+        span = instructions[max(at - BEFORE, 0) : last + 1]
+        counts = (sum(word in text for text in span) for word in ("HGMMA", "R2UR", "SHFL.IDX"))
+        found.append(Run(at, *counts))
     return found
 
 
@@ -71,7 +74,7 @@ def main(files: list[Path], cuobjdump: str = "cuobjdump") -> None:
                 f"{file.name} {name}\n  {len(instructions)} instructions, {products} products, {local} local accesses"
             )
             for run in found:
-                print(f"  at {run.at:5d}: {run.products:3d} products, {run.moves:3d} R2UR")
+                print(f"  at {run.at:5d}: {run.products:3d} products, {run.moves:3d} R2UR, {run.shuffles} SHFL.IDX")
             spills += local
     raise SystemExit(1 if spills else 0)
 

@@ -30,12 +30,21 @@ def test_sass_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         return "\n\t\tFunction : " + name + "\n" + "\n".join(lines)
 
     first, more = "HGMMA.64x128x16.F32.BF16 R88, gdesc[UR8], RZ, !UPT", "HGMMA.64x128x16.F32.BF16 R88, gdesc[UR8], R88"
-    loop = ["R2UR UR8, R1", first, "R2UR UR9, R2", more, *["NOP"] * 70, "R2UR UR1, R1", *["NOP"] * 30]
+    loop = [
+        "R2UR UR8, R1",
+        first,
+        "R2UR UR9, R2",
+        "SHFL.IDX PT, R9, R1, RZ, 0x1f",
+        more,
+        *["NOP"] * 70,
+        "R2UR UR1, R1",
+        *["NOP"] * 30,
+    ]
     text = (
         function("plain", ["MOV R1, R2"]) + function("good", [*loop, first]) + function("bad", ["LDL R1, [R2]", first])
     )
     assert dict(sass.functions(text))["good"][:2] == loop[:2]
-    assert sass.runs([*loop, first]) == [sass.Run(1, 2, 2), sass.Run(len(loop), 1, 0)]
+    assert sass.runs([*loop, first]) == [sass.Run(1, 2, 2, 1), sass.Run(len(loop), 1, 0, 0)]
 
     done = subprocess.CompletedProcess([], 0, stdout=text)
     monkeypatch.setattr(sass.subprocess, "run", lambda *args, **kwargs: done)

@@ -29,17 +29,6 @@ def random_mask(length: int, heads: int, density: float, generator: torch.Genera
     return bsfa.BlockMask.from_bool(kept, seqlen_q=length, seqlen_k=length)
 
 
-def tensor(result: object) -> Tensor:
-    assert isinstance(result, Tensor)
-    return result
-
-
-def in_pages(x: Tensor, table: Tensor, page_size: int) -> Tensor:
-    pages = torch.empty_like(x).view(-1, page_size, *x.shape[2:])
-    pages[table] = x.view(pages.shape)
-    return pages
-
-
 def calls_of(length: int, heads: int, dim: int, generator: torch.Generator) -> list[Call]:
     """Calls on the same queries, keys and values that differ in how their tiles are ordered."""
 
@@ -48,9 +37,8 @@ def calls_of(length: int, heads: int, dim: int, generator: torch.Generator) -> l
 
     q, k, v = normal(heads), normal(heads // 4), normal(heads // 4)
     masks = [random_mask(length, heads, density, generator) for density in (0.05, 0.1, 0.1, 0.5)]
-    table = torch.randperm(length // 16, generator=generator, device="cuda")
-    pages = [in_pages(x, table, 16) for x in (k, v)]
-    block_table = table.to(torch.int32)[None]
+    pages = [x[0].unflatten(0, (-1, 16)) for x in (k, v)]
+    block_table = torch.randperm(length // 16, generator=generator, device="cuda", dtype=torch.int32)[None]
     seqlens = torch.tensor([length], dtype=torch.int32, device="cuda")
     policies = [StaticPattern(sink_blocks=1, window_blocks=2), RelativeMax(alpha=0.1)]
 
@@ -58,11 +46,11 @@ def calls_of(length: int, heads: int, dim: int, generator: torch.Generator) -> l
         return lambda: bsfa.block_sparse_attention(q, k, v, mask)[0]
 
     def with_policy(policy: bsfa.policies.Policy) -> Call:
-        return lambda: tensor(bsfa.attention(q, k, v, policy=policy))
+        return lambda: bsfa.attention(q, k, v, policy=policy)
 
     return [
-        lambda: tensor(bsfa.attention(q, k, v)),
-        lambda: tensor(bsfa.attention_paged(q, *pages, block_table, seqlens, max_seqlen_k=length)),
+        lambda: bsfa.attention(q, k, v),
+        lambda: bsfa.attention_paged(q, *pages, block_table, seqlens, max_seqlen_k=length),
         *map(sparse, masks),
         *map(with_policy, policies),
     ]
