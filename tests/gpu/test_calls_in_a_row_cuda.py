@@ -56,28 +56,86 @@ def calls_of(length: int, heads: int, dim: int, generator: torch.Generator) -> l
     ]
 
 
-@pytest.mark.parametrize("dim", [64, 128])
-def test_calls_in_a_row_have_the_bits_of_single_ones(dim: int) -> None:
-    generator = torch.Generator("cuda").manual_seed(0)
-    calls = [call for length in (4096, 2048) for call in calls_of(length, 32, dim, generator)]
-    alone = []
+def overwriting_calls(page_size: int, dim: int, generator: torch.Generator) -> list[Call]:
+    """Calls on the same memory, each of which first copies there what it is to read: tables, lengths, masks, cuts."""
+    length, heads, num_states = 2048, 16, 6
+    pages = -(-length // page_size)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, heads, dim, generator=generator, device="cuda", dtype=torch.bfloat16)
+
+    q, k, v = normal(1, length), *(normal(3 * pages, page_size)[:, :, ::4] for _ in "kv")
+    packed = [x.flatten(0, 1)[:length] for x in (k, v)]
+    masks = [random_mask(length, heads, 0.1 + 0.05 * i, generator) for i in range(num_states)]
+
+    def state_of(i: int) -> tuple[Tensor, ...]:
+        shorter = length - 37 * i
+        return (
+            torch.randperm(3 * pages, generator=generator, device="cuda")[None, :pages].int(),
+            torch.tensor([shorter], dtype=torch.int32, device="cuda"),
+            torch.tensor([0, shorter // 3, length], dtype=torch.int32, device="cuda"),
+            masks[i].words,
+            masks[i].counts,
+            torch.full((heads, 1), 3.5 + 0.2 * i, device="cuda"),
+        )
+
+    states = [state_of(i) for i in range(num_states)]
+    memory = [torch.empty_like(x) for x in states[0]]
+    table, seqlens, cu_seqlens, words, counts, cuts = memory
+    mask = bsfa.BlockMask(words, counts, masks[0].geometry)
+    skip = ExactSkip(ratio=1.0, form="absolute", reference=cuts, positions=(0,))
+
+    def paged(policy: bsfa.policies.Policy | None) -> Tensor:
+        return bsfa.attention_paged(q, k, v, table, seqlens, max_seqlen_k=length, policy=policy)
+
+    def varlen(policy: bsfa.policies.Policy | None) -> Tensor:
+        return bsfa.attention_varlen(q[0], *packed, cu_seqlens, cu_seqlens, length, length, policy=policy)
+
+    reading: list[Call] = [
+        lambda: paged(None),
+        lambda: paged(RelativeMax(alpha=0.1)),
+        lambda: paged(skip),
+        lambda: bsfa.block_sparse_attention(q, *(x[None] for x in packed), mask)[0],
+        lambda: varlen(None),
+        lambda: varlen(skip),
+    ]
+
+    def overwriting(state: tuple[Tensor, ...], call: Call) -> Call:
+        def both() -> Tensor:
+            for target, source in zip(memory, state, strict=True):
+                target.copy_(source)
+            return call()
+
+        return both
+
+    return [overwriting(state, call) for state in states for call in reading]
+
+
+def alone(calls: list[Call]) -> list[Tensor]:
+    """What each call gives when nothing else runs; the second time, when all that it could find stale is the same."""
+    outs = []
     for call in calls:
-        alone.append(call())
+        call()
         torch.cuda.synchronize()
+        outs.append(call())
+        torch.cuda.synchronize()
+    return outs
+
+
+def check_shuffled(calls: list[Call], rounds: int) -> None:
+    want = alone(calls)
     shuffle = random.Random(0)
-    for _ in range(20):
+    for _ in range(rounds):
         order = [*range(len(calls)), *range(len(calls))]
         shuffle.shuffle(order)
         outs = [calls[i]() for i in order]
         torch.cuda.synchronize()
-        assert [torch.equal(out, alone[i]) for i, out in zip(order, outs, strict=True)] == [True] * len(order)
+        wrong = [i for i, out in zip(order, outs, strict=True) if not torch.equal(out, want[i])]
+        assert not wrong
 
 
-def test_a_graph_of_calls_in_a_row() -> None:
-    generator = torch.Generator("cuda").manual_seed(1)
-    calls = calls_of(4096, 32, 128, generator)
-    alone = [call() for call in calls]
-    torch.cuda.synchronize()
+def check_graph(calls: list[Call]) -> None:
+    want = alone(calls)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         outs = [calls[i % len(calls)]() for i in range(3 * len(calls))]
@@ -86,110 +144,24 @@ def test_a_graph_of_calls_in_a_row() -> None:
             out.fill_(float("nan"))
         graph.replay()
         torch.cuda.synchronize()
-        assert all(torch.equal(out, alone[i % len(calls)]) for i, out in enumerate(outs))
+        assert all(torch.equal(out, want[i % len(calls)]) for i, out in enumerate(outs))
 
 
-class Overwritten:
-    """Calls on the same memory, which holds something else in each: what each call reads is copied there before it."""
+@pytest.mark.parametrize("dim", [64, 128])
+def test_calls_in_a_row_have_the_bits_of_single_ones(dim: int) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    check_shuffled([call for length in (4096, 2048) for call in calls_of(length, 32, dim, generator)], 20)
 
-    LENGTH, HEADS, STATES = 2048, 16, 6
 
-    def __init__(self, page_size: int, dim: int) -> None:
-        self.generator = torch.Generator("cuda").manual_seed(2)
-        self.dim = dim
-        pages = -(-self.LENGTH // page_size)
-        self.q = self._normal(1, self.LENGTH)
-        self.pages = [self._normal(3 * pages, page_size)[:, :, ::4] for _ in "kv"]
-        lengths = [self.LENGTH - 37 * i for i in range(self.STATES)]
-        masks = [random_mask(self.LENGTH, self.HEADS, 0.1 + 0.05 * i, self.generator) for i in range(self.STATES)]
-        self.geometry = masks[0].geometry
-        states: list[tuple[Tensor, ...]] = [
-            (
-                torch.randperm(3 * pages, generator=self.generator, device="cuda")[None, :pages].int(),
-                torch.tensor([length], dtype=torch.int32, device="cuda"),
-                torch.tensor([0, length // 3, self.LENGTH], dtype=torch.int32, device="cuda"),
-                masks[i].words,
-                masks[i].counts,
-                torch.full((self.HEADS, 1), 3.5 + 0.2 * i, device="cuda"),
-            )
-            for i, length in enumerate(lengths)
-        ]
-        self.states = states
-        self.now = tuple(torch.empty_like(x) for x in states[0])
-
-    def _normal(self, *shape: int) -> Tensor:
-        shape = (*shape, self.HEADS, self.dim)
-        return torch.randn(shape, generator=self.generator, device="cuda", dtype=torch.bfloat16)
-
-    def calls(self) -> list[Call]:
-        q, (k, v) = self.q, self.pages
-        table, seqlens, cu_seqlens, words, counts, reference = self.now
-        mask = bsfa.BlockMask(words, counts, self.geometry)
-        packed = [x.flatten(0, 1)[: self.LENGTH] for x in (k, v)]
-        skip = ExactSkip(ratio=1.0, form="absolute", reference=reference, positions=(0,))
-        sequences = (cu_seqlens, cu_seqlens, self.LENGTH, self.LENGTH)
-
-        def paged(policy: bsfa.policies.Policy | None) -> Tensor:
-            return bsfa.attention_paged(q, k, v, table, seqlens, max_seqlen_k=self.LENGTH, policy=policy)
-
-        return [
-            lambda: paged(None),
-            lambda: paged(RelativeMax(alpha=0.1)),
-            lambda: paged(skip),
-            lambda: bsfa.block_sparse_attention(q, *(x[None] for x in packed), mask)[0],
-            lambda: bsfa.attention_varlen(q[0], *packed, *sequences),
-            lambda: bsfa.attention_varlen(q[0], *packed, *sequences, policy=skip),
-        ]
-
-    def write(self, state: int) -> None:
-        for target, source in zip(self.now, self.states[state], strict=True):
-            target.copy_(source)
+def test_a_graph_of_calls_in_a_row() -> None:
+    check_graph(calls_of(4096, 32, 128, torch.Generator("cuda").manual_seed(1)))
 
 
 @pytest.mark.parametrize("page_size", [7, 16, 128])
 @pytest.mark.parametrize("dim", [64, 128])
 def test_what_is_overwritten_between_calls_is_read_anew(dim: int, page_size: int) -> None:
-    memory = Overwritten(page_size, dim)
-    calls = memory.calls()
-    every = [(state, i) for state in range(memory.STATES) for i in range(len(calls))]
-    alone = {}
-    for state, i in every:
-        memory.write(state)
-        torch.cuda.synchronize()
-        alone[state, i] = calls[i]()
-        torch.cuda.synchronize()
-    assert all(not torch.equal(alone[0, i], alone[1, i]) for i in range(len(calls)))
-    shuffle = random.Random(0)
-    for _ in range(10):
-        shuffle.shuffle(every)
-        outs = []
-        for state, i in every:
-            memory.write(state)
-            outs.append(calls[i]())
-        torch.cuda.synchronize()
-        wrong = [which for which, out in zip(every, outs, strict=True) if not torch.equal(out, alone[which])]
-        assert not wrong
+    check_shuffled(overwriting_calls(page_size, dim, torch.Generator("cuda").manual_seed(2)), 10)
 
 
 def test_a_graph_that_overwrites_between_calls() -> None:
-    memory = Overwritten(16, 128)
-    calls = memory.calls()
-    every = [(state, i) for state in range(memory.STATES) for i in range(len(calls))]
-    alone = []
-    for state, i in every:
-        memory.write(state)
-        torch.cuda.synchronize()
-        alone.append(calls[i]())
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outs = []
-        for state, i in every:
-            memory.write(state)
-            outs.append(calls[i]())
-    for _ in range(5):
-        for out in outs:
-            out.fill_(float("nan"))
-        graph.replay()
-        torch.cuda.synchronize()
-        assert [torch.equal(a, b) for a, b in zip(outs, alone, strict=True)] == [True] * len(every)
+    check_graph(overwriting_calls(16, 128, torch.Generator("cuda").manual_seed(2)))
